@@ -1,0 +1,26 @@
+"""minidiff: DeepFloyd IF you can read in an afternoon.
+
+The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so).
+
+    schedule.py              how much noise at which time, and which times a sampler visits
+    ddpm.py                  noise forward, estimate back, one reverse step, the losses
+    sampling.py              the one denoising loop
+    guidance.py              classifier-free guidance and dynamic thresholding
+    toy.py                   denoisers with a known answer, to test everything else against
+
+    images.py                plumbing: picture files, labelled strips, GIFs
+    weights.py               plumbing: finding, downloading, mapping and checking weights
+    cli.py                   plumbing: the flags every command shares
+
+    deepfloyd/tokenizer.py   prompt to ids
+    deepfloyd/t5.py          ids to text states
+    deepfloyd/unet.py        noisy picture, time and text to noise and variance
+    deepfloyd/stages.py      prompts, weights and UNets become predictions
+    deepfloyd/train.py       training a cascade on captioned pictures
+
+    encode.py                prompts to a file of embeddings
+    generate.py              a prompt becomes a picture, 64 and 256 pixels
+    upscale.py               any picture four times as large
+
+Run `python -m minidiff` for the list of commands.
+"""

@@ -1,0 +1,30 @@
+"""`python -m minidiff`: the commands in reading order, one line each."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import minidiff
+
+
+def commands() -> list[tuple[str, str]]:
+    """(command, first line of its docstring) of every module in the reading order that has a main."""
+    here, found = Path(__file__).parent, []
+    for name in re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE):
+        tree = ast.parse((here / f"{name}.py").read_text())
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found.append((f"python -m minidiff.{name.replace('/', '.')}", ast.get_docstring(tree).splitlines()[0]))
+    return found
+
+
+def main() -> None:
+    print("minidiff: DeepFloyd IF you can read in an afternoon. Commands, in reading order (each has --help):\n")
+    width = max(len(command) for command, _ in commands())
+    for command, line in commands():
+        print(f"  {command:{width}}   {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The mathematics of DDPM: noise a picture forward, estimate it back, take one reverse step, and the losses.
+
+Read `schedule.py` first. Every function is pure and works on float tensors of any shape (B, C, H, W); alpha-bars come
+in as (B, 1, 1, 1) float64 and are cast only after the coefficient is formed.
+
+    forward   x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise                          add_noise
+    estimate  x_start from x_t and the network's eps                                                 predict_x_start
+    reverse   x_prev ~ N(posterior_mean(x_start, x_t), variance between beta_tilde and beta)         step
+    train     |noise - eps|^2, and a bound that trains only the variance                             loss
+
+A strided sampler jumps from t to any earlier time `prev`. All formulas then hold with
+alpha_t = alpha_bar_t / alpha_bar_prev and beta_t = 1 - alpha_t, so both alpha-bars are arguments everywhere.
+
+Next: `sampling.py`, the loop around `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff.schedule import Schedule
+
+
+def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """The forward process in one jump: a picture with the share alpha_bar_t of its variance left.
+
+        x_t = sqrt(alpha_bar_t) * x_start + sqrt(1 - alpha_bar_t) * noise
+
+    x_start, noise: (B, C, H, W), noise ~ N(0, I).  alpha_bar_t: (B, 1, 1, 1) in [0, 1].
+    Raises ValueError if the shapes differ.    Source: DDPM Eq. 4.
+    """
+    _same_shape(x_start=x_start, noise=noise)
+    return _cast(alpha_bar_t.sqrt(), x_start) * x_start + _cast((1 - alpha_bar_t).sqrt(), x_start) * noise
+
+
+def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """Undo the forward process: the clean picture this noisy one would come from.
+
+        x_start = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)
+
+    x_t, eps: (B, C, H, W).  alpha_bar_t: (B, 1, 1, 1) in (0, 1].
+    Not clipped; near alpha_bar_t = 0 errors in eps grow by 1 / sqrt(alpha_bar_t), which is 20291 at IF's t = 999.
+    Raises ValueError if the shapes differ.    Source: DDPM Eq. 15.
+    """
+    _same_shape(x_t=x_t, eps=eps)
+    return (x_t - _cast((1 - alpha_bar_t).sqrt(), x_t) * eps) / _cast(alpha_bar_t.sqrt(), x_t)
+
+
+def posterior_mean(x_start: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """The mean of q(x_prev | x_t, x_start): where the step lands if x_start were known.
+
+        mean = sqrt(alpha_bar_prev) beta_t / (1 - alpha_bar_t) x_start
+             + sqrt(alpha_t) (1 - alpha_bar_prev) / (1 - alpha_bar_t) x_t
+
+    with alpha_t = alpha_bar_t / alpha_bar_prev, beta_t = 1 - alpha_t.
+    x_start, x_t: (B, C, H, W).  alpha_bar_t, alpha_bar_prev: (B, 1, 1, 1), alpha_bar_t < alpha_bar_prev <= 1.
+    Source: DDPM Eq. 7.
+    """
+    _same_shape(x_start=x_start, x_t=x_t)
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    to_start = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
+    to_noisy = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+    return _cast(to_start, x_t) * x_start + _cast(to_noisy, x_t) * x_t
+
+
+def posterior_variance(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """The variance of q(x_prev | x_t, x_start), beta-tilde: the smallest a reverse step may have.
+
+        beta_tilde_t = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
+
+    alpha-bars and result: (B, 1, 1, 1) float64; 0 when alpha_bar_prev is 1.    Source: DDPM Eq. 7 (and DDPM Eq. 6).
+    """
+    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+
+
+def learned_log_var(pred_var: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """The log variance the network asked for, interpolated in log space between its two bounds.
+
+        log_var = f log(beta_t) + (1 - f) log(beta_tilde_t),    f = (pred_var + 1) / 2
+
+    pred_var: (B, C, H, W), -1 for the lower bound and 1 for the upper; not clamped, as in IF.
+    beta_tilde is floored at 1e-20, since it is 0 for the step to the clean picture.    Source: iDDPM Eq. 15.
+    """
+    beta_t = 1 - alpha_bar_t / alpha_bar_prev
+    lower = posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
+    f = (pred_var + 1) / 2
+    return f * _cast(beta_t.log(), pred_var) + (1 - f) * _cast(lower.log(), pred_var)
+
+
+def step(
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    t_prev: Tensor,
+    eps: Tensor,
+    pred_var: Tensor | None,
+    noise: Tensor,
+    fix_x_start: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One reverse step, from time t to the earlier time t_prev (-1: clean).
+
+        x_prev = posterior_mean(pred_x_start, x_t) + sqrt(variance) * noise      no noise in the step to -1
+
+    x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64.  fix_x_start: clips or thresholds the estimate before use.
+    pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t
+    (DDPM Sec. 3.2's first choice).  Returns (x_prev, pred_x_start).    Source: DDPM Alg. 2 with DDPM Eq. 7.
+    """
+    _same_shape(x_t=x_t, eps=eps, noise=noise)
+    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_t.device) for s in (t, t_prev))
+    pred_x_start = predict_x_start(x_t, eps, alpha_bar_t)
+    if fix_x_start is not None:
+        pred_x_start = fix_x_start(pred_x_start)
+    mean = posterior_mean(pred_x_start, x_t, alpha_bar_t, alpha_bar_prev)
+    if pred_var is None:
+        log_var = _cast((1 - alpha_bar_t / alpha_bar_prev).log(), x_t)
+    else:
+        log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
+    still_noisy = _cast((t_prev >= 0).view(-1, 1, 1, 1).to(x_t.device), x_t)
+    return mean + still_noisy * (0.5 * log_var).exp() * noise, pred_x_start
+
+
+def loss(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor | None) -> Tensor:
+    """What training minimises, one number per picture: (B,).
+
+        L = mean |noise - eps|^2  +  L_vb, through pred_var only
+
+    The first term is L_simple (DDPM Eq. 14, Alg. 1). Without pred_var that is all. With it, the variational bound
+    (`bound`) trains the variance and is kept from touching eps: the hybrid objective, whose weight 0.001 cancels the
+    factor T = 1000 of a sum estimated from one term.    Source: iDDPM Eq. 16.
+    """
+    simple = (noise - eps).square().flatten(1).mean(1)
+    if pred_var is None:
+        return simple
+    return simple + bound(schedule, x_start, noise, t, eps.detach(), pred_var) * schedule.num_train_timesteps * 1e-3
+
+
+def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor) -> Tensor:
+    """One term of the variational bound, in bits per value: how far our reverse step is from the true posterior.
+
+        t > 0:  KL( N(mean_q, beta_tilde_t) || N(mean, exp(log_var)) )
+        t = 0:  -log of the probability that N(mean, exp(log_var)) gives x_start's own 8-bit value
+
+    x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).    Source: DDPM Eq. 5, 13; iDDPM Eq. 4-7.
+    """
+    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_start.device) for s in (t, t - 1))
+    x_t = add_noise(x_start, noise, alpha_bar_t)
+    true_mean = posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev)
+    true_log_var = _cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
+    mean = posterior_mean(predict_x_start(x_t, eps, alpha_bar_t), x_t, alpha_bar_t, alpha_bar_prev)
+    log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
+    kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp())
+    nll = -_log_prob_of_8bit(x_start, mean, log_var)
+    is_last = (t == 0).view(-1, 1, 1, 1).to(x_start.device)
+    return torch.where(is_last, nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """log P(the Gaussian falls into x's own bin of width 2/255); the outermost bins reach to infinity. DDPM Eq. 13."""
+    inv_std = (-0.5 * log_var).exp()
+    below = torch.special.ndtr((x - 1 / 255 - mean) * inv_std)
+    above = torch.special.ndtr((x + 1 / 255 - mean) * inv_std)
+    prob = torch.where(x > 0.999, 1 - below, torch.where(x < -0.999, above, above - below))
+    return prob.clamp(min=1e-12).log()
+
+
+def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
+    return coefficient.to(device=like.device, dtype=like.dtype)
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

@@ -1,0 +1,1 @@
+"""DeepFloyd IF's own parts, in reading order: tokenizer, t5, unet, stages, and the trainer of the cascade."""

@@ -1,0 +1,213 @@
+"""The T5 v1.1 encoder: prompt tokens in, one vector per token out. These vectors are all the UNets know of a prompt.
+
+Read `tokenizer.py` first. Each block is self-attention and a gated feed-forward, both added to a running stream:
+
+    h = embedding[ids]
+    h = h + W_o attention(norm(h))             scores are q k^T + bias, without the usual 1 / sqrt(d)
+    h = h + W_o (gelu(W_0 norm(h)) * (W_1 norm(h)))
+    states = norm(h)
+
+The bias depends only on how far apart two tokens are; block 0 owns its table and every block uses it.
+In half precision the stream stays float32, and so does the last product of the feed-forward: real activations pass
+float16's 65504, and a pure float16 T5 returns garbage.
+Attributes carry the names of the released checkpoint.    Source: T5 (Raffel et al.) Sec. 2.1; T5 v1.1's gated GELU.
+
+Next: `unet.py`, which reads these states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The part of `text_encoder/config.json` that decides the shapes, under its own names (defaults: T5-XXL)."""
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    @classmethod
+    def from_dict(cls, config: dict) -> T5Config:
+        """Read a `config.json`. Raises ValueError if it is not a T5 v1.1 (gated GELU) or lacks a key."""
+        gate = config.get("feed_forward_proj")
+        if gate != "gated-gelu":
+            raise ValueError(f"text_encoder/config.json: feed_forward_proj is {gate!r}, but IF uses T5 v1.1, 'gated-gelu'")
+        missing = [f.name for f in fields(cls) if f.name not in config and f.name != "relative_attention_max_distance"]
+        if missing:
+            raise ValueError(f"text_encoder/config.json lacks {', '.join(missing)}")
+        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32; no mean is subtracted and there is no bias."""
+
+    def __init__(self, dim: int, norm_eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.norm_eps = norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.norm_eps)
+        return x.to(self.weight.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T + bias) v over the tokens of one prompt, without 1 / sqrt(d)."""
+
+    def __init__(self, config: T5Config, owns_bias: bool):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads = config.num_heads
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        if owns_bias:
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h, L, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class GatedFeedForward(nn.Module):
+    """W_o (gelu(W_0 x) * (W_1 x)), with the tanh form of GELU."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
+        if x.dtype == torch.float16:  # the product and the sum below leave float16's range
+            return F.linear(gate.float() * value.float(), self.wo.weight.float())
+        return F.linear((gate * value).to(self.wo.weight.dtype), self.wo.weight)
+
+
+class Sublayer(nn.Module):
+    """h + f(norm(h)): the shape of both halves of a block. `name` is what the checkpoint calls f."""
+
+    def __init__(self, config: T5Config, name: str, f: nn.Module):
+        super().__init__()
+        self.name = name
+        self.add_module(name, f)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, h: Tensor, *args: Tensor) -> Tensor:
+        return h + getattr(self, self.name)(self.layer_norm(h), *args).to(h.dtype)
+
+
+class Block(nn.Module):
+    """Self-attention, then feed-forward."""
+
+    def __init__(self, config: T5Config, owns_bias: bool):
+        super().__init__()
+        attention = Sublayer(config, "SelfAttention", SelfAttention(config, owns_bias))
+        self.layer = nn.ModuleList([attention, Sublayer(config, "DenseReluDense", GatedFeedForward(config))])
+
+    def forward(self, h: Tensor, bias: Tensor) -> Tensor:
+        return self.layer[1](self.layer[0](h, bias))
+
+
+class Stack(nn.Module):
+    """The blocks and the final norm (the checkpoint keeps them under `encoder.`)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.block = nn.ModuleList([Block(config, owns_bias=i == 0) for i in range(config.num_layers)])
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class T5Encoder(nn.Module):
+    """The whole encoder. Build it on `torch.device("meta")` and load weights by `weights.load`."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D), padding rows included.
+
+        Padding is hidden from every token but is itself computed: the UNet reads all L rows.
+        """
+        h = self.shared(input_ids).float()  # (B, L, D)
+        bias = attention_bias(self.config, self.encoder.block[0], attention_mask)
+        for block in self.encoder.block:
+            h = block(h, bias)
+        return self.encoder.final_layer_norm(h)
+
+
+def attention_bias(config: T5Config, first: Block, attention_mask: Tensor) -> Tensor:
+    """What every block adds to its scores: the distance table of the first block, and -inf on padded keys.
+
+    attention_mask: (B, L). Returns (B, heads, L, L) float32.
+    """
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    distance = position[None, :] - position[:, None]  # (L, L): key minus query
+    buckets = relative_bucket(distance, config.relative_attention_num_buckets, config.relative_attention_max_distance)
+    table = first.layer[0].SelfAttention.relative_attention_bias
+    bias = table(buckets).float().permute(2, 0, 1)[None]  # (1, heads, L, L)
+    return bias.masked_fill(attention_mask[:, None, None, :] == 0, -math.inf)  # (B, heads, L, L)
+
+
+def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """Sort signed distances (key minus query) into buckets: one each when near, logarithmic when far, the last for all
+    beyond max_distance; half the buckets for each direction.
+
+        n = num_buckets / 2,  m = n / 2,  b = n if distance > 0 else 0,  a = |distance|
+        bucket = b + a                                                  if a < m
+                 b + min(n - 1, m + floor(log(a / m) / log(max / m) * (n - m)))    otherwise
+
+    distance: int64, any shape. Returns int64 of that shape.    Source: T5 (Raffel et al.) Sec. 2.1.
+    """
+    n = num_buckets // 2
+    m = n // 2
+    a = distance.abs()
+    far = m + (torch.log(a.clamp(min=1).float() / m) / math.log(max_distance / m) * (n - m)).long()
+    return n * (distance > 0) + torch.where(a < m, a, far.clamp(max=n - 1))
+
+
+@torch.inference_mode()
+def encode_streamed(
+    config: T5Config,
+    fetch: Callable[[str], dict[str, Tensor]],
+    rows: Callable[[str, Tensor], Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The same forward with one block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
+
+    fetch(prefix) returns the tensors below a prefix, mapped from the file; rows(key, ids) some rows of an embedding.
+    input_ids, attention_mask and the result: as in T5Encoder.forward.
+    """
+    unique, inverse = input_ids.unique(return_inverse=True)
+    h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
+    for i in range(config.num_layers):
+        with torch.device("meta"):
+            block = Block(config, owns_bias=i == 0)
+        block.load_state_dict(fetch(f"encoder.block.{i}."), assign=True)
+        bias = attention_bias(config, block, attention_mask) if i == 0 else bias
+        h = block(h, bias)
+        del block  # the last reference to the mapping: its pages leave memory
+    norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+    norm.load_state_dict(fetch("encoder.final_layer_norm."), assign=True)
+    return norm(h)

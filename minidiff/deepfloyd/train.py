@@ -1,0 +1,397 @@
+"""Train a stage of the cascade on captioned pictures, on one device or several.
+
+    python -m minidiff.deepfloyd.train 1 PICTURES --out weights/mini-IF-I
+    python -m minidiff.deepfloyd.train 2 PICTURES --out weights/mini-IF-II --text-encoder weights/mini-IF-I
+    torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 PICTURES --out weights/mini-IF-I
+
+Stage 1 learns the text encoder and the 64x64 UNet together. Stage 2 learns from crops: 64x64 out of the 256x256
+picture, beside the same crop of its noised small version, with the text encoder of stage 1 frozen. What is written to
+--out has the layout of the released repositories and loads like them; the averaged weights (EMA) are what is kept.
+
+PICTURES is a folder with either picture files, each beside a .txt of the same name with one caption per line, or
+packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions.json, a list of N objects
+{"captions": [...], "weight": how often to draw it (1)}.
+
+Training state goes to --out/training: checkpoint.pt (every --save-every steps and on Ctrl-C), loss.csv, loss.png,
+samples/. Each batch is drawn from a generator seeded by (seed, step, process), so a resumed run continues exactly.
+Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (loss weight).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from minidiff import ddpm, images, weights
+from minidiff.deepfloyd import stages
+from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Config, T5Encoder
+from minidiff.deepfloyd.tokenizer import Tokenizer, clean
+from minidiff.deepfloyd.unet import FIXED, MIRROR, Attention, ResnetBlock, UNet, UNetConfig
+from minidiff.sampling import seeded
+from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
+
+R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
+MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
+MINI_1 = UNetConfig(
+    block_out_channels=(24, 32, 64, 128), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
+    cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=32, norm_num_groups=8,
+    addition_embed_type_num_heads=4, time_embedding_dim=192,
+)  # fmt: skip
+MINI_2 = UNetConfig(
+    block_out_channels=(16, 16, 32, 48, 64), layers_per_block=(1, 1, 1, 1, 1), down_block_types=(R, R, R, S, S),
+    in_channels=6, sample_size=256, cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=16,
+    norm_num_groups=8, addition_embed_type_num_heads=4, only_cross_attention=True, class_embed_type="timestep",
+    time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
+    resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
+)  # fmt: skip
+CAPTION_DROPOUT = 0.1  # how often a picture is shown with the empty prompt, for classifier-free guidance
+MAX_NOISE_LEVEL = 500  # stage 2 sees its small picture noised to 0..499
+CROP = 64
+EMA_DECAY = 0.999
+MIN_SNR_GAMMA = 5.0
+PREVIEW = ["a rocket ship", "a castle", "a volcano", "an old man", "a snowy mountain village", "a dog", "a campfire",
+           "an oil painting of a skull"]  # fmt: skip
+
+
+class Pictures:
+    """The training set in memory: `size` pixels a side, uint8, and the captions of each picture."""
+
+    def __init__(self, folder: Path, size: int):
+        """Raises ValueError naming the folder and what it should hold."""
+        packed = folder / f"images_{size}.npy"
+        if packed.is_file():
+            self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
+            rows = json.loads((folder / "captions.json").read_text())
+            self.captions = [row["captions"] for row in rows]
+            self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
+        else:
+            files = sorted(p for p in folder.glob("*") if p.suffix in images.KNOWN and p.with_suffix(".txt").is_file())
+            if not files:
+                raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions beside them")
+            self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
+            self.captions = [p.with_suffix(".txt").read_text().strip().splitlines() for p in files]
+            self.weights = torch.ones(len(files))
+        if len(self.pixels) != len(self.captions) or not all(self.captions):
+            raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} rows of captions; each needs one")
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each picture with one of its captions."""
+        picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
+        pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks.tolist()]))
+        x_start = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        mirror = torch.rand(batch_size, generator=generator) < 0.5
+        x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
+        choice = torch.rand(batch_size, 2, generator=generator).tolist()
+        prompts = [self.captions[i][int(c * len(self.captions[i]))] for i, (c, _) in zip(picks.tolist(), choice)]
+        return x_start, ["" if drop < CAPTION_DROPOUT else p for p, (_, drop) in zip(prompts, choice)]
+
+
+class Trainee(nn.Module):
+    """What is optimised: a UNet, and in stage 1 its text encoder. forward is the loss, so that DDP can wrap it."""
+
+    def __init__(self, stage: int, unet: UNet, text_encoder: T5Encoder, schedule: Schedule):
+        super().__init__()
+        self.unet, self.schedule, self.stage = unet, schedule, stage
+        self.text_encoder = text_encoder if stage == 1 else None
+        self.frozen = [] if stage == 1 else [text_encoder.requires_grad_(False)]  # in a list: not a submodule
+
+    def forward(self, x_start: Tensor, ids: Tensor, mask: Tensor, random: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """One loss per picture, (B,). random: noise, t and, for stage 2, low_noise, level, top, left."""
+        labels = None
+        if self.stage == 2:
+            x_start, low_res, labels = self.crop(x_start, random)
+        t, noise = random["t"], random["noise"]
+        alpha_bar = self.schedule.alpha_bar(t).to(x_start.device)
+        x_t = ddpm.add_noise(x_start, noise, alpha_bar)
+        with torch.autocast(x_start.device.type, dtype, enabled=dtype != torch.float32):
+            prompt_embeds = (self.text_encoder or self.frozen[0])(ids, mask)
+            stacked = x_t if self.stage == 1 else torch.cat([x_t, low_res], dim=1)
+            out = self.unet(stacked, t, prompt_embeds, labels)
+        eps, pred_var = out.float().chunk(2, dim=1)
+        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var)
+
+    def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small picture, and its noise level."""
+        low_res = stages.upsample(F.avg_pool2d(x_start, 4), x_start.shape[2:])
+        low_res = ddpm.add_noise(low_res, random["low_noise"], self.schedule.alpha_bar(random["level"]).to(x_start.device))
+        both = torch.cat([x_start, low_res], dim=1)
+        corners = zip(random["top"].tolist(), random["left"].tolist())
+        both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
+        return both[:, :3], both[:, 3:], random["level"]
+
+
+def initialise(module: nn.Module) -> None:
+    """T5's own scales, since its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
+    for m in module.modules():
+        if isinstance(m, SelfAttention):
+            inner, width = m.q.weight.shape
+            nn.init.normal_(m.q.weight, std=(width * inner // m.heads) ** -0.5)
+            for f in (m.k, m.v):
+                nn.init.normal_(f.weight, std=width**-0.5)
+            nn.init.normal_(m.o.weight, std=inner**-0.5)
+        elif isinstance(m, GatedFeedForward):
+            for f in (m.wi_0, m.wi_1, m.wo):
+                nn.init.normal_(f.weight, std=f.in_features**-0.5)
+        elif isinstance(m, ResnetBlock):
+            nn.init.zeros_(m.conv2.weight)
+        elif isinstance(m, Attention):
+            nn.init.zeros_(m.to_out[0].weight)
+        elif isinstance(m, RMSNorm):
+            nn.init.ones_(m.weight)
+
+
+def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
+    """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = sorted({clean(c) for row in captions for c in row}) + ["a high quality photo", "a high quality picture"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
+        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        pad_piece="<pad>", normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    path.with_suffix(".vocab").unlink()
+    path.with_suffix(".model").replace(path)
+
+
+def random_numbers(
+    stage: int, batch_size: int, size: int, schedule: Schedule, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Every random choice of one step except the pictures, drawn on the CPU.
+
+    t is drawn in proportion to min(1, MIN_SNR_GAMMA / SNR(t)): where a picture is nearly clean there is little left to
+    learn, so such times come less often. Drawing by a weight is the same in the mean as multiplying the loss by it.
+    """
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    t = torch.multinomial((MIN_SNR_GAMMA / snr).clamp(max=1), batch_size, replacement=True, generator=generator)
+    side = size if stage == 1 else CROP
+
+    def below(high: int) -> Tensor:
+        return torch.randint(high, (batch_size,), generator=generator)
+
+    random = {"t": t, "noise": torch.randn(batch_size, 3, side, side, generator=generator)}
+    if stage == 2:
+        random |= {"level": below(MAX_NOISE_LEVEL), "top": below(size - CROP + 1), "left": below(size - CROP + 1)}
+        random["low_noise"] = torch.randn(batch_size, 3, size, size, generator=generator)
+    return random
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """Warm up over 200 steps, stay, and fall linearly to 0 over the last third."""
+    return peak * min(1, (step + 1) / 200, (total - step) / (total / 3))
+
+
+def update_average(ema: dict[str, Tensor], module: nn.Module, step: int) -> None:
+    """EMA of all weights, faster at first: decay = min(EMA_DECAY, (1 + step) / (10 + step))."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    state = module.state_dict()
+    torch._foreach_lerp_(list(ema.values()), [state[k] for k in ema], 1 - decay)
+
+
+def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig, t5: T5Config) -> None:
+    """The averaged weights as float16 in the released layout, with their configs."""
+    weights.save(
+        {k.removeprefix("unet."): v.half() for k, v in ema.items() if k.startswith("unet.")},
+        out / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+    )
+    up_types = [MIRROR[kind] for kind in reversed(unet.down_block_types)]
+    _write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel"} | FIXED | asdict(unet)
+                | {"up_block_types": up_types, "encoder_hid_dim_type": "text_proj"})  # fmt: skip
+    process = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+    learned = {"variance_type": "learned_range", "prediction_type": "epsilon", "thresholding": True, "clip_sample": True,
+               "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if stage == 1 else 1.0}  # fmt: skip
+    _write_json(out / "scheduler" / "scheduler_config.json", process | learned)
+    if stage == 2:
+        _write_json(out / "image_noising_scheduler" / "scheduler_config.json", process)
+        return
+    # The feed-forward's last matrix stays float32, as in the released float16 files.
+    text = {k.removeprefix("text_encoder."): v for k, v in ema.items() if k.startswith("text_encoder.")}
+    text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
+    weights.save(text, out / "text_encoder" / "model.fp16.safetensors")
+    _write_json(out / "text_encoder" / "config.json", asdict(t5)
+                | {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"})  # fmt: skip
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures) -> None:
+    """Samples of the weights just written: the PREVIEW prompts, or four training pictures enlarged by stage 2."""
+    loaded = stages.load_stage(out, torch.float32, "cpu")
+    encode = stages.load_text_encoder(text_encoder, torch.float32, "cpu", streamed=False)
+    if stage == 1:
+        n = len(PREVIEW)
+        x = stages.sample_base(loaded, encode(PREVIEW), encode([""]), respaced(20), seeded(0, n), guidance_scale=4.0)
+        columns = [[picture] for picture in x]
+        labels = [[prompt] for prompt in PREVIEW]
+        strip = images.strip([[c[0] for c in columns[:4]], [c[0] for c in columns[4:]]],
+                             [[p[0] for p in labels[:4]], [p[0] for p in labels[4:]]])  # fmt: skip
+    else:
+        x_start, prompts = pictures.draw(2, torch.Generator().manual_seed(1))
+        low_res = F.avg_pool2d(x_start, 4)
+        x = stages.sample_super_resolution(loaded, low_res, encode(prompts), encode([""]), respaced(10), seeded(0, 2))
+        rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
+        strip = images.strip(rows, [["bilinear", "stage 2", "original"]] * 2)
+    images.save(strip, out / "training" / "samples" / f"step-{step:07d}.png", {})
+
+
+def plot(csv_path: Path) -> None:
+    """loss.png from loss.csv, if matplotlib is installed (pip install minidiff[plots])."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = np.genfromtxt(csv_path, delimiter=",", names=True)
+    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    axes.semilogy(np.atleast_1d(rows["step"]), np.atleast_1d(rows["loss"]))
+    axes.set(xlabel="step", ylabel="loss (mean of 20 steps)")
+    figure.savefig(csv_path.with_suffix(".png"))
+
+
+class Run:
+    """One training run: everything a checkpoint holds, and the step."""
+
+    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.stage, self.step = args.stage, 0
+        self.folder = args.out / "training"
+        self.pictures = Pictures(args.pictures, 64 if args.stage == 1 else 256)
+        text_encoder = args.out if args.stage == 1 else args.text_encoder
+        spiece = text_encoder / "tokenizer" / "spiece.model"
+        if args.stage == 1 and rank == 0 and not spiece.is_file():
+            train_tokenizer(self.pictures.captions, spiece, MINI_T5.vocab_size)
+        if world > 1:
+            torch.distributed.barrier()
+        self.tokenizer, self.text_folder = Tokenizer(spiece), text_encoder
+        torch.manual_seed(args.seed)
+        default = MINI_1 if args.stage == 1 else MINI_2
+        self.config = UNetConfig.from_dict(json.loads(args.config.read_text())) if args.config else default
+        self.t5_config = MINI_T5
+        unet, t5 = UNet(self.config), T5Encoder(MINI_T5)
+        if args.stage == 2:
+            checkpoint = weights.Checkpoint(text_encoder, "text_encoder", torch.float32)
+            with torch.device("meta"):
+                t5 = T5Encoder(T5Config.from_dict(checkpoint.config))
+            weights.load(t5, checkpoint, torch.float32)
+        self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
+        initialise(self.model)
+        self.model.to(device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.dtype = torch.bfloat16 if weights.default_dtype(device.type) != torch.float32 else torch.float32
+        if (self.folder / "checkpoint.pt").is_file():
+            self.resume()
+        self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
+
+    def resume(self) -> None:
+        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema, self.step = state["ema"], state["step"]
+
+    def save(self) -> None:
+        """Checkpoint and released-layout weights, each written under another name first, then renamed."""
+        if self.rank:
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
+                 "step": self.step}  # fmt: skip
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        write_folder(self.args.out, self.stage, self.ema, self.config, self.t5_config)
+        plot(self.folder / "loss.csv")
+
+    def one_step(self) -> float:
+        """Draw a batch, step the optimizer, average the weights. Returns the loss; raises on NaN before anything moves."""
+        per_process = self.args.batch_size // self.world
+        seed = (self.args.seed * 1_000_003 + self.step) * 1024 + self.rank
+        generator = torch.Generator().manual_seed(seed)
+        x_start, prompts = self.pictures.draw(per_process, generator)
+        random = random_numbers(self.stage, per_process, x_start.shape[-1], self.model.schedule, generator)
+        ids, mask = (x.to(self.device) for x in self.tokenizer(prompts))
+        random = {k: v.to(self.device) for k, v in random.items()}
+        loss = self.parallel(x_start.to(self.device), ids, mask, random, self.dtype).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last good checkpoint is "
+                                     f"{self.folder / 'checkpoint.pt'}: rerun with a smaller --lr to go on from it")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.args.steps, self.args.lr)
+        self.optimizer.step()
+        update_average(self.ema, self.model, self.step)
+        self.step += 1
+        return loss.item()
+
+    def train(self) -> None:
+        """To --steps, writing the loss every 20 steps."""
+        losses, start = [], time.time()
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0, mininterval=5)
+        try:
+            while self.step < self.args.steps:
+                losses.append(self.one_step())
+                bar.update()
+                if self.step % 20 == 0 and self.rank == 0:
+                    self.log(sum(losses) / len(losses), time.time() - start)
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+                    losses = []
+                if self.step % self.args.save_every == 0 or self.step == self.args.steps:
+                    self.save()
+                    if self.rank == 0:
+                        preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures)
+        except KeyboardInterrupt:
+            self.save()
+            tqdm.write(f"stopped at step {self.step}; the same command goes on from there")
+
+    def log(self, loss: float, seconds: float) -> None:
+        path = self.folder / "loss.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(["step", "loss", "seconds"])
+            writer.writerow([self.step, f"{loss:.6f}", f"{seconds:.1f}"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", type=int, choices=(1, 2))
+    parser.add_argument("pictures", type=Path, help="folder of captioned pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, in the released layout")
+    parser.add_argument("--text-encoder", type=Path, help="stage 2: the folder of the trained stage 1")
+    parser.add_argument("--config", type=Path, help="a unet/config.json to train instead of the miniature")
+    parser.add_argument("--steps", type=int, default=20000, help="optimizer steps in all (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="over all processes (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.stage == 2 and args.text_encoder is None:
+        parser.error("stage 2 reads prompts through a trained text encoder: --text-encoder weights/mini-IF-I")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    Run(args, rank, world, device).train()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""How much noise at which time, and which times a sampler visits.
+
+Diffusion destroys a picture in T small steps. `betas[t]` is the variance added in step t, and `alphas_cumprod[t]`
+(alpha-bar) is the share of the picture's own variance that is left after it: 1 is clean, 0 is pure noise. Everything
+else in the package reads these two tables. Timesteps run from 0 (nearly clean) to T-1 (noise), and -1 stands for
+"clean", where alpha-bar is exactly 1.
+
+A sampler need not visit all T times. `leading`, `strided` and `respaced` choose a few of them, in descending order.
+
+Next: `ddpm.py`, which turns alpha-bar into forward noising and reverse steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The two tables of a diffusion process, in float64: float32 tables move posterior coefficients by up to 1e-3.
+
+    betas, alphas_cumprod: (T,) float64, alphas_cumprod[t] = prod_{s<=t} (1 - betas[s])    (DDPM Sec. 2).
+    """
+
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+
+    @classmethod
+    def from_betas(cls, betas: torch.Tensor) -> Schedule:
+        """Both tables from betas (T,). Raises ValueError unless every beta lies in (0, 1)."""
+        betas = betas.to(torch.float64)
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be one non-empty row of numbers in (0, 1), got shape {tuple(betas.shape)}")
+        return cls(betas, torch.cumprod(1 - betas, dim=0))
+
+    @classmethod
+    def from_config(cls, config: dict) -> Schedule:
+        """The process named in a released `scheduler/scheduler_config.json`. Raises ValueError on any other process."""
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(f"prediction_type must be 'epsilon', got {config['prediction_type']!r}")
+        T = config.get("num_train_timesteps", 1000)
+        name = config.get("beta_schedule", "linear")
+        if name == "squaredcos_cap_v2":
+            return squaredcos_cap_v2(T)
+        if name == "linear":
+            return linear(T, config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+        raise ValueError(f"beta_schedule must be 'squaredcos_cap_v2' or 'linear', got {name!r}")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.betas)
+
+    def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
+        """alpha-bar at each time of t: (B,) int64 in -1..T-1, where -1 is clean. Returns (B, 1, 1, 1) float64.
+
+        Raises ValueError if a time lies outside the table.
+        """
+        if t.numel() and not (-1 <= int(t.min()) and int(t.max()) < self.num_train_timesteps):
+            raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.tolist()}")
+        table = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)])  # index -1 reads the last entry: 1
+        return table[t.cpu()].view(-1, 1, 1, 1)
+
+
+def squaredcos_cap_v2(num_train_timesteps: int = 1000, max_beta: float = 0.999) -> Schedule:
+    """The cosine schedule of DeepFloyd IF: alpha-bar falls like a squared cosine, gently at both ends.
+
+        f(u) = cos((u + 0.008) / 1.008 * pi / 2)^2
+        beta_t = min(1 - f((t + 1) / T) / f(t / T), max_beta)
+
+    Only the last beta is clipped; without the clip it would be 1 and alpha-bar 0.    Source: iDDPM Eq. 17.
+    """
+
+    def f(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    T = num_train_timesteps
+    betas = [min(1 - f((t + 1) / T) / f(t / T), max_beta) for t in range(T)]
+    return Schedule.from_betas(torch.tensor(betas, dtype=torch.float64))
+
+
+def linear(num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """Betas rising linearly from beta_start to beta_end, both included.    Source: DDPM Sec. 4."""
+    return Schedule.from_betas(torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64))
+
+
+def strided(start: int = 990, stop: int = 0, stride: int = 30) -> torch.Tensor:
+    """start, start - stride, ... down to stop, both included: the course's 990, 960, ..., 0. (S,) int64."""
+    if not (start >= stop >= 0 and stride > 0 and (start - stop) % stride == 0):
+        raise ValueError(f"need start >= stop >= 0 and a stride that divides start - stop, got {start}, {stop}, {stride}")
+    return torch.arange(start, stop - 1, -stride)
+
+
+def leading(num_inference_steps: int, num_train_timesteps: int = 1000) -> torch.Tensor:
+    """Evenly spaced from 0 upwards, as diffusers does by default: t_i = (N - 1 - i) * (T // N). (N,) int64.
+
+    Starts below T - 1 (at 950 for N = 20), so pure noise is handed over as slightly less than pure noise.
+    """
+    _check_count(num_inference_steps, num_train_timesteps)
+    return torch.arange(num_inference_steps - 1, -1, -1) * (num_train_timesteps // num_inference_steps)
+
+
+# The step lists that DeepFloyd IF names: how many steps to take in each equal section of 0..999, lowest times first.
+RESPACINGS = {
+    "fast27": "10,10,3,2,2",
+    "smart27": "7,4,2,1,2,4,7",
+    "smart50": "10,6,4,3,2,2,3,4,6,10",
+    "smart100": "1,1,1,1,2,2,2,2,2,2,3,3,4,4,5,5,6,7,7,8,9,10,13",
+    "smart185": "1,1,2,2,2,3,3,3,4,5,6,7,8,9,10,11,12,13,14,15,16,18,20",
+    "super27": "1,1,1,1,1,1,1,2,5,13",
+    "super40": "2,2,2,2,2,2,3,4,6,15",
+    "super100": "4,4,6,6,8,8,10,10,14,30",
+}
+
+
+def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
+    """The times the original DeepFloyd IF visits: a name of RESPACINGS, a list "10,10,3,2,2", or a plain count.
+
+    0..T-1 is cut into equal sections, the first holding the lowest times; a section of n times with m steps is visited
+    at round(k (n - 1) / (m - 1)), so both its ends are (m = 1: its first time alone). A plain count N is one section:
+    it starts at T - 1, where the input really is pure noise. Returns (S,) int64, descending.
+    Raises ValueError on unknown names and on sections too small for their steps.    Source: iDDPM Sec. 4 (striding).
+    """
+    text = RESPACINGS.get(str(steps), str(steps))
+    try:
+        counts = [int(c) for c in text.split(",")]
+    except ValueError:
+        raise ValueError(f"steps must be a count, a list like '10,10,3' or one of {', '.join(RESPACINGS)}, got {steps!r}") from None
+    size, larger = divmod(num_train_timesteps, len(counts))
+    times, begin = [], 0
+    for i, count in enumerate(counts):
+        n = size + (i < larger)
+        _check_count(count, n)
+        spacing = (n - 1) / (count - 1) if count > 1 else 0
+        times += [begin + round(k * spacing) for k in range(count)]
+        begin += n
+    return torch.tensor(times[::-1])
+
+
+def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
+    """Raise ValueError unless timesteps is a non-empty descending row inside 0..T-1."""
+    ts = timesteps.tolist()
+    if not ts:
+        raise ValueError("timesteps are empty; pass for example schedule.respaced(27)")
+    for a, b in zip(ts, ts[1:]):
+        if a <= b:
+            raise ValueError(f"timesteps must descend, got {a} before {b}; pass for example schedule.strided(990, 0, 30)")
+    if ts[-1] < 0 or ts[0] >= num_train_timesteps:
+        raise ValueError(f"timesteps must lie in 0..{num_train_timesteps - 1}, got {ts[0]} to {ts[-1]}")
+
+
+def _check_count(steps: int, available: int) -> None:
+    if not 1 <= steps <= available:
+        raise ValueError(f"cannot take {steps} steps out of {available}; choose 1 to {available}")
