@@ -14,6 +14,7 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states
+    deepfloyd/prompts.py     prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy picture, time and text to noise and variance
     deepfloyd/stages.py      prompts, weights and UNets become predictions
     deepfloyd/train.py       training a cascade on captioned pictures

@@ -133,8 +133,10 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
     for i, count in enumerate(counts):
         n = size + (i < larger)
         _check_count(count, n)
-        spacing = (n - 1) / (count - 1) if count > 1 else 0
-        times += [begin + round(k * spacing) for k in range(count)]
+        spacing, position = (n - 1) / max(count - 1, 1), 0.0
+        for _ in range(count):
+            times.append(begin + round(position))
+            position += spacing  # summed up, as in the original: rounding decides ties (super40 visits 949, not 950)
         begin += n
     return torch.tensor(times[::-1])
 

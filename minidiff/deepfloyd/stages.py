@@ -1,6 +1,6 @@
-"""The cascade assembled: a prompt becomes embeddings, noise becomes 64x64, and 64x64 becomes 256x256.
+"""The cascade assembled: with a prompt's states, noise becomes 64x64, and 64x64 becomes 256x256.
 
-Read `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for; `base_model` and
+Read `prompts.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for; `base_model` and
 `super_resolution_model` make it a model (network waiting for its text), `guidance.guided` gives it the text, and
 `sampling.denoise` walks. `sample_base` and `sample_super_resolution` do just that, with IF's own settings.
 
@@ -20,27 +20,12 @@ from torch import Tensor
 
 from minidiff import weights
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
-from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import Model, dynamic_threshold, guided
 from minidiff.sampling import denoise, draw_noise
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 NOISE_LEVEL = 250  # how noisy stage 2 is told its low-resolution picture is: hides stage 1's small mistakes
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Tokenizer and T5: prompts to (B, 77, D) states. `encode_ids` is the whole encoder or the streamed one."""
-
-    tokenizer: Tokenizer
-    encode_ids: Callable[[Tensor, Tensor], Tensor]
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, D) in the encoder's dtype, on the CPU or the encoder's device. The empty prompt is a prompt."""
-        return self.encode_ids(*self.tokenizer(list(prompts)))
 
 
 @dataclass(frozen=True)
@@ -56,24 +41,6 @@ class Stage:
     @property
     def fix_x_start(self) -> Callable[[Tensor], Tensor]:
         return dynamic_threshold(self.threshold_ratio, self.threshold_max)
-
-
-def load_text_encoder(folder: Path, dtype: torch.dtype | None, device: str, streamed: bool) -> TextEncoder:
-    """From a folder in the released layout. streamed holds one block at a time (CPU), whole keeps all of them.
-
-    dtype: None for the file's own.    Raises weights.WeightsError, ValueError.
-    """
-    tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
-    checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
-    config = T5Config.from_dict(checkpoint.config)
-    if streamed:
-        return TextEncoder(
-            tokenizer, lambda ids, mask: encode_streamed(config, checkpoint.tensors, checkpoint.rows, ids, mask)
-        )
-    with torch.device("meta"):
-        encoder = T5Encoder(config)
-    weights.load(encoder, checkpoint, dtype).to(device)
-    return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
 
 def load_stage(folder: Path, dtype: torch.dtype | None, device: str) -> Stage:

@@ -65,6 +65,16 @@ class RMSNorm(nn.Module):
         return x.to(self.weight.dtype) * self.weight
 
 
+class Linear(nn.Linear):
+    """x W^T, computed in x's precision whatever the weights are stored in: they are cast one matrix at a time."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class SelfAttention(nn.Module):
     """softmax(q k^T + bias) v over the tokens of one prompt, without 1 / sqrt(d)."""
 
@@ -72,10 +82,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
         if owns_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
@@ -90,15 +100,15 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff)
+        self.wi_1 = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
         if x.dtype == torch.float16:  # the product and the sum below leave float16's range
-            return F.linear(gate.float() * value.float(), self.wo.weight.float())
-        return F.linear((gate * value).to(self.wo.weight.dtype), self.wo.weight)
+            gate, value = gate.float(), value.float()
+        return self.wo(gate * value)
 
 
 class Sublayer(nn.Module):
@@ -191,23 +201,34 @@ def encode_streamed(
     config: T5Config,
     fetch: Callable[[str], dict[str, Tensor]],
     rows: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype,
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """The same forward with one block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
+    """The same forward with half a block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
 
     fetch(prefix) returns the tensors below a prefix, mapped from the file; rows(key, ids) some rows of an embedding.
+    dtype: what to compute in; matrices stored otherwise are cast one by one as they are used.
     input_ids, attention_mask and the result: as in T5Encoder.forward.
     """
+
+    def filled(module: nn.Module, prefix: str) -> nn.Module:
+        module.load_state_dict(fetch(prefix), assign=True)
+        for norm in [m for m in module.modules() if isinstance(m, RMSNorm)]:
+            norm.to(dtype)  # what leaves a norm decides the precision of what follows
+        return module
+
     unique, inverse = input_ids.unique(return_inverse=True)
     h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
     for i in range(config.num_layers):
-        with torch.device("meta"):
-            block = Block(config, owns_bias=i == 0)
-        block.load_state_dict(fetch(f"encoder.block.{i}."), assign=True)
-        bias = attention_bias(config, block, attention_mask) if i == 0 else bias
-        h = block(h, bias)
-        del block  # the last reference to the mapping: its pages leave memory
-    norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-    norm.load_state_dict(fetch("encoder.final_layer_norm."), assign=True)
-    return norm(h)
+        for j in range(2):
+            with torch.device("meta"):
+                block = Block(config, owns_bias=i == 0)
+            sublayer = filled(block.layer[j], f"encoder.block.{i}.layer.{j}.")
+            if i == j == 0:
+                bias = attention_bias(config, block, attention_mask)
+            h = sublayer(h, bias) if j == 0 else sublayer(h)
+            del block, sublayer  # the last references to the mapping: its pages leave memory
+    with torch.device("meta"):
+        norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+    return filled(norm, "encoder.final_layer_norm.")(h)

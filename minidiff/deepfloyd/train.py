@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minidiff import ddpm, images, weights
-from minidiff.deepfloyd import stages
+from minidiff.deepfloyd import prompts, stages
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer, clean
 from minidiff.deepfloyd.unet import FIXED, MIRROR, Attention, ResnetBlock, UNet, UNetConfig
@@ -232,7 +232,7 @@ def _write_json(path: Path, value: dict) -> None:
 def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures) -> None:
     """Samples of the weights just written: the PREVIEW prompts, or four training pictures enlarged by stage 2."""
     loaded = stages.load_stage(out, torch.float32, "cpu")
-    encode = stages.load_text_encoder(text_encoder, torch.float32, "cpu", streamed=False)
+    encode = prompts.load_text_encoder(text_encoder, torch.float32, "cpu")
     if stage == 1:
         n = len(PREVIEW)
         x = stages.sample_base(loaded, encode(PREVIEW), encode([""]), respaced(20), seeded(0, n), guidance_scale=4.0)

@@ -1,0 +1,135 @@
+"""Prompts to text states: the tokenizer and T5 together, and files of encoded prompts.
+
+Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11 GB in half precision) and is used
+once per prompt, so there are three ways around holding it:
+
+    streamed     half a block at a time out of the mapped file: about 1 GiB, slower per prompt
+    encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds
+    the course's prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read in the same way
+
+Next: `unet.py`, which reads the states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from minidiff import weights
+from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
+from minidiff.deepfloyd.tokenizer import Tokenizer, clean
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizer and T5: prompts to (B, 77, D) states. `encode_ids` is the whole encoder or the streamed one."""
+
+    tokenizer: Tokenizer
+    encode_ids: Callable[[Tensor, Tensor], Tensor]
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, 77, D), on the encoder's device. The empty prompt is a prompt like any other, and never zeros."""
+        return self.encode_ids(*self.tokenizer(list(prompts)))
+
+
+def load_text_encoder(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", streamed: bool = False
+) -> TextEncoder:
+    """From a folder in the released layout.
+
+    dtype: what to compute in. streamed holds half a block at a time and stays on the CPU.
+    Raises ValueError (weights.WeightsError among them) if files are missing, broken or of another architecture.
+    """
+    tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
+    checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
+    config = T5Config.from_dict(checkpoint.config)
+    with torch.device("meta"):
+        encoder = T5Encoder(config)
+    if streamed:
+        report = weights.compare(encoder, checkpoint)
+        if report:
+            raise weights.WeightsError(report)
+        fetch, rows = checkpoint.tensors, checkpoint.rows
+        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, dtype, ids, mask))
+    weights.load(encoder, checkpoint, dtype, keep_float32=("wo",)).to(device)
+    return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
+
+
+def should_stream(folder: Path, dtype: torch.dtype) -> bool:
+    """True if the whole encoder would take more than half of the memory that is free now (Linux; False elsewhere)."""
+    checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in T5Encoder(T5Config.from_dict(checkpoint.config)).parameters()) * dtype.itemsize
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not known on this system
+        return False
+    return size > free / 2
+
+
+def fingerprint(folder: Path) -> str:
+    """Which text encoder this is: sha256 over its config and, of each weight file, the length and both ends."""
+    digest = hashlib.sha256()
+    checkpoint = weights.Checkpoint(folder, "text_encoder")
+    digest.update(json.dumps(sorted(map(str, checkpoint.shapes.items()))).encode())
+    for path in checkpoint.files:
+        with path.open("rb") as f:
+            digest.update(str(path.stat().st_size).encode() + f.read(65536))
+            f.seek(-min(65536, path.stat().st_size), os.SEEK_END)
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: str) -> None:
+    """prompts and their states (N, L, D) as safetensors; encoder: its fingerprint. Prompt texts are in the metadata."""
+    metadata = {"prompts": json.dumps([clean(p) for p in prompts]), "encoder": encoder, "format": "minidiff embeds 1"}
+    weights.save({"prompt_embeds": embeds}, path, metadata)
+
+
+def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
+    """The states of these prompts, (N, L, D), from a file of `write_embeds` or the course's .pth dictionary.
+
+    encoder: if given, the fingerprint the file must have been made with.
+    Raises ValueError if the file is missing, is neither of the two, lacks a prompt (and lists those it has), or was
+    made by another encoder. A .pth is read with weights_only, so it can hold tensors but run nothing.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file of encoded prompts at {path}; make one with: python -m minidiff.encode \"PROMPT\" --out FILE")
+    if path.suffix in (".pth", ".pt"):
+        table = _read_course(path)
+    else:
+        try:
+            with safetensors.safe_open(path, "pt") as f:
+                metadata, embeds = f.metadata() or {}, f.get_tensor("prompt_embeds")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no file of encoded prompts ({error}); make it again with minidiff.encode") from None
+        if encoder is not None and metadata.get("encoder") != encoder:
+            raise ValueError(f"{path} was made by another text encoder ({metadata.get('encoder')}, not {encoder}); "
+                             "encode the prompts again with this model")  # fmt: skip
+        table = dict(zip(json.loads(metadata.get("prompts", "[]")), embeds))
+    missing = [p for p in prompts if clean(p) not in table]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; it holds {sorted(table)}")
+    return torch.stack([table[clean(p)] for p in prompts])
+
+
+def _read_course(path: Path) -> dict[str, Tensor]:
+    """{prompt: (1, L, D)} -> {cleaned prompt: (L, D)}."""
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is broken or holds more than tensors, and was not opened: {reason}") from None
+    if not isinstance(table, dict) or not all(isinstance(v, Tensor) and v.ndim == 3 for v in table.values()):
+        raise ValueError(f"{path} must hold a dictionary from prompt to tensor (1, 77, D)")
+    return {clean(prompt): embeds[0] for prompt, embeds in table.items()}

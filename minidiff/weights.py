@@ -1,0 +1,567 @@
+"""Where the weights are, and how they get into a network without being copied.
+
+Everything on disk has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's
+safetensors, `text_encoder/` in several shards, `tokenizer/spiece.model`, `scheduler/scheduler_config.json`.
+
+    resolve     a name or a path  -> the folder; downloads a released model that is nowhere on this machine
+    Checkpoint  one part of it    -> names, shapes, and tensors that are mapped from the file, not read
+    load        part into module  -> strict: every key and every shape must fit, or one report says what does not
+    save        tensors to a file, which is never half-written
+
+A safetensors file is a JSON header (names, types, shapes, offsets) and the raw numbers. Mapping means that the system
+pages numbers in when they are used and may drop them again, so a 20 GB file opens at once and costs what is touched.
+
+This is plumbing: skim it. `python -m minidiff.weights list`, `download NAME` and `check PATH` use it from outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, unreachable, broken or of another model. The message says what to do."""
+
+
+class Released(NamedTuple):
+    """A model published by DeepFloyd: where, which stage of the cascade, and how large its UNet is."""
+
+    repo: str
+    stage: int
+    parameters: int
+    fp16_bytes: float
+
+
+RELEASED = {
+    "IF-I-M-v1.0": Released("DeepFloyd/IF-I-M-v1.0", 1, 371_605_830, 0.74e9),
+    "IF-I-L-v1.0": Released("DeepFloyd/IF-I-L-v1.0", 1, 935_365_830, 1.87e9),
+    "IF-I-XL-v1.0": Released("DeepFloyd/IF-I-XL-v1.0", 1, 4_304_695_110, 8.61e9),
+    "IF-II-M-v1.0": Released("DeepFloyd/IF-II-M-v1.0", 2, 461_064_198, 0.92e9),
+    "IF-II-L-v1.0": Released("DeepFloyd/IF-II-L-v1.0", 2, 1_242_987_270, 2.49e9),
+}
+MINI = {1: "mini-IF-I", 2: "mini-IF-II"}  # what `--model mini` means, by stage
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # the folder of the repository, beside the package
+PARTS = ("unet", "text_encoder")
+LICENCE_PAGE = "https://huggingface.co/DeepFloyd/IF-I-XL-v1.0"
+CHANNELS_OF_STAGE = {1: 3, 2: 6}  # stage 2 sees the low-resolution picture too
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VARIANT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: ""}
+# unet: diffusion_pytorch_model, text encoder: model; the variant stands before the shard number or, formerly, after it.
+WEIGHT_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(fp16|bf16))?(?:-(\d+)-of-(\d+))?(?:\.(fp16|bf16))?\.safetensors"
+)
+RENAMED = {"encoder.embed_tokens.weight": "shared.weight"}  # one matrix, stored under either name or both
+IGNORED = ("decoder", "lm_head")  # the half of a full T5 that IF does not use
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def resolve(
+    model: str, stage: int, parts: Collection[str] = ("unet",), say: Callable[[str], None] = lambda text: None
+) -> Path:
+    """The folder that holds these parts of a model, in the released layout; downloaded if it must be.
+
+    model: "mini" (embedded), a folder, a name in `weights/`, or a released name; looked for in that order, a released
+    name then in the Hugging Face cache (without touching the network), then on the Hugging Face hub.
+    stage: 1 or 2.  parts: of "unet" (with its scheduler) and "text_encoder" (with its tokenizer). All released models
+    share one text encoder, so parts=("text_encoder",) accepts whichever is already here.
+    say: is told what is about to be downloaded, and how large.
+    Raises WeightsError if there is no such model, it is of the other stage, incomplete or cannot be downloaded.
+    """
+    if stage not in MINI or not parts or set(parts) - set(PARTS):
+        raise WeightsError(f"stage must be 1 or 2 and parts some of {', '.join(PARTS)}, got {stage!r} and {parts!r}")
+    name = model.removeprefix("DeepFloyd/")
+    if name in RELEASED and "unet" in parts and RELEASED[name].stage != stage:
+        raise _other_stage(name, RELEASED[name].stage, stage)
+    folder = _find(model, name, stage, parts)
+    if folder is None:
+        folder = _download(RELEASED[name].repo, parts, say)
+    if "unet" in parts:
+        channels = _read_config(folder / "unet").get("in_channels", CHANNELS_OF_STAGE[1])
+        if channels != CHANNELS_OF_STAGE[stage]:
+            raise _other_stage(str(folder), 2 if channels == CHANNELS_OF_STAGE[2] else 1, stage)
+    return folder
+
+
+def _find(model: str, name: str, stage: int, parts: Collection[str]) -> Path | None:
+    """The folder if it is on this machine, None if it is a released model that is not."""
+    path = WEIGHTS / MINI[stage] if model == "mini" else Path(model).expanduser()
+    if path.is_file():
+        raise WeightsError(f"{path} is a file; pass the folder that holds unet/config.json")
+    if path.is_dir():
+        needed_files(listing(path), parts, str(path))
+        return path
+    if model == "mini":
+        raise WeightsError(f"the embedded weights are missing: {path} is part of the repository, clone it again")
+    if name not in RELEASED:
+        if (WEIGHTS / name).is_dir():
+            needed_files(listing(WEIGHTS / name), parts, str(WEIGHTS / name))
+            return WEIGHTS / name
+        raise WeightsError(
+            f"no model {model!r}: neither a folder, nor embedded ({', '.join(['mini', *embedded()])}), "
+            f"nor released ({', '.join(RELEASED)})"
+        )
+    for candidate in [name, *(RELEASED if set(parts) == {"text_encoder"} else ())]:
+        for folder in (WEIGHTS / candidate, cached(RELEASED[candidate].repo, parts)):
+            if folder is not None and folder.is_dir() and _is_complete(folder, parts):
+                return folder
+    return None
+
+
+def embedded() -> list[str]:
+    """The names of the models in `weights/`."""
+    return sorted(p.parent.parent.name for p in WEIGHTS.glob("*/unet/config.json"))
+
+
+def listing(folder: Path) -> list[str]:
+    """The files of a model folder, relative to it: ["unet/config.json", ...]."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/*") if p.is_file())
+
+
+def cached(repo: str, parts: Collection[str]) -> Path | None:
+    """The snapshot of a repository in the Hugging Face cache that has these parts' configs, or None. Stays offline."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, f"{min(parts)}/config.json")
+    return Path(config).parent.parent if isinstance(config, str) else None
+
+
+def needed_files(names: list[str], parts: Collection[str], where: str, dtype: torch.dtype | None = None) -> list[str]:
+    """Of all files of a model, those that these parts need. Raises WeightsError naming what is not there."""
+    needed = []
+    for part in parts:
+        inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+        if "config.json" not in inside:
+            raise WeightsError(f"{where} has no {part}/config.json; the folder must have the layout of the released models")
+        files = choose_files(inside, dtype, f"{where}/{part}")
+        index = [n for n in inside if ".safetensors.index" in n and len(files) > 1]  # not read here, kept for others
+        needed += [f"{part}/{n}" for n in ["config.json", *files, *index]]
+        beside = "tokenizer/" if part == "text_encoder" else ("scheduler/sch", "image_noising_scheduler/sch")
+        needed += [n for n in names if n.startswith(beside)]
+    if "text_encoder" in parts and "tokenizer/spiece.model" not in needed:
+        raise WeightsError(f"{where} has no tokenizer/spiece.model, which the text encoder needs")
+    return needed
+
+
+def choose_files(names: list[str], dtype: torch.dtype | None, where: str) -> list[str]:
+    """Of the files of one part, those that hold its weights, in one variant (full, fp16 or bf16) and all its shards.
+
+    dtype: what it is wanted for; the variant of that type is preferred, fp16 if None, and else whatever is there.
+    Raises WeightsError if no variant is complete, naming the missing shards.
+    """
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for name in sorted(names):
+        if match := WEIGHT_FILE.fullmatch(name):
+            before, number, total, after = match.groups()
+            groups.setdefault((before or after or "", int(total or 1)), {})[int(number or 1)] = name
+    wanted = VARIANT.get(dtype, "fp16") if dtype is not None else "fp16"
+    order = [wanted, *(v for v in ("fp16", "", "bf16") if v != wanted)]
+    for (_, total), shards in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        if len(shards) == total:
+            return [shards[i] for i in sorted(shards)]
+    if groups:
+        (_, total), shards = next(iter(groups.items()))
+        missing = ", ".join(str(i) for i in range(1, total + 1) if i not in shards)
+        raise WeightsError(f"{where}: of {total} shards like {shards[max(shards)]}, number {missing} is missing; fetch it too")
+    others = [n for n in names if n.endswith((".safetensors", ".bin", ".pth", ".pt"))]
+    if len(others) == 1 and others[0].endswith(".safetensors"):
+        return others
+    found = f"only {', '.join(others)}" if others else "nothing"
+    raise WeightsError(f"{where}: expected a file like model.fp16.safetensors, found {found}; pickles are not read")
+
+
+def _is_complete(folder: Path, parts: Collection[str]) -> bool:
+    try:
+        return bool(needed_files(listing(folder), parts, str(folder)))
+    except WeightsError:
+        return False
+
+
+def _other_stage(what: str, stage: int, asked: int) -> WeightsError:
+    kind = {1: "text to 64x64, 3 input channels", 2: "64x64 to 256x256, 6 input channels"}
+    choices = [name for name, released in RELEASED.items() if released.stage == asked]
+    return WeightsError(
+        f"{what} is a stage {stage} model ({kind[stage]}), but a stage {asked} model ({kind[asked]}) is needed: "
+        f"mini, {', '.join(choices)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- downloading
+
+
+def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> Path:
+    """Fetch what these parts need into the Hugging Face cache and return the folder there. Raises WeightsError."""
+    import huggingface_hub as hub
+
+    try:
+        info = hub.HfApi().model_info(repo, files_metadata=True)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+        files = needed_files(list(sizes), parts, repo)
+        missing = [f for f in files if not isinstance(hub.try_to_load_from_cache(repo, f), str)]
+        cache = Path(hub.constants.HF_HUB_CACHE)
+        total = sum(sizes[f] for f in missing)
+        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {in_words(total)}, to {cache}")
+        _check_space(cache, total)
+        for file in files:
+            path = hub.hf_hub_download(repo, file)
+    except WeightsError:
+        raise
+    except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
+        raise WeightsError(explain(error, repo, hub.get_token() is not None)) from error
+    return Path(path).parent.parent
+
+
+def explain(error: BaseException, repo: str, has_token: bool) -> str:
+    """Why a download failed (not logged in, licence not accepted, unreachable) and the three steps that solve it."""
+    status, link = None, error
+    while link is not None and status is None:
+        status = getattr(getattr(link, "response", None), "status_code", None)
+        link = link.__cause__ or link.__context__
+    log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all DeepFloyd models"
+    token = "run `hf auth login` with a token of that account, or set HF_TOKEN"
+    again = "run the same command again"
+    if status == 401 and not has_token:
+        reason, steps = "is licensed, and you are not logged in (401)", [log_in, token, again]
+    elif status == 401:
+        token = "make a new token at https://huggingface.co/settings/tokens, then `hf auth login` or HF_TOKEN"
+        reason, steps = "was refused: your token is not valid (401)", [log_in, token, again]
+    elif status == 403:
+        token += "; a fine-grained token must be allowed to read gated repositories"
+        reason, steps = "is licensed: you are logged in, but this account has not accepted (403)", [log_in, token, again]
+    else:
+        why = f"the hub answered {status}" if status else f"the hub is unreachable or this machine offline ({type(error).__name__}: {error})"
+        reason = f"cannot be downloaded: {why}"
+        download = f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN"
+        steps = [download, f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine",
+                 "if on another: copy the folder it prints, and pass it here as --model PATH"]
+    numbered = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
+    return f"{repo} {reason}.{numbered}\nOr use --model mini, which is embedded and needs none of this."
+
+
+def _check_space(folder: Path, needed: float) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WeightsError(f"{in_words(needed)} needed, {in_words(free)} free in {folder}; set HF_HOME to a larger disk")
+
+
+def in_words(size: float) -> str:
+    """A number of bytes for people: "134 B", "0.79 MB", "11.50 GB"."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.5 * scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Checkpoint:
+    """One part of a model folder: `config`, and tensors that stay in the file until they are used.
+
+    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: which variant to prefer if there are
+    several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
+    config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
+    Raises WeightsError if config or weights are missing, cut short, or no safetensors at all.
+    """
+
+    def __init__(self, folder: str | Path, part: str, dtype: torch.dtype | None = None):
+        self.folder = Path(folder) / part
+        self.config = _read_config(self.folder)
+        names = [p.name for p in self.folder.iterdir() if p.is_file()]
+        self.files = [self.folder / name for name in choose_files(names, dtype, str(self.folder))]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
+        for path in self.files:
+            with _open(path) as f:
+                for stored in f.keys():  # noqa: SIM118 (the file is no dict)
+                    key = RENAMED.get(stored, stored) if part == "text_encoder" else stored
+                    if part == "text_encoder" and key.startswith(IGNORED):
+                        continue
+                    entry = f.get_slice(stored)
+                    if entry.get_dtype() not in DTYPES:
+                        raise WeightsError(f"{path}: {stored} is {entry.get_dtype()}; known types: {', '.join(DTYPES)}")
+                    self._stored[key] = path, stored
+                    self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
+
+    def keys(self) -> list[str]:
+        return list(self.shapes)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, mapped from the file. Each call maps afresh: dropping its tensors unmaps their pages."""
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._stored[key][0], []).append(key)
+        tensors = {}
+        for path, inside in by_file.items():
+            with _open(path) as f:
+                tensors.update({key: f.get_tensor(self._stored[key][1]) for key in inside})
+        return tensors
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """All tensors below a prefix, which is removed from their names; mapped as in `read`.
+
+        Raises WeightsError if there are none.
+        """
+        inside = [key for key in self.shapes if key.startswith(prefix)]
+        if not inside:
+            raise WeightsError(f"{self.folder} has no tensor whose name begins with {prefix!r}")
+        return {key[len(prefix) :]: tensor for key, tensor in self.read(inside).items()}
+
+    def rows(self, key: str, ids: Tensor) -> Tensor:
+        """Some rows of one matrix, without touching the others. ids: (N,) int64. Returns (N, D) in the file's dtype.
+
+        Raises WeightsError if there is no such matrix, or no such row.
+        """
+        if key not in self.shapes:
+            raise WeightsError(f"{self.folder} has no tensor named {key!r}")
+        n = self.shapes[key][0]
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n):
+            raise WeightsError(f"{key} has rows 0..{n - 1}, got {ids.tolist()}; is the tokenizer of another model?")
+        path, stored = self._stored[key]
+        with _open(path) as f:
+            matrix = f.get_slice(stored)
+            return torch.cat([matrix[i : i + 1] for i in ids.tolist()])
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"there is no {path}; the folder must have the layout of the released models") from None
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); delete it and fetch it again") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _open(path: Path):
+    """`safe_open`, with an error that says what is wrong with the file."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: {_diagnose(path)} [{error}]") from error
+
+
+def _diagnose(path: Path) -> str:
+    """Why a file is no safetensors file, and what to do."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(200)
+        if start.startswith(b"version https://git-lfs"):
+            return f"a git-lfs pointer ({size} bytes), not the weights; run `git lfs pull`, or download the file itself"
+        if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+            return f"a web page ({size} bytes) saved in place of the weights; delete it, log in and download it again"
+        length = int.from_bytes(start[:8], "little")
+        try:
+            f.seek(8)
+            header = json.loads(f.read(min(length, size)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"no safetensors file, or its header is cut short or damaged ({size} bytes); delete it and fetch it again"
+    if size < expected:
+        return f"cut short: {size} of {expected} bytes; delete it and fetch it again"
+    return f"damaged ({size} bytes, {expected} expected); delete it and fetch it again"
+
+
+# ---------------------------------------------------------------------------------------------- loading and saving
+
+
+def load(
+    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
+) -> nn.Module:
+    """Give a module built on `torch.device("meta")` its weights, and return it ready for inference, on the CPU.
+
+    dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
+    mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
+    keep_float32: layers whose float32 weights stay float32, by their own name ("wo": T5's feed-forward output
+    overflows half precision).
+    Raises WeightsError with all missing, unexpected and misshapen keys if the checkpoint does not fit exactly.
+    """
+    report = compare(module, checkpoint)
+    if report:
+        raise WeightsError(report)
+    as_stored, converted = [], []
+    for key, stored in checkpoint.dtypes.items():
+        kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
+        (as_stored if dtype in (None, stored) or kept else converted).append(key)
+    state = checkpoint.read(as_stored)
+    for keys in _in_portions(converted, checkpoint):
+        state.update({key: tensor.to(dtype) for key, tensor in checkpoint.read(keys).items()})
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def compare(module: nn.Module, checkpoint: Checkpoint) -> str:
+    """"" if every key and shape of the checkpoint fits the module, else a report of all that do not."""
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    found = checkpoint.shapes
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    misshapen = [
+        f"{key}: {found[key]} in the file, {shape} expected"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if not any(problems.values()):
+        return ""
+    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
+    for word, keys in problems.items():
+        if keys:
+            lines += [f"  {len(keys)} {word}:"] + [f"    {key}" for key in keys[:10]]
+            lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
+    return "\n".join([*lines, f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"])
+
+
+def _in_portions(keys: list[str], checkpoint: Checkpoint) -> list[list[str]]:
+    """Cut keys into portions of about 1/32 of their bytes, so that reading one maps little beside the result."""
+    sizes = {key: math.prod(checkpoint.shapes[key]) * checkpoint.dtypes[key].itemsize for key in keys}
+    portions, filled = [], math.inf
+    for key in keys:
+        if filled + sizes[key] > sum(sizes.values()) / 32:
+            portions.append([])
+            filled = 0
+        portions[-1].append(key)
+        filled += sizes[key]
+    return portions
+
+
+def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, or leave the old one: first under a temporary name in the same folder, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """The precision to load a released model in: float16, as its files are, where that is fast; float32 elsewhere.
+
+    CUDA: float16.  MPS: float32.  CPU: float16 if a small convolution is at least 1.3 times faster in it, which takes
+    about 30 ms to find out. Processors with float16 arithmetic reach 2 to 4, others 0.02 to 0.3: chance does not decide.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.float16 if seconds_of_conv(torch.float16) * 1.3 < seconds_of_conv(torch.float32) else torch.float32
+    return torch.float16 if kind == "cuda" else torch.float32
+
+
+@torch.inference_mode()
+def seconds_of_conv(dtype: torch.dtype) -> float:
+    """The best time of a few small convolutions on the CPU in this precision; inf if torch does not support it."""
+    x, weight = torch.ones(1, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
+    times: list[float] = []
+    while len(times) < 6 and sum(times) < 0.02:
+        start = time.perf_counter()
+        try:
+            F.conv2d(x, weight, padding=1)
+        except RuntimeError:  # older versions of torch lack operations in half precision
+            return math.inf
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def check(folder: Path, say: Callable[[str], None]) -> bool:
+    """Describe each part of a model folder and compare it with the architecture; False if anything does not fit."""
+    from minidiff.deepfloyd.t5 import T5Config, T5Encoder  # only this command looks ahead
+    from minidiff.deepfloyd.unet import UNet, UNetConfig
+
+    builders = {"unet": lambda c: UNet(UNetConfig.from_dict(c)), "text_encoder": lambda c: T5Encoder(T5Config.from_dict(c))}
+    parts = [part for part in PARTS if (folder / part).is_dir()]
+    good = bool(parts)
+    say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
+    for part in parts:
+        try:
+            checkpoint = Checkpoint(folder, part)
+            for path in checkpoint.files:
+                say(f"  {part}/{path.name}: {in_words(path.stat().st_size)}")
+            types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
+            parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+            say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
+            with torch.device("meta"):
+                module = builders[part](checkpoint.config)
+            report = compare(module, checkpoint)
+        except ValueError as error:
+            report = str(error)
+        say(f"  {part}: {report or 'every key and shape fits'}")
+        good = good and not report
+    return good
+
+
+def _list() -> None:
+    for name in embedded():
+        print(f"{name:14} embedded        {WEIGHTS / name}")
+    for name, released in RELEASED.items():
+        folder = WEIGHTS / name if (WEIGHTS / name).is_dir() else cached(released.repo, ("unet",))
+        print(f"{name:14} stage {released.stage} {in_words(released.fp16_bytes):>9} {folder or 'not on this machine'}")
+    print("The text encoder, which all released models share, is 11.5 GB more.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="which models there are, and which are on this machine")
+    fetch = commands.add_parser("download", help="fetch a released model into the Hugging Face cache")
+    fetch.add_argument("name", choices=list(RELEASED))
+    fetch.add_argument("--part", choices=[*PARTS, "all"], default="unet", help="default: unet")
+    look = commands.add_parser("check", help="does a model on this machine fit the architecture?")
+    look.add_argument("model", help="a folder, a name in weights/, or a released name that is in the cache")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            _list()
+        elif args.command == "download":
+            parts = PARTS if args.part == "all" else (args.part,)
+            print(resolve(args.name, RELEASED[args.name].stage, parts, print))
+        else:
+            return 0 if check(_folder_to_check(args.model), print) else 1
+    except WeightsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _folder_to_check(model: str) -> Path:
+    candidates = [Path(model).expanduser(), WEIGHTS / model]
+    candidates += [cached(RELEASED[model].repo, (part,)) for part in PARTS if model in RELEASED]
+    for folder in candidates:
+        if folder is not None and folder.is_dir():
+            return folder
+    raise WeightsError(f"{model} is neither a folder, nor in {WEIGHTS}, nor a released model in the Hugging Face cache")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
