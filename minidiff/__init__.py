@@ -10,7 +10,6 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     images.py                plumbing: picture files, labelled strips, GIFs
     weights.py               plumbing: finding, downloading, mapping and checking weights
-    cli.py                   plumbing: the flags every command shares
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states
@@ -19,6 +18,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/stages.py      prompts, weights and UNets become predictions
     deepfloyd/train.py       training a cascade on captioned pictures
 
+    cli.py                   plumbing: the flags every command shares
     encode.py                prompts to a file of embeddings
     generate.py              a prompt becomes a picture, 64 and 256 pixels
     upscale.py               any picture four times as large

@@ -144,7 +144,7 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
         t > 0:  KL( N(mean_q, beta_tilde_t) || N(mean, exp(log_var)) )
         t = 0:  -log of the probability that N(mean, exp(log_var)) gives x_start's own 8-bit value
 
-    x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).    Source: DDPM Eq. 5, 13; iDDPM Eq. 4-7.
+    x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).    Source: DDPM Eq. 5, DDPM Eq. 13, iDDPM Eq. 5, iDDPM Eq. 6.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_start.device) for s in (t, t - 1))
     x_t = add_noise(x_start, noise, alpha_bar_t)

@@ -205,7 +205,7 @@ def check_output(path: str | Path, known: Sequence[str] = KNOWN) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); choose another folder with --out") from error
+        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); pass another --out") from error
 
 
 def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) -> None:

@@ -150,7 +150,7 @@ def needed_files(names: list[str], parts: Collection[str], where: str, dtype: to
     for part in parts:
         inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         if "config.json" not in inside:
-            raise WeightsError(f"{where} has no {part}/config.json; the folder must have the layout of the released models")
+            raise WeightsError(f"{where} has no {part}/config.json; it must have the layout of the released models")
         files = choose_files(inside, dtype, f"{where}/{part}")
         index = [n for n in inside if ".safetensors.index" in n and len(files) > 1]  # not read here, kept for others
         needed += [f"{part}/{n}" for n in ["config.json", *files, *index]]
@@ -179,8 +179,8 @@ def choose_files(names: list[str], dtype: torch.dtype | None, where: str) -> lis
             return [shards[i] for i in sorted(shards)]
     if groups:
         (_, total), shards = next(iter(groups.items()))
-        missing = ", ".join(str(i) for i in range(1, total + 1) if i not in shards)
-        raise WeightsError(f"{where}: of {total} shards like {shards[max(shards)]}, number {missing} is missing; fetch it too")
+        missing, like = ", ".join(str(i) for i in range(1, total + 1) if i not in shards), shards[max(shards)]
+        raise WeightsError(f"{where}: of {total} shards like {like}, number {missing} is missing; fetch it too")
     others = [n for n in names if n.endswith((".safetensors", ".bin", ".pth", ".pt"))]
     if len(others) == 1 and others[0].endswith(".safetensors"):
         return others
@@ -235,23 +235,25 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
     while link is not None and status is None:
         status = getattr(getattr(link, "response", None), "status_code", None)
         link = link.__cause__ or link.__context__
-    log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all DeepFloyd models"
+    log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models"
     token = "run `hf auth login` with a token of that account, or set HF_TOKEN"
-    again = "run the same command again"
+    steps = [log_in, token, "run the same command again"]
     if status == 401 and not has_token:
-        reason, steps = "is licensed, and you are not logged in (401)", [log_in, token, again]
+        reason = "is licensed, and you are not logged in (401)"
     elif status == 401:
-        token = "make a new token at https://huggingface.co/settings/tokens, then `hf auth login` or HF_TOKEN"
-        reason, steps = "was refused: your token is not valid (401)", [log_in, token, again]
+        reason = "was refused: your token is not valid (401)"
+        steps[1] = "make a new token at https://huggingface.co/settings/tokens, then `hf auth login` or HF_TOKEN"
     elif status == 403:
-        token += "; a fine-grained token must be allowed to read gated repositories"
-        reason, steps = "is licensed: you are logged in, but this account has not accepted (403)", [log_in, token, again]
+        reason = "is licensed: you are logged in, but this account has not accepted the licence (403)"
+        steps[1] += "; a fine-grained token must be allowed to read gated repositories"
     else:
-        why = f"the hub answered {status}" if status else f"the hub is unreachable or this machine offline ({type(error).__name__}: {error})"
-        reason = f"cannot be downloaded: {why}"
-        download = f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN"
-        steps = [download, f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine",
-                 "if on another: copy the folder it prints, and pass it here as --model PATH"]
+        unreachable = f"the hub is unreachable or this machine offline ({type(error).__name__}: {error})"
+        reason = f"cannot be downloaded: {f'the hub answered {status}' if status else unreachable}"
+        steps = [
+            f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN",
+            f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine",
+            "if on another: copy the folder it prints, and pass it here as --model PATH",
+        ]
     numbered = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
     return f"{repo} {reason}.{numbered}\nOr use --model mini, which is embedded and needs none of this."
 
@@ -261,7 +263,8 @@ def _check_space(folder: Path, needed: float) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WeightsError(f"{in_words(needed)} needed, {in_words(free)} free in {folder}; set HF_HOME to a larger disk")
+        room = f"{in_words(needed)} needed, {in_words(free)} free in {folder}"
+        raise WeightsError(f"{room}; set HF_HOME to a folder on a larger disk")
 
 
 def in_words(size: float) -> str:
@@ -294,7 +297,7 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
         for path in self.files:
             with _open(path) as f:
-                for stored in f.keys():  # noqa: SIM118 (the file is no dict)
+                for stored in f.keys():
                     key = RENAMED.get(stored, stored) if part == "text_encoder" else stored
                     if part == "text_encoder" and key.startswith(IGNORED):
                         continue
@@ -338,10 +341,7 @@ class Checkpoint:
         n = self.shapes[key][0]
         if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n):
             raise WeightsError(f"{key} has rows 0..{n - 1}, got {ids.tolist()}; is the tokenizer of another model?")
-        path, stored = self._stored[key]
-        with _open(path) as f:
-            matrix = f.get_slice(stored)
-            return torch.cat([matrix[i : i + 1] for i in ids.tolist()])
+        return self.read([key])[key][ids]  # a copy of these rows; the pages of the others are never touched
 
 
 def _read_config(folder: Path) -> dict:
@@ -381,7 +381,7 @@ def _diagnose(path: Path) -> str:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
-            return f"no safetensors file, or its header is cut short or damaged ({size} bytes); delete it and fetch it again"
+            return f"no safetensors file, or its header is cut short or damaged ({size} bytes); fetch it again"
     if size < expected:
         return f"cut short: {size} of {expected} bytes; delete it and fetch it again"
     return f"damaged ({size} bytes, {expected} expected); delete it and fetch it again"
@@ -416,7 +416,7 @@ def load(
 
 
 def compare(module: nn.Module, checkpoint: Checkpoint) -> str:
-    """"" if every key and shape of the checkpoint fits the module, else a report of all that do not."""
+    """A report of all keys and shapes of the checkpoint that do not fit the module; empty if every one does."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     found = checkpoint.shapes
     missing = [key for key in expected if key not in found]
@@ -450,7 +450,7 @@ def _in_portions(keys: list[str], checkpoint: Checkpoint) -> list[list[str]]:
     return portions
 
 
-def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, or leave the old one: first under a temporary name in the same folder, then renamed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -468,7 +468,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     """The precision to load a released model in: float16, as its files are, where that is fast; float32 elsewhere.
 
     CUDA: float16.  MPS: float32.  CPU: float16 if a small convolution is at least 1.3 times faster in it, which takes
-    about 30 ms to find out. Processors with float16 arithmetic reach 2 to 4, others 0.02 to 0.3: chance does not decide.
+    about 30 ms to find out. Processors with float16 arithmetic reach 2 to 4, others 0.02 to 0.3, so chance has no say.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -499,7 +499,10 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
     from minidiff.deepfloyd.t5 import T5Config, T5Encoder  # only this command looks ahead
     from minidiff.deepfloyd.unet import UNet, UNetConfig
 
-    builders = {"unet": lambda c: UNet(UNetConfig.from_dict(c)), "text_encoder": lambda c: T5Encoder(T5Config.from_dict(c))}
+    build = {
+        "unet": lambda c: UNet(UNetConfig.from_dict(c)),
+        "text_encoder": lambda c: T5Encoder(T5Config.from_dict(c)),
+    }
     parts = [part for part in PARTS if (folder / part).is_dir()]
     good = bool(parts)
     say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
@@ -512,7 +515,7 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
             parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
             say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
             with torch.device("meta"):
-                module = builders[part](checkpoint.config)
+                module = build[part](checkpoint.config)
             report = compare(module, checkpoint)
         except ValueError as error:
             report = str(error)

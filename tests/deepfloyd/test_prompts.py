@@ -1,0 +1,124 @@
+"""Whole and streamed encoding agree, and files of encoded prompts are read back or refused with a reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidiff import weights
+from minidiff.deepfloyd import prompts
+from minidiff.deepfloyd.t5 import T5Config, T5Encoder
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+CONFIG = {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
+          "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu"}  # fmt: skip
+TEXTS = ["a castle", "", "an old man with a beard"]
+
+
+def write_encoder(folder: Path, seed: int = 0, half: bool = True) -> Path:
+    """A tiny random encoder in the released layout: float16 with float32 wo, or all float32."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "text_encoder").mkdir()
+    shutil.copy(REFERENCE / "spiece.model", folder / "tokenizer")
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(seed)
+    vocab = prompts.Tokenizer(REFERENCE / "spiece.model").pieces.vocab_size()
+    config = CONFIG | {"vocab_size": vocab}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    state = T5Encoder(T5Config.from_dict(config)).state_dict()
+    if half:
+        state = {k: v if k.endswith("wo.weight") else v.half() for k, v in state.items()}
+    name = "model.fp16.safetensors" if half else "model.safetensors"
+    weights.save(state, folder / "text_encoder" / name, {})
+    return folder
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_streamed_equals_whole(tmp_path, half, dtype):
+    folder = write_encoder(tmp_path / "m", half=half)
+    whole = prompts.load_text_encoder(folder, dtype)(TEXTS)
+    streamed = prompts.load_text_encoder(folder, dtype, streamed=True)(TEXTS)
+    assert whole.shape == (3, 77, 32) and whole.dtype == streamed.dtype == dtype
+    error = (whole.float() - streamed.float()).norm() / whole.float().norm()
+    assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_padding_rows_of_the_empty_prompt_are_all_alike(tmp_path):
+    """Each padded query sees the end mark alone, so where it stands cannot matter."""
+    states = prompts.load_text_encoder(write_encoder(tmp_path / "m"), torch.float32)([""])[0]
+    assert (states[1:] - states[1]).abs().max() < 1e-5 and (states[0] - states[1]).abs().max() > 1e-3
+
+
+def test_streaming_refuses_an_encoder_that_does_not_fit(tmp_path):
+    folder = write_encoder(tmp_path / "m")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
+    with pytest.raises(weights.WeightsError, match="missing"):
+        prompts.load_text_encoder(folder, torch.float32, streamed=True)
+
+
+def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF uses T5 v1.1"):
+        T5Config.from_dict(CONFIG | {"feed_forward_proj": "relu"})
+    with pytest.raises(ValueError, match="lacks d_kv, num_heads"):
+        T5Config.from_dict({k: v for k, v in CONFIG.items() if k not in ("d_kv", "num_heads")})
+
+
+def test_a_small_encoder_is_not_streamed_and_an_endless_one_is(tmp_path, monkeypatch):
+    folder = write_encoder(tmp_path / "m")
+    assert not prompts.should_stream(folder, torch.float32)
+    monkeypatch.setattr(prompts.os, "sysconf", lambda name: 1)
+    assert prompts.should_stream(folder, torch.float32)
+
+
+def test_embeds_come_back_bit_by_bit_whatever_the_order(tmp_path):
+    embeds = torch.randn(3, 77, 8).half()
+    prompts.write_embeds(tmp_path / "e.safetensors", TEXTS, embeds, "abc")
+    back = prompts.read_embeds(tmp_path / "e.safetensors", ["An old man with a beard ", "a castle"], "abc")
+    assert torch.equal(back, embeds[[2, 0]])
+
+
+def test_the_courses_dictionary_is_read(tmp_path):
+    table = {"a rocket ship": torch.randn(1, 77, 16).half(), "": torch.randn(1, 77, 16).half()}
+    torch.save(table, tmp_path / "prompt_embeds_dict.pth")
+    back = prompts.read_embeds(tmp_path / "prompt_embeds_dict.pth", ["", "a rocket ship"])
+    assert torch.equal(back, torch.cat([table[""], table["a rocket ship"]]))
+
+
+def test_files_that_cannot_serve_are_told(tmp_path):
+    prompts.write_embeds(tmp_path / "e.safetensors", ["a castle", ""], torch.zeros(2, 77, 8), "abc")
+    with pytest.raises(ValueError, match=r"lacks \['a volcano'\]; it holds \['', 'a castle'\]"):
+        prompts.read_embeds(tmp_path / "e.safetensors", ["a volcano"])
+    with pytest.raises(ValueError, match="made by another text encoder"):
+        prompts.read_embeds(tmp_path / "e.safetensors", ["a castle"], "xyz")
+    with pytest.raises(ValueError, match="no file of encoded prompts at .*minidiff.encode"):
+        prompts.read_embeds(tmp_path / "none.safetensors", ["a castle"])
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is no file of encoded prompts"):
+        prompts.read_embeds(tmp_path / "bad.safetensors", ["a castle"])
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="must hold a dictionary from prompt to tensor"):
+        prompts.read_embeds(tmp_path / "list.pth", ["a castle"])
+
+
+class Evil:
+    """What unpickling would run, if it were allowed to."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a castle": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="holds more than tensors, and was not opened"):
+        prompts.read_embeds(tmp_path / "evil.pth", ["a castle"])
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_the_fingerprint_tells_encoders_apart(tmp_path):
+    a, b = write_encoder(tmp_path / "a", seed=0), write_encoder(tmp_path / "b", seed=1)
+    assert prompts.fingerprint(a) == prompts.fingerprint(a) != prompts.fingerprint(b)

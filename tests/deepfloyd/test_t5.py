@@ -1,0 +1,222 @@
+"""The T5 encoder against transformers' on a tiny network, its parts against their formulas, T5-XXL's size."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidiff.deepfloyd import t5
+from minidiff.deepfloyd.t5 import RMSNorm, T5Config, T5Encoder, attention_bias, encode_streamed, relative_bucket
+from tests.reference.fill import fill, normal, read, read_json, relative_l2
+
+REFERENCE, ABOUT = read("t5"), read_json("t5")
+CONFIG = T5Config.from_dict(ABOUT["config"])
+IDS, MASK = REFERENCE["input_ids"], REFERENCE["attention_mask"]
+
+
+def build() -> T5Encoder:
+    return fill(T5Encoder(CONFIG))
+
+
+# --- against transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", range(4), ids=["empty", "short", "longer", "full"])
+@torch.inference_mode()
+def test_whole_network_against_transformers(row):
+    """Every row of 77 states, padding included. 5e-6: a norm's epsilon of 1e-5 for 1e-6 makes more."""
+    states = build()(IDS[row : row + 1], MASK[row : row + 1])
+    assert states.shape == (1, 77, 32)
+    assert relative_l2(states, REFERENCE["masked"][row : row + 1]) <= 5e-6
+
+
+@torch.inference_mode()
+def test_batch_and_mask_against_transformers():
+    """Rows of a batch do not touch each other, and the mask matters: without it padding would be read."""
+    model = build()
+    assert relative_l2(model(IDS, MASK), REFERENCE["masked"]) <= 5e-6
+    unmasked = model(IDS[1:2], torch.ones_like(MASK[1:2]))
+    assert relative_l2(unmasked, REFERENCE["unmasked"]) <= 5e-6
+    assert relative_l2(unmasked, REFERENCE["masked"][1:2]) > 0.1
+
+
+def test_names_and_shapes_are_transformers():
+    assert {key: list(x.shape) for key, x in T5Encoder(CONFIG).state_dict().items()} == ABOUT["shapes"]
+
+
+def test_relative_buckets_against_transformers():
+    assert REFERENCE["distances"].tolist() == list(range(-200, 201))
+    assert torch.equal(relative_bucket(REFERENCE["distances"]), REFERENCE["buckets"])
+
+
+@torch.inference_mode()
+def test_attention_bias_against_transformers():
+    bias = attention_bias(CONFIG, build().encoder.block[0], torch.ones(1, 13))
+    assert torch.equal(bias, REFERENCE["bias_13"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_half_precision(dtype):
+    """Within 2 % of float32."""
+    states = build().to(dtype)(IDS, MASK)
+    assert states.dtype == dtype
+    assert relative_l2(states, REFERENCE["masked"]) <= 0.02
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_padding_of_the_empty_prompt_is_one_state_repeated():
+    """With the mask every padded position sees the end mark alone, so it cannot tell where it is: rows 1 to 76 agree.
+    The end mark's own row differs, for it starts from another embedding."""
+    states = build()(IDS[:1], MASK[:1])[0]
+    torch.testing.assert_close(states[1:], states[1:2].expand(76, -1), rtol=1e-5, atol=1e-6)
+    assert relative_l2(states[0], states[1]) > 1e-2
+
+
+@torch.inference_mode()
+def test_padding_does_not_reach_the_words():
+    """The states of the words are the same with and without padding behind them."""
+    model, n = build(), int(MASK[1].sum())
+    alone = model(IDS[1:2, :n], MASK[1:2, :n])
+    assert relative_l2(model(IDS[1:2], MASK[1:2])[:, :n], alone) <= 2e-6
+
+
+def fetch_from(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+
+
+def streamed(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    rows = lambda key, ids: state[key][ids]  # noqa: E731
+    return encode_streamed(CONFIG, lambda prefix: fetch_from(state, prefix), rows, dtype, IDS, MASK)
+
+
+@torch.inference_mode()
+def test_streamed_is_whole():
+    model = build()
+    assert torch.equal(streamed(model.state_dict()), model(IDS, MASK))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_streamed_casts_float32_files(dtype):
+    """Computed in half precision from a float32 file: within 2 % of float32, and what comes out is half precision."""
+    states = streamed(build().state_dict(), dtype)
+    assert states.dtype == dtype
+    assert relative_l2(states, REFERENCE["masked"]) <= 0.02
+
+
+def test_streamed_fetches_half_a_block_at_a_time():
+    state, fetched = build().state_dict(), []
+
+    def fetch(prefix: str) -> dict[str, Tensor]:
+        fetched.append(prefix)
+        return fetch_from(state, prefix)
+
+    encode_streamed(CONFIG, fetch, lambda key, ids: state[key][ids], torch.float32, IDS, MASK)
+    halves = [f"encoder.block.{i}.layer.{j}." for i in range(3) for j in range(2)]
+    assert fetched == [*halves, "encoder.final_layer_norm."]
+
+
+def loud(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights whose feed-forward passes float16's largest number, 65504, as T5-XXL's does."""
+    state = {key: x.clone() for key, x in build().state_dict().items()}
+    for key in state:
+        if key.endswith("wo.weight"):
+            state[key] *= 300
+        if ".wi_" in key:
+            state[key] *= 30
+    return {key: x.to(dtype) for key, x in state.items()}
+
+
+@torch.inference_mode()
+def test_float16_survives_activations_beyond_its_range():
+    """The stream and the feed-forward's last product stay float32, whichever type the file stores `wo` in."""
+    expected = streamed(loud(torch.float32))
+    model = T5Encoder(CONFIG)
+    model.load_state_dict(loud(torch.float32))
+    largest = []
+    model.encoder.block[0].layer[1].DenseReluDense.register_forward_hook(lambda m, x, y: largest.append(y.abs().max()))
+    model(IDS, MASK)
+    assert largest[0] > 65504
+    halves = loud(torch.float16)
+    mixed = {key: loud(torch.float32)[key] if key.endswith("wo.weight") else x for key, x in halves.items()}
+    for state in (halves, mixed):
+        assert relative_l2(streamed(state, torch.float16), expected) <= 0.02
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_relative_buckets_worked_by_hand():
+    """T5 (Raffel et al.) Sec. 2.1, as mesh-tensorflow builds it. Distances 0 to 7 have a bucket each; from 8 on,
+    floor(8 + 8 ln(a / 8) / ln 16) gives 8 at 8, 9 at 12 (8 + 8 * 0.1462 = 9.17), 12 at 32 (8 + 8 / 2), 15 at 91 and
+    beyond; later keys add 16."""
+    far = {8: 8, 11: 8, 12: 9, 15: 9, 16: 10, 22: 10, 23: 11, 31: 11, 32: 12, 45: 12, 46: 13, 63: 13, 64: 14, 90: 14, 91: 15}
+    far |= {128: 15, 10_000: 15}
+    for distance, bucket in {**{a: a for a in range(8)}, **far}.items():
+        assert relative_bucket(torch.tensor(-distance)).item() == bucket
+        if distance:
+            assert relative_bucket(torch.tensor(distance)).item() == 16 + bucket
+
+
+def test_rms_norm_worked_by_hand():
+    """The mean square of 3, 4, 0, 0 is 25 / 4, so it becomes 1.2, 1.6, 0, 0 (times the weight): no mean is taken off.
+    Numbers as small as sqrt(epsilon) come out smaller by sqrt(2)."""
+    norm = RMSNorm(4, 1e-6)
+    norm.weight.data = torch.tensor([1.0, 0.5, 1.0, 1.0])
+    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0, 0.0, 0.0])), torch.tensor([1.2, 0.8, 0.0, 0.0]))
+    assert norm(torch.full((4,), 1e-3))[0].item() == pytest.approx(1 / math.sqrt(2), rel=1e-6)
+
+
+@torch.inference_mode()
+def test_attention_formula():
+    """softmax(q k^T + bias) v, head by head, without 1 / sqrt(d)."""
+    attention = fill(t5.SelfAttention(CONFIG, owns_bias=False)).double()
+    x, bias = normal("t5.x", 2, 5, 32).double(), normal("t5.bias", 1, 6, 5, 5).double()
+    q, k, v = attention.q(x), attention.k(x), attention.v(x)
+    heads = []
+    for h in range(6):
+        part = slice(8 * h, 8 * h + 8)
+        heads.append((q[..., part] @ k[..., part].mT + bias[:, h]).softmax(-1) @ v[..., part])
+    torch.testing.assert_close(attention(x, bias), attention.o(torch.cat(heads, -1)), rtol=1e-10, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_feed_forward_formula():
+    """W_o (gelu(W_0 x) * (W_1 x)), gelu(a) = a / 2 (1 + tanh(sqrt(2 / pi) (a + 0.044715 a^3)))."""
+    ff = fill(t5.GatedFeedForward(CONFIG)).double()
+    x = normal("t5.x", 2, 5, 32).double()
+    a = ff.wi_0(x)
+    gelu = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+    torch.testing.assert_close(ff(x), ff.wo(gelu * ff.wi_1(x)), rtol=1e-10, atol=1e-12)
+
+
+def test_t5_xxl_size():
+    """The default config is T5-XXL, which all released IF models use."""
+    with torch.device("meta"):
+        shapes = {key: tuple(x.shape) for key, x in T5Encoder(T5Config()).state_dict().items()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 4_762_310_656
+    assert len(shapes) == 219
+    expected = {"shared.weight": (32128, 4096), "encoder.final_layer_norm.weight": (4096,)}
+    expected["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 64)
+    for i in range(24):
+        block = f"encoder.block.{i}.layer"
+        expected |= {f"{block}.{j}.layer_norm.weight": (4096,) for j in (0, 1)}
+        expected |= {f"{block}.0.SelfAttention.{part}.weight": (4096, 4096) for part in "qkvo"}
+        expected |= {f"{block}.1.DenseReluDense.{part}.weight": (10240, 4096) for part in ("wi_0", "wi_1")}
+        expected[f"{block}.1.DenseReluDense.wo.weight"] = (4096, 10240)
+    assert shapes == expected
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_config_errors():
+    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF uses T5 v1.1, 'gated-gelu'"):
+        T5Config.from_dict({**ABOUT["config"], "feed_forward_proj": "relu"})
+    with pytest.raises(ValueError, match="text_encoder/config.json lacks d_model, num_heads"):
+        T5Config.from_dict({k: v for k, v in ABOUT["config"].items() if k not in ("d_model", "num_heads")})

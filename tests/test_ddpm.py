@@ -1,0 +1,385 @@
+"""Each equation of the process: worked by hand, against a formula it must equal, and against diffusers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from minidiff import ddpm, schedule
+from minidiff.guidance import dynamic_threshold
+from tests.reference.fill import normal, read, relative_l2
+
+COSINE = schedule.squaredcos_cap_v2()
+SHAPE = (2, 3, 8, 8)
+
+
+def values(name: str, *shape: int) -> Tensor:
+    return normal(f"test_ddpm.{name}", *(shape or SHAPE)).double()
+
+
+def bars(*alpha_bars: float) -> Tensor:
+    return torch.tensor(alpha_bars, dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+def image(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+def close(x: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
+    torch.testing.assert_close(x, expected, rtol=rtol, atol=1e-12)
+
+
+# Pairs of times a strided walk jumps between: neighbours, long jumps, both ends of the table.
+JUMPS = [(999, 998), (999, 500), (500, 499), (900, 30), (30, 0), (1, 0)]
+jumps = pytest.mark.parametrize(("t", "t_prev"), JUMPS)
+
+
+def alpha_bars(t: int, t_prev: int) -> tuple[Tensor, Tensor]:
+    return COSINE.alpha_bar(torch.tensor([t])), COSINE.alpha_bar(torch.tensor([t_prev]))
+
+
+# --- forward and back -------------------------------------------------------------------------------------------------
+
+
+def test_ddpm_eq4_add_noise():
+    """DDPM Eq. 4: with alpha_bar 0.64 the roots are 0.8 and 0.6; 0.8 * 0.5 + 0.6 * (-2) = -0.8. The ends are the
+    picture and the noise themselves."""
+    x_start, noise = image(0.5, 0.5, 0.5), image(-2.0, -2.0, -2.0)
+    close(ddpm.add_noise(x_start, noise, bars(0.64, 1.0, 0.0)), image(-0.8, 0.5, -2.0))
+
+
+def test_ddpm_eq4_is_many_small_steps():
+    """DDPM Eq. 4 sums up DDPM Eq. 2, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise: the share of the picture and
+    the variance of the noise, carried step by step, are its two coefficients."""
+    share, variance = 1.0, 0.0
+    for beta in COSINE.betas[:400].tolist():
+        share, variance = share * math.sqrt(1 - beta), variance * (1 - beta) + beta
+    alpha_bar = COSINE.alpha_bar(torch.tensor([399]))
+    close(ddpm.add_noise(image(1.0), image(0.0), alpha_bar), image(share))
+    close(ddpm.add_noise(image(0.0), image(1.0), alpha_bar), image(math.sqrt(variance)))
+
+
+def test_ddpm_eq15_predict_x_start():
+    """DDPM Eq. 15: (-0.8 - 0.6 * (-2)) / 0.8 = 0.5."""
+    close(ddpm.predict_x_start(image(-0.8), image(-2.0), bars(0.64)), image(0.5))
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 998, 999])
+def test_ddpm_eq15_undoes_eq4(t):
+    """DDPM Eq. 15 inverts DDPM Eq. 4; scaled by sqrt(alpha_bar), which cancels the growth of rounding near t = 999."""
+    x_start, noise = values("x_start"), values("noise")
+    alpha_bar = COSINE.alpha_bar(torch.tensor([t, t]))
+    back = ddpm.predict_x_start(ddpm.add_noise(x_start, noise, alpha_bar), noise, alpha_bar)
+    close(back * alpha_bar.sqrt(), x_start * alpha_bar.sqrt())
+
+
+def test_coefficients_are_cast_after_they_are_formed():
+    """float32 pictures stay float32, and their coefficients are the float64 ones, rounded once."""
+    x_start = torch.ones(1, 1, 1, 1)
+    alpha_bar = COSINE.alpha_bar(torch.tensor([0]))
+    x_t = ddpm.add_noise(torch.zeros_like(x_start), x_start, alpha_bar)
+    assert x_t.dtype == torch.float32
+    assert x_t.item() == torch.tensor(math.sqrt(1 - COSINE.alphas_cumprod[0].item()), dtype=torch.float32).item()
+
+
+# --- posterior --------------------------------------------------------------------------------------------------------
+
+
+def test_ddpm_eq7_posterior_mean():
+    """DDPM Eq. 7: from alpha_bar 0.36 to 0.72, alpha_t = beta_t = 0.5: sqrt(0.72) 0.5 / 0.64 = 0.6629126 on x_start,
+    sqrt(0.5) 0.28 / 0.64 = 0.3093592 on x_t."""
+    x_start, x_t = image(1.0, 0.0), image(0.0, 1.0)
+    mean = ddpm.posterior_mean(x_start, x_t, bars(0.36), bars(0.72))
+    close(mean, image(0.6629126073623883, 0.30935921676911454))
+
+
+def test_ddpm_eq7_posterior_variance():
+    """DDPM Eq. 7: 0.28 / 0.64 * 0.5 = 0.21875; nothing is left to chance when the step before is clean."""
+    close(ddpm.posterior_variance(bars(0.36, 0.36), bars(0.72, 1.0)), bars(0.21875, 0.0))
+
+
+@jumps
+def test_ddpm_eq6_posterior_is_bayes_rule(t, t_prev):
+    """DDPM Eq. 6: q(x_prev | x_t, x_start) is the product of two Gaussians in x_prev, q(x_t | x_prev) and
+    q(x_prev | x_start), so precisions add and the mean is the precision-weighted one. DDPM Eq. 7 must equal that."""
+    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    precision_of_x_t, precision_of_x_start = alpha_t / (1 - alpha_t), 1 / (1 - alpha_bar_prev)
+    precision = precision_of_x_t + precision_of_x_start
+    x_start, x_t = values("x_start"), values("x_t")
+    mean = precision_of_x_t * x_t / alpha_t.sqrt() + precision_of_x_start * alpha_bar_prev.sqrt() * x_start
+    close(ddpm.posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev), mean / precision)
+    close(ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev), 1 / precision)
+
+
+@jumps
+def test_ddpm_eq11_is_eq7_with_eq15(t, t_prev):
+    """DDPM Eq. 11: mean = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t), the step of DDPM Alg. 2, is
+    DDPM Eq. 7 at the estimate of DDPM Eq. 15."""
+    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
+    x_t, eps = values("x_t"), values("eps")
+    x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    expected = (x_t - (1 - alpha_t) / (1 - alpha_bar_t).sqrt() * eps) / alpha_t.sqrt()
+    mean = ddpm.posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev)
+    close(mean / expected.abs().max(), expected / expected.abs().max(), rtol=1e-9)
+
+
+def test_iddpm_eq15_learned_log_var():
+    """iDDPM Eq. 15: -1 gives log beta_tilde = log 0.21875, 1 gives log beta = log 0.5, 0 their mean, 3 goes on beyond:
+    2 log 0.5 - log 0.21875."""
+    low, high = math.log(0.21875), math.log(0.5)
+    log_var = ddpm.learned_log_var(image(-1.0, 1.0, 0.0, 3.0), bars(0.36), bars(0.72))
+    close(log_var, image(low, high, (low + high) / 2, 2 * high - low))
+
+
+def test_iddpm_eq15_values_of_a_walk_of_50_steps():
+    """iDDPM Eq. 15: lower bound, middle and upper bound of three jumps of 20, worked out with 30 digits from the
+    cosines of iDDPM Eq. 17."""
+    expected = {
+        980: (-0.27405997027, -0.272650209712, -0.271240449155),
+        500: (-2.88456098585, -2.85288967609, -2.82121836634),
+        20: (-10.1171244952, -8.20631862083, -6.29551274645),
+    }
+    for t, row in expected.items():
+        log_var = ddpm.learned_log_var(image(-1.0, 0.0, 1.0), *alpha_bars(t, t - 20))
+        torch.testing.assert_close(log_var, image(*row), rtol=1e-10, atol=0)
+
+
+def test_iddpm_eq15_lower_bound_is_floored_when_the_step_before_is_clean():
+    """iDDPM Eq. 15: beta_tilde is 0 there and its log is taken at 1e-20."""
+    log_var = ddpm.learned_log_var(image(-1.0, 1.0), *alpha_bars(0, -1))
+    close(log_var, image(math.log(1e-20), math.log(COSINE.betas[0])), rtol=1e-9)
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+
+def take_step(t: int, t_prev: int, pred_var: Tensor | None, noise: Tensor, fix_x_start=None) -> tuple[Tensor, Tensor]:
+    times = torch.full((2,), t), torch.full((2,), t_prev)
+    return ddpm.step(COSINE, values("x_t"), *times, values("eps"), pred_var, noise, fix_x_start)
+
+
+@jumps
+def test_ddpm_alg2_step(t, t_prev):
+    """DDPM Alg. 2, line 4: the mean of DDPM Eq. 11 plus sigma z, with sigma^2 = beta_t where no variance is learned."""
+    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    x_t, eps, noise = values("x_t"), values("eps"), values("noise")
+    mean = (x_t - (1 - alpha_t) / (1 - alpha_bar_t).sqrt() * eps) / alpha_t.sqrt()
+    expected = mean + (1 - alpha_t).sqrt() * noise
+    x_prev, x_start = take_step(t, t_prev, None, noise)
+    close(x_prev / expected.abs().max(), expected / expected.abs().max(), rtol=1e-9)
+    close(x_start, ddpm.predict_x_start(x_t, eps, alpha_bar_t))
+
+
+@jumps
+def test_step_with_a_learned_variance(t, t_prev):
+    """The same mean, and the standard deviation of iDDPM Eq. 15 on the noise."""
+    noise, pred_var = values("noise"), values("pred_var")
+    quiet, _ = take_step(t, t_prev, pred_var, torch.zeros(SHAPE, dtype=torch.float64))
+    x_prev, _ = take_step(t, t_prev, pred_var, noise)
+    std = (0.5 * ddpm.learned_log_var(pred_var, *alpha_bars(t, t_prev))).exp()
+    close((x_prev - quiet) / std, noise, rtol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_step_to_the_clean_picture_adds_no_noise_and_returns_the_estimate(learned):
+    pred_var = values("pred_var") if learned else None
+    x_prev, x_start = take_step(30, -1, pred_var, values("noise"))
+    close(x_prev, x_start)
+
+
+def test_step_fixes_the_estimate_before_it_is_used():
+    noise = torch.zeros(SHAPE, dtype=torch.float64)
+    x_prev, x_start = take_step(500, 400, None, noise, fix_x_start=lambda x: x.clamp(-0.1, 0.1))
+    assert x_start.abs().max() == 0.1
+    close(x_prev, ddpm.posterior_mean(x_start, values("x_t"), *alpha_bars(500, 400)))
+
+
+def test_step_takes_another_time_for_each_picture():
+    x_t, eps, noise, pred_var = (values(name) for name in ("x_t", "eps", "noise", "pred_var"))
+    t, t_prev = torch.tensor([900, 20]), torch.tensor([800, -1])
+    together, _ = ddpm.step(COSINE, x_t, t, t_prev, eps, pred_var, noise)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone, _ = ddpm.step(COSINE, x_t[one], t[one], t_prev[one], eps[one], pred_var[one], noise[one])
+        close(together[one], alone)
+
+
+def test_a_jump_is_a_step_of_the_process_with_fewer_times():
+    """Leaving out times makes a process of its own, with beta = 1 - alpha_bar_t / alpha_bar_prev: its neighbours'
+    step is our jump."""
+    kept = torch.tensor([0, 30, 200, 650, 999])
+    alpha_bar = COSINE.alphas_cumprod[kept]
+    shorter = schedule.Schedule.from_betas(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+    x_t, eps, noise, pred_var = (values(name) for name in ("x_t", "eps", "noise", "pred_var"))
+    for i in range(1, 5):
+        ours = ddpm.step(COSINE, x_t, kept[[i, i]], kept[[i - 1, i - 1]], eps, pred_var, noise)
+        theirs = ddpm.step(shorter, x_t, torch.tensor([i, i]), torch.tensor([i - 1, i - 1]), eps, pred_var, noise)
+        for x, y in zip(ours, theirs):
+            close(x / y.abs().max(), y / y.abs().max(), rtol=1e-8)
+
+
+# --- step, against diffusers' DDPMScheduler ---------------------------------------------------------------------------
+
+REFERENCE = read("ddpm")
+WALKS = {"ten": 1.5, "twenty_seven": 1.0, "fifty": 1.5, "hundred": 1.0, "fast27": 1.5}  # sample_max_value of each
+
+
+def reference_step(walk: str, i: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Step i of a recorded walk, with the stand-in for a network and the noise of reference/make.py."""
+    times = [*REFERENCE[f"{walk}.timesteps"].tolist(), -1]
+    alpha_bar_t = COSINE.alphas_cumprod[times[i]].item()
+    eps = (1 - alpha_bar_t) ** 0.5 * x_t + 0.3 * alpha_bar_t**0.5 * normal(f"{walk}.{i}.eps", *SHAPE)
+    pred_var = 1.2 * torch.tanh(normal(f"{walk}.{i}.pred_var", *SHAPE))
+    t, t_prev = (torch.tensor([time, time]) for time in (times[i], times[i + 1]))
+    noise = normal(f"{walk}.{i}.noise", *SHAPE)
+    return ddpm.step(COSINE, x_t, t, t_prev, eps, pred_var, noise, dynamic_threshold(0.95, WALKS[walk]))
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_single_steps_against_diffusers(walk):
+    """From the same x_t. Two tolerances are wider, for diffusers multiplies up its alpha-bars in float32: that moves
+    1 - alpha_bar_0 by 6e-4 relative, and with it the noise of the step into t = 0; and alpha_bar_999 by 1.3e-5, and
+    with it half of that of the estimate there."""
+    timesteps = REFERENCE[f"{walk}.timesteps"].tolist()
+    written = [i for i in range(len(timesteps)) if f"{walk}.{i}.x_t" in REFERENCE]
+    assert len(written) >= 2
+    for i in written:
+        x_prev, x_start = reference_step(walk, i, REFERENCE[f"{walk}.{i}.x_t"])
+        into_0, from_999 = i == len(timesteps) - 2, timesteps[i] == 999
+        error = (x_start - REFERENCE[f"{walk}.{i}.pred_x_start"]).abs().max().item()
+        assert error <= (1e-5 if from_999 else 5.5e-6), (i, error)
+        error = (x_prev - REFERENCE[f"{walk}.{i}.x_prev"]).abs().max().item()
+        assert error <= (1e-4 if into_0 else 1.5e-5), (i, error)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_whole_walks_against_diffusers(walk):
+    """With diffusers' tables computed in float64, as ours are, nothing but rounding is left; as released, its float32
+    tables leave the difference of the step into t = 0."""
+    assert REFERENCE[f"{walk}.timesteps"].tolist() == {
+        "ten": schedule.leading(10), "twenty_seven": schedule.leading(27), "fifty": schedule.leading(50),
+        "hundred": schedule.leading(100), "fast27": schedule.respaced("fast27"),
+    }[walk].tolist()  # fmt: skip
+    x = normal(f"{walk}.x_T", *SHAPE)
+    for i in range(len(REFERENCE[f"{walk}.timesteps"])):
+        x, _ = reference_step(walk, i, x)
+    assert relative_l2(x, REFERENCE[f"{walk}.final.float64"]) <= 2e-6
+    assert relative_l2(x, REFERENCE[f"{walk}.final.released"]) <= 1e-4
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_ddpm_eq14_loss():
+    """DDPM Eq. 14: the mean of (1 - 0)^2, (0 - 2)^2, (3 - 3)^2, (-1 - 0)^2 is 6 / 4, for each picture by itself."""
+    noise = torch.tensor([[1.0, 0.0, 3.0, -1.0], [1.0, 1.0, 1.0, 1.0]]).view(2, 1, 2, 2)
+    eps = torch.tensor([[0.0, 2.0, 3.0, 0.0], [1.0, 1.0, 1.0, 3.0]]).view(2, 1, 2, 2)
+    loss = ddpm.loss(COSINE, torch.zeros(2, 1, 2, 2), noise, torch.tensor([5, 900]), eps, None)
+    assert loss.tolist() == [1.5, 1.0]
+
+
+def bound_inputs() -> tuple[Tensor, ...]:
+    x_start = (values("x_start").clamp(-1, 1) * 127.5).round() / 127.5
+    return x_start, values("noise"), values("noise") + 0.1 * values("error"), values("pred_var").tanh()
+
+
+def test_ddpm_eq5_bound_is_a_kl_divergence():
+    """DDPM Eq. 5, iDDPM Eq. 6: for t > 0, KL of the true posterior from ours, by torch's own formula, in bits."""
+    x_start, noise, eps, pred_var = bound_inputs()
+    for times in ([999, 500], [30, 1]):
+        t = torch.tensor(times)
+        ab_t, ab_prev = COSINE.alpha_bar(t), COSINE.alpha_bar(t - 1)
+        x_t = ddpm.add_noise(x_start, noise, ab_t)
+        mean = ddpm.posterior_mean(ddpm.predict_x_start(x_t, eps, ab_t), x_t, ab_t, ab_prev)
+        true_mean = ddpm.posterior_mean(x_start, x_t, ab_t, ab_prev)
+        true_std = ddpm.posterior_variance(ab_t, ab_prev).sqrt().expand(SHAPE)
+        std = (0.5 * ddpm.learned_log_var(pred_var, ab_t, ab_prev)).exp()
+        expected = kl_divergence(Normal(true_mean, true_std), Normal(mean, std)).flatten(1).mean(1) / math.log(2)
+        close(ddpm.bound(COSINE, x_start, noise, t, eps, pred_var), expected, rtol=1e-8)
+
+
+def test_ddpm_eq12_bound_with_the_true_variance():
+    """DDPM Eq. 12: where both variances are sigma^2 = beta_tilde, the bound is the squared error of eps times
+    beta^2 / (2 sigma^2 alpha (1 - alpha_bar))."""
+    x_start, noise, eps, _ = bound_inputs()
+    t = torch.tensor([700, 3])
+    ab_t, ab_prev = COSINE.alpha_bar(t), COSINE.alpha_bar(t - 1)
+    alpha, beta, variance = ab_t / ab_prev, 1 - ab_t / ab_prev, ddpm.posterior_variance(ab_t, ab_prev)
+    expected = (beta**2 / (2 * variance * alpha * (1 - ab_t)) * (noise - eps) ** 2).flatten(1).mean(1) / math.log(2)
+    close(ddpm.bound(COSINE, x_start, noise, t, eps, torch.full_like(noise, -1.0)), expected, rtol=1e-8)
+
+
+def test_ddpm_eq13_probability_of_8bit_values():
+    """DDPM Eq. 13: a Gaussian's mass on the 256 bins of width 2/255, the outermost reaching to infinity, is 1 in
+    all; and the bin around its own mean holds erf(1/255 / (std sqrt 2)), here with std 1/255: erf(1 / sqrt 2)."""
+    levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(1, 1, 16, 16)
+    for mean, std in ((0.0, 0.1), (0.9, 0.3), (-1.2, 0.01), (7.3 / 255, 1 / 255)):
+        mean_of_all, log_var = torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(std))
+        total = ddpm._log_prob_of_8bit(levels, mean_of_all, log_var).exp().sum()
+        close(total, torch.tensor(1.0, dtype=torch.float64), rtol=1e-8)
+    own = ddpm._log_prob_of_8bit(image(1 / 255), image(1 / 255), image(2 * math.log(1 / 255))).exp()
+    close(own, image(math.erf(1 / math.sqrt(2))))
+
+
+def test_ddpm_eq13_in_the_last_step_of_the_bound():
+    """DDPM Eq. 13, iDDPM Eq. 5: at t = 0 the mean is the estimate itself; with the right eps it is x_start, and with
+    pred_var 1 the deviation is sqrt(beta_0) = 0.0064253. Inner values get erf(1/255 / (0.0064253 sqrt 2)) = 0.458360,
+    the outermost the half beyond their bin's middle too: 0.5 + 0.458360 / 2."""
+    std = math.sqrt(COSINE.betas[0].item())
+    inside = math.erf(1 / 255 / (std * math.sqrt(2)))
+    assert abs(inside - 0.458360) < 1e-6
+    x_start = image(1 / 255, 1.0, -1.0)
+    noise = values("noise", 3, 1, 1, 1)
+    t = torch.zeros(3, dtype=torch.int64)
+    bits = ddpm.bound(COSINE, x_start, noise, t, noise, torch.ones_like(noise))
+    outside = 0.5 + inside / 2
+    close(bits, -torch.tensor([inside, outside, outside], dtype=torch.float64).log2(), rtol=1e-8)
+
+
+def test_iddpm_eq4_7_terms_of_the_bound():
+    """iDDPM Eq. 4-7: a perfect network leaves nothing of any term but the last, the cost of naming an 8-bit value."""
+    x_start, noise, _, _ = bound_inputs()
+    for t in (999, 400, 1):
+        bits = ddpm.bound(COSINE, x_start, noise, torch.tensor([t, t]), noise, torch.full_like(noise, -1.0))
+        assert bits.abs().max() < 1e-9
+    assert (ddpm.bound(COSINE, x_start, noise, torch.tensor([0, 0]), noise, torch.ones_like(noise)) > 0.5).all()
+
+
+def test_iddpm_eq16_hybrid_loss():
+    """iDDPM Eq. 16: L_simple + 0.001 * (T times one term of the bound), and the bound moves only the variance."""
+    x_start, noise, eps, pred_var = bound_inputs()
+    eps.requires_grad_(), pred_var.requires_grad_()
+    t = torch.tensor([300, 0])
+    simple = ddpm.loss(COSINE, x_start, noise, t, eps, None)
+    bound = ddpm.bound(COSINE, x_start, noise, t, eps, pred_var)
+    hybrid = ddpm.loss(COSINE, x_start, noise, t, eps, pred_var)
+    close(hybrid, simple + bound)  # 0.001 * 1000 = 1
+    of_hybrid = torch.autograd.grad(hybrid.sum(), [eps, pred_var])
+    close(of_hybrid[0], torch.autograd.grad(simple.sum(), eps)[0])
+    close(of_hybrid[1], torch.autograd.grad(bound.sum(), pred_var)[0])
+    assert of_hybrid[1].abs().max() > 0
+    shorter = schedule.linear(100)
+    t = torch.tensor([30, 70])
+    bound = ddpm.bound(shorter, x_start, noise, t, eps, pred_var)
+    close(ddpm.loss(shorter, x_start, noise, t, eps, pred_var), simple + 0.1 * bound)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_must_agree():
+    small, large, bar = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8), bars(0.5)
+    with pytest.raises(ValueError, match=r"shapes must agree, got x_start \(1, 3, 4, 4\), noise \(1, 3, 8, 8\)"):
+        ddpm.add_noise(small, large, bar)
+    with pytest.raises(ValueError, match=r"shapes must agree, got x_t \(1, 3, 4, 4\), eps \(1, 3, 8, 8\)"):
+        ddpm.predict_x_start(small, large, bar)
+    with pytest.raises(ValueError, match=r"shapes must agree, got x_start \(1, 3, 4, 4\), x_t \(1, 3, 8, 8\)"):
+        ddpm.posterior_mean(small, large, bar, bar)
+    t = torch.tensor([10])
+    with pytest.raises(ValueError, match=r"shapes must agree, got .*, noise \(1, 3, 8, 8\)"):
+        ddpm.step(COSINE, small, t, t - 1, small, None, large)
