@@ -17,22 +17,22 @@ This is plumbing: skim it. `python -m minidiff.weights list`, `download NAME` an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class WeightsError(ValueError):
@@ -332,7 +332,7 @@ class Checkpoint:
         return {key[len(prefix) :]: tensor for key, tensor in self.read(inside).items()}
 
     def rows(self, key: str, ids: Tensor) -> Tensor:
-        """Some rows of one matrix, without touching the others. ids: (N,) int64. Returns (N, D) in the file's dtype.
+        """Some rows of one matrix, without reading the others. ids: (N,) int64. Returns (N, D) in the file's dtype.
 
         Raises WeightsError if there is no such matrix, or no such row.
         """
@@ -341,7 +341,7 @@ class Checkpoint:
         n = self.shapes[key][0]
         if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n):
             raise WeightsError(f"{key} has rows 0..{n - 1}, got {ids.tolist()}; is the tokenizer of another model?")
-        return self.read([key])[key][ids]  # a copy of these rows; the pages of the others are never touched
+        return self.read([key])[key][ids]  # a copy: of the file, only what lies around these rows was paged in
 
 
 def _read_config(folder: Path) -> dict:
@@ -390,10 +390,29 @@ def _diagnose(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------- loading and saving
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Networks built inside have shapes but no numbers: no memory, no time for a random start that `load` replaces.
+
+    The same as `torch.device("meta")`, except that `normal_` does nothing: on that device its first call imports a
+    compiler's worth of modules, which takes seconds.
+    """
+    with torch.device("meta"), _NoNormals():
+        yield
+
+
+class _NoNormals(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load(
     module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
 ) -> nn.Module:
-    """Give a module built on `torch.device("meta")` its weights, and return it ready for inference, on the CPU.
+    """Give a module built `on_meta` its weights, and return it ready for inference, on the CPU.
 
     dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
@@ -467,28 +486,14 @@ def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The precision to load a released model in: float16, as its files are, where that is fast; float32 elsewhere.
 
-    CUDA: float16.  MPS: float32.  CPU: float16 if a small convolution is at least 1.3 times faster in it, which takes
-    about 30 ms to find out. Processors with float16 arithmetic reach 2 to 4, others 0.02 to 0.3, so chance has no say.
+    CUDA: float16.  MPS: float32.  CPU: float16 if the processor has float16 arithmetic (AVX-512 FP16, AMX), where it is
+    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed.
     """
     kind = torch.device(device).type
-    if kind == "cpu":
-        return torch.float16 if seconds_of_conv(torch.float16) * 1.3 < seconds_of_conv(torch.float32) else torch.float32
-    return torch.float16 if kind == "cuda" else torch.float32
-
-
-@torch.inference_mode()
-def seconds_of_conv(dtype: torch.dtype) -> float:
-    """The best time of a few small convolutions on the CPU in this precision; inf if torch does not support it."""
-    x, weight = torch.ones(1, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
-    times: list[float] = []
-    while len(times) < 6 and sum(times) < 0.02:
-        start = time.perf_counter()
-        try:
-            F.conv2d(x, weight, padding=1)
-        except RuntimeError:  # older versions of torch lack operations in half precision
-            return math.inf
-        times.append(time.perf_counter() - start)
-    return min(times)
+    fast = kind == "cuda"
+    if kind == "cpu" and torch.backends.mkldnn.is_available():
+        fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return torch.float16 if fast else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -514,7 +519,7 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
             types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
             parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
             say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-            with torch.device("meta"):
+            with on_meta():
                 module = build[part](checkpoint.config)
             report = compare(module, checkpoint)
         except ValueError as error:

@@ -214,7 +214,8 @@ def test_a_jump_is_a_step_of_the_process_with_fewer_times():
     step is our jump."""
     kept = torch.tensor([0, 30, 200, 650, 999])
     alpha_bar = COSINE.alphas_cumprod[kept]
-    shorter = schedule.Schedule.from_betas(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    shorter = schedule.Schedule.from_betas(1 - alpha_bar / before)
     x_t, eps, noise, pred_var = (values(name) for name in ("x_t", "eps", "noise", "pred_var"))
     for i in range(1, 5):
         ours = ddpm.step(COSINE, x_t, kept[[i, i]], kept[[i - 1, i - 1]], eps, pred_var, noise)

@@ -168,7 +168,7 @@ def test_strided_refuses_walks_that_do_not_arrive(walk):
 
 
 def test_respaced_refuses_unknown_names_and_crowded_sections():
-    with pytest.raises(ValueError, match="steps must be a count, a list like '10,10,3' or one of fast27, .*, got 'fast28'"):
+    with pytest.raises(ValueError, match="steps must be a count, a list like .* or one of fast27, .*, got 'fast28'"):
         schedule.respaced("fast28")
     with pytest.raises(ValueError, match="cannot take 6 steps out of 5; choose 1 to 5"):
         schedule.respaced("2,6", 10)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import math
 import os
 import re
 import struct
@@ -59,7 +58,7 @@ def make_t5() -> T5Encoder:
 
 
 def empty(make, *args):
-    with torch.device("meta"):
+    with weights.on_meta():
         return make(*args)
 
 
@@ -243,6 +242,17 @@ def test_one_report_of_all_that_does_not_fit(tmp_path):
     assert "extra.10" not in text
     assert "  1 misshapen:\n    conv_in.weight: (64, 3, 3, 3) in the file, (32, 3, 3, 3) expected\n" in text
     assert text.endswith(f"Do {folder / 'config.json'} and the weights belong to the same model?")
+
+
+def test_on_meta_networks_have_shapes_and_no_numbers_are_drawn():
+    with weights.on_meta():
+        assert nn.Embedding(3, 4).weight.is_meta
+        assert nn.Linear(3, 4).weight.is_meta
+        ones = torch.ones(3, device="cpu")
+        assert nn.init.normal_(ones) is ones
+        assert ones.normal_().tolist() == [1, 1, 1]
+    assert ones.normal_().tolist() != [1, 1, 1]
+    assert not nn.Linear(3, 4).weight.is_meta
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -537,7 +547,12 @@ from pathlib import Path
 from minidiff import weights
 weights.WEIGHTS = Path(os.environ["HF_HOME"]) / "none"
 answers = []
-for model, stage, parts, token in json.loads(sys.argv[1]):
+for question in json.loads(sys.argv[1]):
+    if question is None:
+        print("STOP", flush=True)  # the server goes away here
+        sys.stdin.readline()
+        continue
+    model, stage, parts, token = question
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
@@ -547,46 +562,43 @@ for model, stage, parts, token in json.loads(sys.argv[1]):
     except weights.WeightsError as error:
         found = "WeightsError: " + str(error)
     answers.append([found, said])
-print("ANSWERS", json.dumps(answers))
+print(json.dumps(answers))
 """
-
-
-def ask(endpoint: str, home: Path, questions: list) -> list:
-    """Run resolve in a fresh process: the hub's library reads its settings when imported."""
-    env = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
-    env = {key: value for key, value in env.items() if "proxy" not in key.lower()}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(weights.__file__).parent.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", SCRIPT, json.dumps(questions)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.split("ANSWERS")[1])
+BOTH = ["unet", "text_encoder"]
+QUESTIONS = {
+    "401": ["IF-I-M-v1.0", 1, ["unet"], None],
+    "403": ["IF-I-M-v1.0", 1, ["unet"], "hf_good"],
+    "bad token": ["IF-I-M-v1.0", 1, ["unet"], "hf_expired"],
+    "no safetensors": ["IF-I-L-v1.0", 1, ["unet"], "hf_good"],
+    "unet": ["IF-II-M-v1.0", 2, ["unet"], None],
+    "both": ["IF-II-M-v1.0", 2, BOTH, None],
+    "": None,
+    "offline, cached": ["IF-II-M-v1.0", 2, BOTH, None],
+    "offline, other text encoder": ["IF-I-XL-v1.0", 1, ["text_encoder"], None],
+    "offline": ["IF-I-M-v1.0", 1, ["unet"], None],
+}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What resolve answers with a hub, and then, with the cache that left, without one."""
+    """What resolve answers, and what it said, with a hub and then without; in a process of its own, because the hub's
+    library reads its settings when imported."""
     home = tmp_path_factory.mktemp("home")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    both = ["unet", "text_encoder"]
-    online = ask(endpoint, home, [
-        ["IF-I-M-v1.0", 1, ["unet"], None],
-        ["IF-I-M-v1.0", 1, ["unet"], "hf_good"],
-        ["IF-I-M-v1.0", 1, ["unet"], "hf_expired"],
-        ["IF-I-L-v1.0", 1, ["unet"], "hf_good"],
-        ["IF-II-M-v1.0", 2, ["unet"], None],
-        ["IF-II-M-v1.0", 2, both, None],
-    ])  # fmt: skip
-    server.shutdown()
-    server.server_close()
-    offline = ask(endpoint, home, [
-        ["IF-II-M-v1.0", 2, both, None],
-        ["IF-I-XL-v1.0", 1, ["text_encoder"], None],
-        ["IF-I-M-v1.0", 1, ["unet"], None],
-    ])  # fmt: skip
-    return {"online": online, "offline": offline, "home": home}
+    env = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+    env = {key: value for key, value in env.items() if "proxy" not in key.lower()}
+    env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    env["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(weights.__file__).parent.parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SCRIPT, json.dumps(list(QUESTIONS.values()))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "STOP\n"
+        server.shutdown()
+        server.server_close()
+        output = process.communicate("\n", timeout=120)[0]
+    return {"home": home, **dict(zip((name for name in QUESTIONS if name), json.loads(output)))}
 
 
 LICENCE = "log in at https://huggingface.co and accept the licence at https://huggingface.co/DeepFloyd/IF-I-XL-v1.0"
@@ -594,7 +606,7 @@ MINI = "\nOr use --model mini, which is embedded and needs none of this."
 
 
 def test_401_says_log_in(answers):
-    text = answers["online"][0][0]
+    text = answers["401"][0]
     assert text.startswith("WeightsError: DeepFloyd/IF-I-M-v1.0 is licensed, and you are not logged in (401).\n")
     assert f"\n  1. {LICENCE}, once for all models\n" in text
     assert "\n  2. run `hf auth login` with a token of that account, or set HF_TOKEN\n" in text
@@ -603,7 +615,7 @@ def test_401_says_log_in(answers):
 
 
 def test_403_says_accept_the_licence(answers):
-    text = answers["online"][1][0]
+    text = answers["403"][0]
     assert "IF-I-M-v1.0 is licensed: you are logged in, but this account has not accepted the licence (403).\n" in text
     assert f"\n  1. {LICENCE}" in text
     assert "\n  2. run `hf auth login` with a token of that account, or set HF_TOKEN; a fine-grained token must" in text
@@ -612,19 +624,19 @@ def test_403_says_accept_the_licence(answers):
 
 
 def test_401_with_a_token_says_it_is_not_valid(answers):
-    text = answers["online"][2][0]
+    text = answers["bad token"][0]
     assert "IF-I-M-v1.0 was refused: your token is not valid (401).\n" in text
     assert "\n  2. make a new token at https://huggingface.co/settings/tokens, then `hf auth login`" in text
 
 
 def test_a_repository_without_safetensors_is_told(answers):
-    text = answers["online"][3][0]
+    text = answers["no safetensors"][0]
     assert "DeepFloyd/IF-I-L-v1.0/unet: expected a file like" in text
     assert "found only diffusion_pytorch_model.bin; pickles are not read" in text
 
 
 def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
-    (unet, said), (both, said_later) = answers["online"][4:]
+    (unet, said), (both, said_later) = answers["unet"], answers["both"]
     folder = Path(unet)
     assert both == unet
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -644,12 +656,13 @@ def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
 
 
 def test_the_cache_needs_no_network(answers):
-    folder = answers["online"][5][0]
-    assert answers["offline"][:2] == [[folder, []], [folder, []]]  # the second: any model's text encoder will do
+    folder = answers["both"][0]
+    assert answers["offline, cached"] == [folder, []]
+    assert answers["offline, other text encoder"] == [folder, []]  # all models share one
 
 
 def test_offline_says_how_to_bring_the_files(answers):
-    text = answers["offline"][2][0]
+    text = answers["offline"][0]
     assert "DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub is unreachable or this machine offline (" in text
     page = LICENCE.split()[-1]
     assert f"\n  1. with a connection: accept the licence at {page}, run `hf auth login` or set HF_TOKEN\n" in text
@@ -674,25 +687,13 @@ def test_other_answers_of_the_hub_are_told_by_number():
 
 
 def test_default_dtype_is_half_only_where_that_is_fast(monkeypatch):
-    assert weights.default_dtype("cuda") == torch.float16
+    assert weights.default_dtype("cuda") == weights.default_dtype(torch.device("cuda:1")) == torch.float16
     assert weights.default_dtype("mps") == torch.float32
-    seconds = {torch.float16: 1.0, torch.float32: 3.0}
-    monkeypatch.setattr(weights, "seconds_of_conv", seconds.get)
-    assert weights.default_dtype("cpu") == torch.float16
-    seconds[torch.float16] = 2.9
-    assert weights.default_dtype("cpu") == torch.float32
-    seconds[torch.float16] = math.inf
-    assert weights.default_dtype(torch.device("cpu")) == torch.float32
-
-
-def test_the_speed_test_is_finite_and_survives_unsupported_types(monkeypatch):
-    assert 0 < weights.seconds_of_conv(torch.float32) < 1
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
-
-    monkeypatch.setattr(weights.F, "conv2d", fail)
-    assert weights.seconds_of_conv(torch.float16) == math.inf
+    for built_in, fast in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda built_in=built_in: built_in)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda fast=fast: fast, raising=False)
+        expected = torch.float16 if built_in and fast else torch.float32
+        assert weights.default_dtype("cpu") == weights.default_dtype(torch.device("cpu")) == expected
 
 
 def test_check_describes_and_compares_each_part(tmp_path, capsys):

@@ -53,7 +53,7 @@ def load_text_encoder(
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
     config = T5Config.from_dict(checkpoint.config)
-    with torch.device("meta"):
+    with weights.on_meta():
         encoder = T5Encoder(config)
     if streamed:
         report = weights.compare(encoder, checkpoint)
@@ -68,7 +68,7 @@ def load_text_encoder(
 def should_stream(folder: Path, dtype: torch.dtype) -> bool:
     """True if the whole encoder would take more than half of the memory that is free now (Linux; False elsewhere)."""
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
-    with torch.device("meta"):
+    with weights.on_meta():
         size = sum(p.numel() for p in T5Encoder(T5Config.from_dict(checkpoint.config)).parameters()) * dtype.itemsize
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

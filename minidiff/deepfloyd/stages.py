@@ -46,7 +46,7 @@ class Stage:
 def load_stage(folder: Path, dtype: torch.dtype | None, device: str) -> Stage:
     """The UNet and scheduler of a folder in the released layout.    Raises weights.WeightsError, ValueError."""
     checkpoint = weights.Checkpoint(folder, "unet", dtype)
-    with torch.device("meta"):
+    with weights.on_meta():
         unet = UNet(UNetConfig.from_dict(checkpoint.config))
     weights.load(unet, checkpoint, dtype).to(device)
     process = _read_json(folder / "scheduler" / "scheduler_config.json")

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.weights import on_meta
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -146,7 +148,7 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The whole encoder. Build it on `torch.device("meta")` and load weights by `weights.load`."""
+    """The whole encoder. Build it inside `weights.on_meta` and fill it by `weights.load`."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -222,13 +224,13 @@ def encode_streamed(
     h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
     for i in range(config.num_layers):
         for j in range(2):
-            with torch.device("meta"):
+            with on_meta():
                 block = Block(config, owns_bias=i == 0)
             sublayer = filled(block.layer[j], f"encoder.block.{i}.layer.{j}.")
             if i == j == 0:
                 bias = attention_bias(config, block, attention_mask)
             h = sublayer(h, bias) if j == 0 else sublayer(h)
             del block, sublayer  # the last references to the mapping: its pages leave memory
-    with torch.device("meta"):
+    with on_meta():
         norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
     return filled(norm, "encoder.final_layer_norm.")(h)

@@ -95,8 +95,8 @@ class Pictures:
         mirror = torch.rand(batch_size, generator=generator) < 0.5
         x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
         choice = torch.rand(batch_size, 2, generator=generator).tolist()
-        prompts = [self.captions[i][int(c * len(self.captions[i]))] for i, (c, _) in zip(picks.tolist(), choice)]
-        return x_start, ["" if drop < CAPTION_DROPOUT else p for p, (_, drop) in zip(prompts, choice)]
+        texts = [self.captions[i][int(c * len(self.captions[i]))] for i, (c, _) in zip(picks.tolist(), choice)]
+        return x_start, ["" if drop < CAPTION_DROPOUT else text for text, (_, drop) in zip(texts, choice)]
 
 
 class Trainee(nn.Module):
@@ -202,9 +202,12 @@ def update_average(ema: dict[str, Tensor], module: nn.Module, step: int) -> None
 
 def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig, t5: T5Config) -> None:
     """The averaged weights as float16 in the released layout, with their configs."""
+    for part in ("unet", "text_encoder") if stage == 1 else ("unet",):
+        (out / part).mkdir(parents=True, exist_ok=True)
     weights.save(
         {k.removeprefix("unet."): v.half() for k, v in ema.items() if k.startswith("unet.")},
         out / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+        {"format": "pt"},
     )
     up_types = [MIRROR[kind] for kind in reversed(unet.down_block_types)]
     _write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel"} | FIXED | asdict(unet)
@@ -219,7 +222,7 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
     # The feed-forward's last matrix stays float32, as in the released float16 files.
     text = {k.removeprefix("text_encoder."): v for k, v in ema.items() if k.startswith("text_encoder.")}
     text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
-    weights.save(text, out / "text_encoder" / "model.fp16.safetensors")
+    weights.save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
     _write_json(out / "text_encoder" / "config.json", asdict(t5)
                 | {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"})  # fmt: skip
 
@@ -236,14 +239,11 @@ def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pict
     if stage == 1:
         n = len(PREVIEW)
         x = stages.sample_base(loaded, encode(PREVIEW), encode([""]), respaced(20), seeded(0, n), guidance_scale=4.0)
-        columns = [[picture] for picture in x]
-        labels = [[prompt] for prompt in PREVIEW]
-        strip = images.strip([[c[0] for c in columns[:4]], [c[0] for c in columns[4:]]],
-                             [[p[0] for p in labels[:4]], [p[0] for p in labels[4:]]])  # fmt: skip
+        strip = images.strip([list(x[: n // 2]), list(x[n // 2 :])], [PREVIEW[: n // 2], PREVIEW[n // 2 :]])
     else:
-        x_start, prompts = pictures.draw(2, torch.Generator().manual_seed(1))
+        x_start, texts = pictures.draw(2, torch.Generator().manual_seed(1))
         low_res = F.avg_pool2d(x_start, 4)
-        x = stages.sample_super_resolution(loaded, low_res, encode(prompts), encode([""]), respaced(10), seeded(0, 2))
+        x = stages.sample_super_resolution(loaded, low_res, encode(texts), encode([""]), respaced(10), seeded(0, 2))
         rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
         strip = images.strip(rows, [["bilinear", "stage 2", "original"]] * 2)
     images.save(strip, out / "training" / "samples" / f"step-{step:07d}.png", {})
@@ -284,7 +284,7 @@ class Run:
         unet, t5 = UNet(self.config), T5Encoder(MINI_T5)
         if args.stage == 2:
             checkpoint = weights.Checkpoint(text_encoder, "text_encoder", torch.float32)
-            with torch.device("meta"):
+            with weights.on_meta():
                 t5 = T5Encoder(T5Config.from_dict(checkpoint.config))
             weights.load(t5, checkpoint, torch.float32)
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
@@ -319,9 +319,9 @@ class Run:
         per_process = self.args.batch_size // self.world
         seed = (self.args.seed * 1_000_003 + self.step) * 1024 + self.rank
         generator = torch.Generator().manual_seed(seed)
-        x_start, prompts = self.pictures.draw(per_process, generator)
+        x_start, texts = self.pictures.draw(per_process, generator)
         random = random_numbers(self.stage, per_process, x_start.shape[-1], self.model.schedule, generator)
-        ids, mask = (x.to(self.device) for x in self.tokenizer(prompts))
+        ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
         random = {k: v.to(self.device) for k, v in random.items()}
         loss = self.parallel(x_start.to(self.device), ids, mask, random, self.dtype).mean()
         if not torch.isfinite(loss):

@@ -138,7 +138,7 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.positional_embedding = nn.Parameter(torch.empty(1, dim).normal_(std=dim**-0.5))
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
@@ -266,7 +266,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of either stage. Build it on `torch.device("meta")` and load weights by `weights.load`."""
+    """The network of either stage. Build it inside `weights.on_meta` and fill it by `weights.load`."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

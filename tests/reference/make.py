@@ -8,7 +8,7 @@ import it:
         sentencepiece==0.2.3 numpy==2.4.6 accelerate==1.15.0 protobuf==7.36.2
     OMP_NUM_THREADS=1 refenv/bin/python tests/reference/make.py
 
-It rewrites every file beside itself (about ten seconds). All networks are tiny; their weights and inputs come from
+It rewrites every file beside itself (about fifteen seconds). All networks are tiny; their weights and inputs come from
 `fill.py` by name, so the files hold outputs only. Each file says in its metadata which programs made it.
 
     unet.safetensors, unet.json      UNet outputs, configs, tensor names, two numbers for each inner block
@@ -21,6 +21,7 @@ It rewrites every file beside itself (about ten seconds). All networks are tiny;
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -38,7 +39,7 @@ import transformers
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from fill import HERE, digest, fill, normal
+from fill import HERE, calm, digest, fill, normal
 from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -137,7 +138,7 @@ def build_unet(name: str) -> UNet2DConditionModel:
 
 @torch.inference_mode()
 def make_unet() -> None:
-    outputs, about = {}, {"gain": 1.0, "cases": UNET_CASES, "networks": {}}
+    outputs, about = {}, {"cases": UNET_CASES, "networks": {}}
     for name in UNETS:
         unet = build_unet(name)
         digests = {}
@@ -248,9 +249,11 @@ PROMPTS = [
 
 
 def make_tokens() -> None:
-    code_points = lambda text: " ".join(f"{ord(c):X}" for c in text)  # noqa: E731
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder) / "rules.tsv"
+    def code_points(text: str) -> str:
+        return " ".join(f"{ord(c):X}" for c in text)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the model remembers the path of its rules
+        rules = Path("rules.tsv")
         rules.write_text("".join(f"{code_points(a)}\t{code_points(b)}\n" for a, b in sorted(RULES.items())))
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -258,7 +261,7 @@ def make_tokens() -> None:
             vocab_size=200, character_coverage=1.0, normalization_rule_tsv=str(rules), hard_vocab_limit=False,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
-        (Path(folder) / "spiece.model").write_bytes(model.getvalue())
+        Path("spiece.model").write_bytes(model.getvalue())
         (HERE / "spiece.model").write_bytes(model.getvalue())
         tokenizer = T5Tokenizer.from_pretrained(folder)
     encoded = tokenizer(
@@ -352,7 +355,7 @@ def make_ddpm() -> None:
             for i, t in enumerate(made.timesteps):
                 y = model_output(walk, i, x, exact.alphas_cumprod[t].item())
                 z = normal(f"{walk}.{i}.noise", *SHAPE)
-                with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: z):
+                with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=z):
                     result = s.step(y, t, x)
                 if table == "released" and i in written:
                     out[f"{walk}.{i}.x_t"], out[f"{walk}.{i}.x_prev"] = x, result.prev_sample
@@ -385,14 +388,13 @@ def make_stages() -> None:
     noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     out, draws_of = {}, {}
     where = ("pipelines.deepfloyd_if.pipeline_if", "pipelines.deepfloyd_if.pipeline_if_superresolution")
+    where += ("schedulers.scheduling_ddpm",)
     for table in ("released", "float64"):
         draws = Draws(randn_tensor)
-        patches = [
-            mock.patch(f"diffusers.{w}.randn_tensor", draws) for w in (*where, "schedulers.scheduling_ddpm")
-        ]
+        patches = [mock.patch(f"diffusers.{w}.randn_tensor", draws) for w in where]
         for patch in patches:
             patch.start()
-        stage_1 = IFPipeline(unet=build_unet("stage_1"), scheduler=scheduler(1.5, table == "float64"), **parts)
+        stage_1 = IFPipeline(unet=calm(build_unet("stage_1")), scheduler=scheduler(1.5, table == "float64"), **parts)
         stage_1.set_progress_bar_config(disable=True)
         runs = {"ten": {"num_inference_steps": 10}, "fast27": {"timesteps": if_timesteps.fast27_timesteps}}
         for name, steps in runs.items():
@@ -406,8 +408,8 @@ def make_stages() -> None:
         if table == "float64":
             noising.alphas_cumprod = stage_1.scheduler.alphas_cumprod
         stage_2 = IFSuperResolutionPipeline(
-            unet=build_unet("stage_2"), scheduler=scheduler(1.0, table == "float64"), image_noising_scheduler=noising,
-            **parts,
+            unet=calm(build_unet("stage_2")), scheduler=scheduler(1.0, table == "float64"),
+            image_noising_scheduler=noising, **parts,
         )  # fmt: skip
         stage_2.set_progress_bar_config(disable=True)
         draws.shapes = []
@@ -420,7 +422,7 @@ def make_stages() -> None:
         for patch in patches:
             patch.stop()
     out["first_draw_of_seed_5"] = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(5))
-    save("stages", out, draws=json.dumps(draws_of))
+    save("stages", out, draws=draws_of)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -436,9 +438,10 @@ def provenance() -> dict[str, str]:
     }
 
 
-def save(name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+def save(name: str, tensors: dict[str, torch.Tensor], **more: object) -> None:
+    """The metadata has one entry, for safetensors writes several in random order and the file would never be equal."""
     tensors = {k: x.detach().clone().contiguous() for k, x in tensors.items()}
-    save_file(tensors, HERE / f"{name}.safetensors", metadata={**provenance(), **metadata})
+    save_file(tensors, HERE / f"{name}.safetensors", metadata={"provenance": json.dumps({**provenance(), **more})})
 
 
 def save_json(name: str, content: dict) -> None:

@@ -1,0 +1,194 @@
+"""The trainer: it learns, resumes to the exact step, writes what the loader reads, and says what is wrong."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidiff import weights
+from minidiff.deepfloyd import prompts, stages, train
+from minidiff.ddpm import add_noise
+from minidiff.deepfloyd.t5 import T5Encoder
+from minidiff.deepfloyd.unet import UNet
+from minidiff.schedule import squaredcos_cap_v2
+from tests.tiny import CONFIGS, T5
+
+TINY = CONFIGS
+TINY_T5 = replace(T5, vocab_size=60)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(train, "MINI_1", TINY[1])
+    monkeypatch.setattr(train, "MINI_2", TINY[2])
+    monkeypatch.setattr(train, "MINI_T5", TINY_T5)
+    monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 8)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two captioned picture files: a red and a blue square."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
+        Image.new("RGB", (256, 256), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} square\na picture of a {name} square\n")
+    return folder
+
+
+def run(stage, pictures, out, steps, *extra):
+    train.main([str(stage), str(pictures), "--out", str(out), "--steps", str(steps), "--batch-size", "4", *extra])
+
+
+def losses(out):
+    with (out / "training" / "loss.csv").open() as f:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f)]
+
+
+def state(out):
+    return torch.load(out / "training" / "checkpoint.pt", weights_only=True)
+
+
+def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, pictures, one, 20)
+    run(2, pictures, two, 20, "--text-encoder", str(one))
+    assert [step for step, _ in losses(one)] == [20] and [step for step, _ in losses(two)] == [20]
+    encode = prompts.load_text_encoder(one, torch.float32)
+    for stage, folder in ((1, one), (2, two)):
+        loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
+        ema = {k: v.half().float() for k, v in state(folder)["ema"].items() if k.startswith("unet.")}
+        assert all(torch.equal(v, ema["unet." + k]) for k, v in loaded.unet.state_dict().items())
+        assert (folder / "training" / "samples" / "step-0000020.png").is_file()
+    assert encode(["a red square"]).shape == (1, 77, 32)
+    assert not (two / "text_encoder").exists()
+
+
+def test_it_learns(pictures, tmp_path):
+    run(1, pictures, tmp_path / "one", 60, "--lr", "2e-3", "--save-every", "1000")
+    history = [loss for _, loss in losses(tmp_path / "one")]
+    assert history[-1] < 0.7 * history[0]
+
+
+def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(1, pictures, whole, 12)
+    original = train.Run.one_step
+
+    def interrupted(self):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(train.Run, "one_step", interrupted)
+    run(1, pictures, parts, 12)
+    assert state(parts)["step"] == 5
+    monkeypatch.setattr(train.Run, "one_step", original)
+    run(1, pictures, parts, 12)
+    a, b = state(whole), state(parts)
+    assert a["step"] == b["step"] == 12
+    assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
+
+
+def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, monkeypatch):
+    run(1, pictures, tmp_path / "one", 4, "--save-every", "4")
+    before = state(tmp_path / "one")["model"]
+    monkeypatch.setattr(train.ddpm, "loss", lambda *args: torch.full((4,), torch.nan, requires_grad=True))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; the last good checkpoint is .*checkpoint\.pt"):
+        run(1, pictures, tmp_path / "one", 8)
+    after = state(tmp_path / "one")["model"]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_two_processes_average_their_gradients(pictures, tmp_path):
+    """torchrun with gloo: the run ends, and process 0 alone writes."""
+    code = (
+        "from tests.deepfloyd import test_train as T; T.train.MINI_1, T.train.MINI_T5 = T.TINY[1], T.TINY_T5;"
+        f"T.train.PREVIEW = ['a red square'] * 8; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script)],
+        capture_output=True, text=True, cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert state(tmp_path / "one")["step"] == 4
+
+
+def test_packed_pictures_are_drawn_by_weight_and_mirrored(tmp_path):
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    pixels[1, :, :32] = 255
+    np.save(tmp_path / "images_64.npy", pixels)
+    (tmp_path / "captions.json").write_text(json.dumps([{"captions": ["never"], "weight": 0}, {"captions": ["half"]}]))
+    x_start, texts = train.Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
+    assert set(texts) == {"half", ""} and 5 <= texts.count("") <= 40  # 10 % of 200, 5 sigma
+    left, right = x_start[:, 0, 0, 0], x_start[:, 0, 0, -1]
+    assert set(left.tolist()) == {-1.0, 1.0} and torch.equal(left, -right)
+
+
+def test_the_stage_2_crop_lines_up_with_its_low_resolution_picture():
+    """At noise level 0 the crop of the enlarged small picture is the crop of the picture, up to blur."""
+    ramp = torch.linspace(-1, 1, 256).view(1, 1, 1, 256).expand(2, 3, 256, 256).contiguous()
+    model = train.Trainee(2, UNet(TINY[2]), T5Encoder(TINY_T5), squaredcos_cap_v2())
+    random = {"low_noise": torch.zeros(2, 3, 256, 256), "level": torch.zeros(2, dtype=torch.long),
+              "top": torch.tensor([3, 100]), "left": torch.tensor([20, 150])}  # fmt: skip
+    x_start, low_res, level = model.crop(ramp, random)
+    assert torch.equal(x_start[0], ramp[0, :, 3:67, 20:84]) and torch.equal(x_start[1], ramp[1, :, 100:164, 150:214])
+    assert (x_start - low_res).abs().max() < 0.015 and level.tolist() == [0, 0]
+    random["low_noise"], random["level"] = torch.randn(2, 3, 256, 256), torch.tensor([250, 250])
+    noised = model.crop(ramp, random)[1]
+    alpha_bar = model.schedule.alpha_bar(random["level"])
+    clean = stages.upsample(torch.nn.functional.avg_pool2d(ramp, 4), (256, 256))
+    expected = add_noise(clean, random["low_noise"], alpha_bar)
+    torch.testing.assert_close(noised[1], expected[1, :, 100:164, 150:214])
+
+
+def test_times_are_drawn_less_often_where_little_noise_is_left():
+    """Min-SNR Sec. 3.4: weight 1 up to SNR 5 (t about 265 and above), 5 / SNR below."""
+    generator = torch.Generator().manual_seed(0)
+    t = train.random_numbers(1, 40_000, 1, squaredcos_cap_v2(), generator)["t"]
+    low, high = ((t >= 50) & (t < 100)).float().sum(), ((t >= 500) & (t < 550)).float().sum()
+    alphas = squaredcos_cap_v2().alphas_cumprod[50:100]
+    expected = (5 * (1 - alphas) / alphas).clamp(max=1).mean()
+    assert abs(low / high - expected) < 5 * (expected / high) ** 0.5
+
+
+def test_the_learning_rate_warms_up_stays_and_falls():
+    assert [train.learning_rate(s, 3000, 1.0) for s in (0, 99, 199, 1999, 2500, 2999)] == pytest.approx(
+        [0.005, 0.5, 1.0, 1.0, 0.5, 0.001]
+    )
+
+
+def test_the_average_is_the_closed_form():
+    """Weights 1, 2, 3 with decay (1 + s) / (10 + s): 0 -> 0.9 -> 1.8 of ... worked below."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = {"weight": torch.zeros(1, 1)}, 0.0
+    for step, value in enumerate((1.0, 2.0, 3.0)):
+        torch.nn.init.constant_(module.weight, value)
+        train.update_average(ema, module, step)
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * value
+    assert ema["weight"].item() == pytest.approx(expected) and expected == pytest.approx(2.704545, rel=1e-5)
+
+
+def test_bad_input_is_told(tmp_path, pictures, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds neither images_64.npy nor pictures with a .txt of captions"):
+        run(1, tmp_path / "empty", tmp_path / "one", 4)
+    (pictures / "red.txt").write_text("")
+    with pytest.raises(ValueError, match="each needs one"):
+        run(1, pictures, tmp_path / "one", 4)
+    with pytest.raises(SystemExit):
+        run(2, pictures, tmp_path / "two", 4)
+    assert "--text-encoder weights/mini-IF-I" in capsys.readouterr().err
