@@ -9,7 +9,8 @@ The files in reading order; each imports only from files above it (tests/test_la
     toy.py                   denoisers with a known answer, to test everything else against
 
     images.py                plumbing: picture files, labelled strips, GIFs
-    weights.py               plumbing: finding, downloading, mapping and checking weights
+    hub.py                   plumbing: which models there are, where they lie, fetching them
+    weights.py               plumbing: mapping weights into networks, writing and checking them
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states

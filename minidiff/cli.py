@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import images, weights
+from minidiff import hub, images, weights
 from minidiff.deepfloyd import prompts as prompt_files
 from minidiff.schedule import respaced
 
@@ -79,12 +79,12 @@ def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def encode(args: argparse.Namespace, model: str, texts: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The states of these prompts, (N, L, D): from --prompt-embeds, or by the model's text encoder, freed afterwards."""
+    """The states of these prompts, (N, L, D): from --prompt-embeds, or by the model's text encoder, then freed."""
     if args.prompt_embeds:
-        here = weights.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model) / "text_encoder"
+        here = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model) / "text_encoder"
         known = prompt_files.fingerprint(here if model == "mini" else Path(model)) if here.is_dir() else None
         return prompt_files.read_embeds(args.prompt_embeds, texts, known)
-    folder = weights.resolve(model, 1, ("text_encoder",), print)
+    folder = hub.resolve(model, 1, ("text_encoder",), print)
     streamed = args.text_encoder == "streamed"
     if args.text_encoder == "auto":
         streamed = prompt_files.should_stream(folder, dtype)

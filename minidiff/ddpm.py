@@ -144,7 +144,8 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
         t > 0:  KL( N(mean_q, beta_tilde_t) || N(mean, exp(log_var)) )
         t = 0:  -log of the probability that N(mean, exp(log_var)) gives x_start's own 8-bit value
 
-    x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).    Source: DDPM Eq. 5, DDPM Eq. 13, iDDPM Eq. 5, iDDPM Eq. 6.
+    x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).
+    Source: DDPM Eq. 5, DDPM Eq. 13, iDDPM Eq. 5, iDDPM Eq. 6.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_start.device) for s in (t, t - 1))
     x_t = add_noise(x_start, noise, alpha_bar_t)
@@ -152,7 +153,8 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
     true_log_var = _cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
     mean = posterior_mean(predict_x_start(x_t, eps, alpha_bar_t), x_t, alpha_bar_t, alpha_bar_prev)
     log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
-    kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp())
+    distance = (true_mean - mean).square() * (-log_var).exp()
+    kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp() + distance)
     nll = -_log_prob_of_8bit(x_start, mean, log_var)
     is_last = (t == 0).view(-1, 1, 1, 1).to(x_start.device)
     return torch.where(is_last, nll, kl).flatten(1).mean(1) / math.log(2)

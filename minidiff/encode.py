@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minidiff import cli, images, weights
+from minidiff import cli, hub, images
 from minidiff.deepfloyd.prompts import fingerprint, write_embeds
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, dtype = cli.choose(args)
     texts = list(dict.fromkeys([*args.prompts, ""]))
     embeds = cli.encode(args, args.model, texts, dtype)
-    folder = weights.resolve(args.model, 1, ("text_encoder",))
+    folder = hub.resolve(args.model, 1, ("text_encoder",))
     write_embeds(args.out, texts, embeds, fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}   ({clock})")
 

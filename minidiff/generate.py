@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minidiff import cli, images, weights
+from minidiff import cli, hub, images
 from minidiff.deepfloyd import stages
 from minidiff.sampling import seeded
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.check_output(args.out)
     device, dtype = cli.choose(args)
     plans = _plans(args)
-    base = weights.resolve(args.model, 1, ("unet",), print)
-    upper = None if args.stage2 == "none" else weights.resolve(args.stage2, 2, ("unet",), print)
+    base = hub.resolve(args.model, 1, ("unet",), print)
+    upper = None if args.stage2 == "none" else hub.resolve(args.stage2, 2, ("unet",), print)
     prompt_embeds, negative = cli.encode(args, args.model, [args.prompt, args.negative_prompt], dtype)[:, None]
     small, draws = _run_base(args, stages.load_stage(base, dtype, device), plans, prompt_embeds, negative)
     columns = [small]
@@ -61,12 +61,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    "released stage 1, or none after a folder)")  # fmt: skip
     p.add_argument("--steps", nargs="+", help="steps of both stages: a count, smart27, ...; several make a comparison "
                    "(default: mini 27 and 10, others 100 and 50)")  # fmt: skip
-    p.add_argument("--guidance-scale", type=float, default=None, help="of stage 1; 1 is none (default: mini 4, others 7)")
+    p.add_argument(
+        "--guidance-scale", type=float, default=None, help="of stage 1; 1 is none (default: mini 4, others 7)"
+    )
     p.add_argument("--num-images", type=int, default=1)
     cli.add_text_flags(p)
     args = p.parse_args(argv)
     if args.stage2 is None:
-        args.stage2 = {"mini": "mini"}.get(args.model, "IF-II-M-v1.0" if args.model in weights.RELEASED else "none")
+        args.stage2 = {"mini": "mini"}.get(args.model, "IF-II-M-v1.0" if args.model in hub.RELEASED else "none")
     if args.guidance_scale is None:
         args.guidance_scale = 4.0 if args.model == "mini" else 7.0
     if args.num_images < 1:

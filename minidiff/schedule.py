@@ -89,7 +89,7 @@ def linear(num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: 
 def strided(start: int = 990, stop: int = 0, stride: int = 30) -> torch.Tensor:
     """start, start - stride, ... down to stop, both included: the course's 990, 960, ..., 0. (S,) int64."""
     if not (start >= stop >= 0 and stride > 0 and (start - stop) % stride == 0):
-        raise ValueError(f"need start >= stop >= 0 and a stride that divides start - stop, got {start}, {stop}, {stride}")
+        raise ValueError(f"need start >= stop >= 0 and a stride dividing start - stop, got {start}, {stop}, {stride}")
     return torch.arange(start, stop - 1, -stride)
 
 
@@ -127,7 +127,8 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
     try:
         counts = [int(c) for c in text.split(",")]
     except ValueError:
-        raise ValueError(f"steps must be a count, a list like '10,10,3' or one of {', '.join(RESPACINGS)}, got {steps!r}") from None
+        known = ", ".join(RESPACINGS)
+        raise ValueError(f"steps must be a count, a list like '10,10,3' or one of {known}, got {steps!r}") from None
     size, larger = divmod(num_train_timesteps, len(counts))
     times, begin = [], 0
     for i, count in enumerate(counts):
@@ -148,7 +149,7 @@ def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
         raise ValueError("timesteps are empty; pass for example schedule.respaced(27)")
     for a, b in zip(ts, ts[1:]):
         if a <= b:
-            raise ValueError(f"timesteps must descend, got {a} before {b}; pass for example schedule.strided(990, 0, 30)")
+            raise ValueError(f"timesteps must descend, got {a} before {b}; pass schedule.strided(990, 0, 30), for one")
     if ts[-1] < 0 or ts[0] >= num_train_timesteps:
         raise ValueError(f"timesteps must lie in 0..{num_train_timesteps - 1}, got {ts[0]} to {ts[-1]}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minidiff import cli, images, weights
+from minidiff import cli, hub, images
 from minidiff.deepfloyd import stages
 from minidiff.sampling import seeded
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     low_res = images.load(args.image, 64)
     ts = cli.timesteps(cli.QUICK_STEPS if args.quick else args.steps or ("10" if args.model == "mini" else "50"))
     device, dtype = cli.choose(args)
-    folder = weights.resolve(args.model, 2, ("unet",), print)
+    folder = hub.resolve(args.model, 2, ("unet",), print)
     text_model = args.text_model or ("mini" if args.model == "mini" else "IF-I-XL-v1.0")
     prompt_embeds, negative = cli.encode(args, text_model, [args.prompt, args.negative_prompt], dtype)[:, None]
     stage = stages.load_stage(folder, dtype, device)

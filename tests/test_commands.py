@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import cli, encode, generate, images, upscale, weights
+from minidiff import cli, encode, generate, hub, images, upscale, weights
 from tests.tiny import write_cascade
 
 PROMPT = "a red castle"
@@ -80,7 +80,9 @@ def test_encoded_prompts_give_the_same_picture(cascade, tmp_path):
     one, _ = cascade
     encode.main([PROMPT, "--model", str(one), "--dtype", "float32", "--out", str(tmp_path / "e.safetensors")])
     direct = make(cascade, tmp_path / "a.png", "--dtype", "float32")
-    from_file = make(cascade, tmp_path / "b.png", "--dtype", "float32", "--prompt-embeds", str(tmp_path / "e.safetensors"))
+    from_file = make(
+        cascade, tmp_path / "b.png", "--dtype", "float32", "--prompt-embeds", str(tmp_path / "e.safetensors")
+    )
     streamed = make(cascade, tmp_path / "c.png", "--dtype", "float32", "--text-encoder", "streamed")
     torch.testing.assert_close(direct, from_file, rtol=0, atol=0.02)
     torch.testing.assert_close(direct, streamed, rtol=0, atol=0.02)
@@ -116,7 +118,7 @@ def test_the_embedded_cascade_makes_a_picture_offline(tmp_path):
 
 
 def test_the_embedded_weights_stay_small_and_fit_their_architecture():
-    folders = [weights.WEIGHTS / name for name in weights.MINI.values()]
+    folders = [hub.WEIGHTS / name for name in hub.MINI.values()]
     assert all(weights.check(folder, lambda line: None) for folder in folders)
     size = sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file() and "training" not in p.parts)
     assert size < 40e6
@@ -127,7 +129,9 @@ def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, 
     one = cascade[0]
     assert "must end in one of" in fails(capsys, generate.main, PROMPT, "--model", one, "--out", tmp_path / "g.xyz")
     (tmp_path / "file").write_text("")
-    assert "cannot write to" in fails(capsys, generate.main, PROMPT, "--model", one, "--out", tmp_path / "file" / "g.png")
+    assert "cannot write to" in fails(
+        capsys, generate.main, PROMPT, "--model", one, "--out", tmp_path / "file" / "g.png"
+    )
     assert "must end in one of .safetensors" in fails(capsys, encode.main, PROMPT, "--out", tmp_path / "e.png")
 
 
@@ -144,7 +148,16 @@ def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, 
     ],
 )
 def test_wrong_flags_are_told_in_one_line(cascade, tmp_path, capsys, flags, message):
-    argv = [PROMPT, "--model", str(cascade[0]), "--stage2", str(cascade[1]), "--quick", "--out", str(tmp_path / "g.png")]
+    argv = [
+        PROMPT,
+        "--model",
+        str(cascade[0]),
+        "--stage2",
+        str(cascade[1]),
+        "--quick",
+        "--out",
+        str(tmp_path / "g.png"),
+    ]
     argv = [a for a in argv if a != "--quick"] if "--steps" in flags else argv
     assert message in fails(capsys, generate.main, *argv, *flags)
 

@@ -34,7 +34,9 @@ def test_times_asked_for_are_exactly_the_list_and_the_next_is_the_next_entry(mon
     timesteps = torch.tensor([950, 731, 12, 3])
     asked, pairs = [], []
     original = ddpm.step
-    monkeypatch.setattr(ddpm, "step", lambda s, x, t, p, *a: pairs.append((t.tolist(), p.tolist())) or original(s, x, t, p, *a))
+    monkeypatch.setattr(
+        ddpm, "step", lambda s, x, t, p, *a: pairs.append((t.tolist(), p.tolist())) or original(s, x, t, p, *a)
+    )
 
     def predict(x_t, t):
         asked.append(t.tolist())
@@ -46,7 +48,7 @@ def test_times_asked_for_are_exactly_the_list_and_the_next_is_the_next_entry(mon
 
 
 def test_the_course_walk_of_34_times_makes_33_calls_and_ends_slightly_noisy():
-    """strided(990, 0, 30) without the final step stops at t = 0, where sqrt(1 - alpha_bar) = 0.0064 of noise is left."""
+    """strided(990, 0, 30) without the final step stops at t = 0, with sqrt(1 - alpha_bar) = 0.0064 of noise left."""
     calls = []
     exact = toy.gaussian(SCHEDULE, 0.5, 0.0)
 

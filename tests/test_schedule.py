@@ -163,7 +163,7 @@ def test_alpha_bar_refuses_times_outside_the_table(t):
 
 @pytest.mark.parametrize("walk", [(0, 10, 5), (990, 0, 0), (990, 0, 40), (10, -10, 5)])
 def test_strided_refuses_walks_that_do_not_arrive(walk):
-    with pytest.raises(ValueError, match="need start >= stop >= 0 and a stride that divides start - stop, got"):
+    with pytest.raises(ValueError, match="need start >= stop >= 0 and a stride dividing start - stop, got"):
         schedule.strided(*walk)
 
 

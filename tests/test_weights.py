@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minidiff import weights
+from minidiff import hub, weights
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.weights import Checkpoint, WeightsError
@@ -135,27 +135,27 @@ def test_both_styles_of_naming_shards(tmp_path, style):
 
 def test_the_variant_follows_the_wanted_dtype():
     both = [FULL, HALF]
-    assert weights.choose_files(both, None, "x") == [HALF]
-    assert weights.choose_files(both, torch.float16, "x") == [HALF]
-    assert weights.choose_files(both, torch.float32, "x") == [FULL]
-    assert weights.choose_files([FULL], torch.float16, "x") == [FULL]
-    assert weights.choose_files([*both, "model.bf16.safetensors"], torch.bfloat16, "x") == ["model.bf16.safetensors"]
+    assert hub.choose_files(both, None, "x") == [HALF]
+    assert hub.choose_files(both, torch.float16, "x") == [HALF]
+    assert hub.choose_files(both, torch.float32, "x") == [FULL]
+    assert hub.choose_files([FULL], torch.float16, "x") == [FULL]
+    assert hub.choose_files([*both, "model.bf16.safetensors"], torch.bfloat16, "x") == ["model.bf16.safetensors"]
     # half a download of one variant does not hide the other; files of other kinds are no weights
     partly = ["model.fp16-00001-of-00002.safetensors", "model.safetensors", "model.8bit.safetensors"]
-    assert weights.choose_files(partly, None, "x") == ["model.safetensors"]
+    assert hub.choose_files(partly, None, "x") == ["model.safetensors"]
     # one file under a name of its own is taken
-    assert weights.choose_files(["t5xxl_fp16.safetensors", "config.json"], None, "x") == ["t5xxl_fp16.safetensors"]
+    assert hub.choose_files(["t5xxl_fp16.safetensors", "config.json"], None, "x") == ["t5xxl_fp16.safetensors"]
 
 
 def test_missing_shards_and_pickles_are_named():
     with pytest.raises(
         WeightsError, match=r"x: of 3 shards like model-00003-of-00003.safetensors, number 2 is missing"
     ):
-        weights.choose_files(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], None, "x")
+        hub.choose_files(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], None, "x")
     with pytest.raises(WeightsError, match=r"found only pytorch_model.bin; pickles are not read"):
-        weights.choose_files(["pytorch_model.bin"], None, "x")
+        hub.choose_files(["pytorch_model.bin"], None, "x")
     with pytest.raises(WeightsError, match=r"found nothing"):
-        weights.choose_files(["config.json"], None, "x")
+        hub.choose_files(["config.json"], None, "x")
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -421,67 +421,67 @@ def here(tmp_path, monkeypatch):
     """A `weights/` folder with the two embedded models, and an empty Hugging Face cache."""
     for stage, channels in ((1, 3), (2, 6)):
         parts = {"unet": {**UNET, "in_channels": channels}}
-        write_part(tmp_path / "weights" / weights.MINI[stage], "unet", {HALF: {"a": torch.ones(1)}}, parts["unet"])
-    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(weights, "cached", lambda repo, parts: None)
-    monkeypatch.setattr(weights, "_download", lambda repo, parts, say: pytest.fail("must not download"))
+        write_part(tmp_path / "weights" / hub.MINI[stage], "unet", {HALF: {"a": torch.ones(1)}}, parts["unet"])
+    monkeypatch.setattr(hub, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(hub, "cached", lambda repo, parts: None)
+    monkeypatch.setattr(hub, "_download", lambda repo, parts, say: pytest.fail("must not download"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "weights"
 
 
 def test_resolve_finds_mini_paths_and_names(here):
-    assert weights.resolve("mini", 1) == here / "mini-IF-I"
-    assert weights.resolve("mini", 2) == here / "mini-IF-II"
-    assert weights.resolve("mini-IF-I", 1) == here / "mini-IF-I"
-    assert weights.resolve("weights/mini-IF-II", 2) == Path("weights/mini-IF-II")
-    assert weights.embedded() == ["mini-IF-I", "mini-IF-II"]
+    assert hub.resolve("mini", 1) == here / "mini-IF-I"
+    assert hub.resolve("mini", 2) == here / "mini-IF-II"
+    assert hub.resolve("mini-IF-I", 1) == here / "mini-IF-I"
+    assert hub.resolve("weights/mini-IF-II", 2) == Path("weights/mini-IF-II")
+    assert hub.embedded() == ["mini-IF-I", "mini-IF-II"]
     (here / "mini-IF-I").rename(here / "IF-I-M-v1.0")
-    assert weights.resolve("IF-I-M-v1.0", 1) == weights.resolve("DeepFloyd/IF-I-M-v1.0", 1) == here / "IF-I-M-v1.0"
+    assert hub.resolve("IF-I-M-v1.0", 1) == hub.resolve("DeepFloyd/IF-I-M-v1.0", 1) == here / "IF-I-M-v1.0"
 
 
 def test_resolve_takes_the_shared_text_encoder_of_another_model(here):
     write_part(here / "IF-I-XL-v1.0", "text_encoder", {"model.safetensors": {"a": torch.ones(1)}})
     (here / "IF-I-XL-v1.0" / "tokenizer").mkdir()
     (here / "IF-I-XL-v1.0" / "tokenizer" / "spiece.model").write_bytes(b"x")
-    assert weights.resolve("IF-II-M-v1.0", 2, ("text_encoder",)) == here / "IF-I-XL-v1.0"
+    assert hub.resolve("IF-II-M-v1.0", 2, ("text_encoder",)) == here / "IF-I-XL-v1.0"
 
 
 def test_resolve_says_what_is_wrong(here):
     known = r"embedded \(mini, mini-IF-I, mini-IF-II\), nor released \(IF-I-M-v1.0, .*, IF-II-L-v1.0\)"
     with pytest.raises(WeightsError, match="no model 'IF-9': neither a folder, nor " + known):
-        weights.resolve("IF-9", 1)
+        hub.resolve("IF-9", 1)
     first = r"stage 1 model \(text to 64x64, 3 input channels\)"
     second = r"stage 2 model \(64x64 to 256x256, 6 input channels\)"
     choices = "is needed: mini, IF-I-M-v1.0, IF-I-L-v1.0, IF-I-XL-v1.0$"
     with pytest.raises(WeightsError, match=f"^IF-II-M-v1.0 is a {second}, but a {first} {choices}"):
-        weights.resolve("IF-II-M-v1.0", 1)
+        hub.resolve("IF-II-M-v1.0", 1)
     with pytest.raises(WeightsError, match=f"mini-IF-I is a {first}, but a {second} is needed: mini, IF-II-M-v1.0"):
-        weights.resolve("mini-IF-I", 2)
+        hub.resolve("mini-IF-I", 2)
     with pytest.raises(WeightsError, match=r"config.json is a file; pass the folder that holds unet/config.json"):
-        weights.resolve("weights/mini-IF-I/unet/config.json", 1)
+        hub.resolve("weights/mini-IF-I/unet/config.json", 1)
     with pytest.raises(WeightsError, match=r"weights has no unet/config.json; it must have the layout"):
-        weights.resolve("weights", 1)
+        hub.resolve("weights", 1)
     with pytest.raises(WeightsError, match=r"mini-IF-I has no text_encoder/config.json"):
-        weights.resolve("mini", 1, ("unet", "text_encoder"))
+        hub.resolve("mini", 1, ("unet", "text_encoder"))
     write_part(here / "mini-IF-I", "text_encoder", {"model.safetensors": {}})
     with pytest.raises(WeightsError, match=r"mini-IF-I has no tokenizer/spiece.model, which the text encoder needs"):
-        weights.resolve("mini-IF-I", 1, ("text_encoder",))
+        hub.resolve("mini-IF-I", 1, ("text_encoder",))
     with pytest.raises(WeightsError, match=r"stage must be 1 or 2 and parts some of unet, text_encoder, got 3 and"):
-        weights.resolve("mini", 3)
+        hub.resolve("mini", 3)
     (here / "mini-IF-I").rename(here / "elsewhere")
     with pytest.raises(WeightsError, match=r"weights are missing: .*mini-IF-I is part of the repository, clone it"):
-        weights.resolve("mini", 1)
+        hub.resolve("mini", 1)
 
 
 def test_full_disk_is_noticed_before_the_download(tmp_path):
     with pytest.raises(
         WeightsError, match=r"1000000000.00 GB needed, .* GB free in .*; set HF_HOME to a folder on a larger disk"
     ):
-        weights._check_space(tmp_path / "not" / "yet" / "there", 1e18)
+        hub._check_space(tmp_path / "not" / "yet" / "there", 1e18)
 
 
 def test_sizes_in_words():
-    assert [weights.in_words(n) for n in (134, 790_000, 743e6, 11.5e9)] == ["134 B", "0.79 MB", "0.74 GB", "11.50 GB"]
+    assert [hub.in_words(n) for n in (134, 790_000, 743e6, 11.5e9)] == ["134 B", "0.79 MB", "0.74 GB", "11.50 GB"]
 
 
 # ---------------------------------------------------------------------------------------------- downloading
@@ -544,8 +544,8 @@ class Hub(BaseHTTPRequestHandler):
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from minidiff import weights
-weights.WEIGHTS = Path(os.environ["HF_HOME"]) / "none"
+from minidiff import hub
+hub.WEIGHTS = Path(os.environ["HF_HOME"]) / "none"
 answers = []
 for question in json.loads(sys.argv[1]):
     if question is None:
@@ -558,8 +558,8 @@ for question in json.loads(sys.argv[1]):
         os.environ["HF_TOKEN"] = token
     said = []
     try:
-        found = str(weights.resolve(model, stage, parts, said.append))
-    except weights.WeightsError as error:
+        found = str(hub.resolve(model, stage, parts, said.append))
+    except hub.WeightsError as error:
         found = "WeightsError: " + str(error)
     answers.append([found, said])
 print(json.dumps(answers))
@@ -646,12 +646,12 @@ def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
         if name != "model_index.json" and not name.endswith(".bin") and name != f"unet/{FULL}"
     }
     first = [f for f in found if f.startswith(("unet/", "scheduler/", "image_"))]
-    size = weights.in_words(sum(len(FILES[f]) for f in first))
+    size = hub.in_words(sum(len(FILES[f]) for f in first))
     where = answers["home"] / "hub"
     assert said == [f"downloading DeepFloyd/IF-II-M-v1.0 (unet): 4 files, {size}, to {where}"]
     rest = sum(len(FILES[f]) for f in found if f not in first)
     assert said_later == [
-        f"downloading DeepFloyd/IF-II-M-v1.0 (unet, text_encoder): 5 files, {weights.in_words(rest)}, to {where}"
+        f"downloading DeepFloyd/IF-II-M-v1.0 (unet, text_encoder): 5 files, {hub.in_words(rest)}, to {where}"
     ]
 
 
@@ -679,7 +679,7 @@ def test_other_answers_of_the_hub_are_told_by_number():
     inner.response = Response()
     outer = OSError("outer")
     outer.__cause__ = inner
-    text = weights.explain(outer, "DeepFloyd/IF-I-M-v1.0", has_token=True)
+    text = hub.explain(outer, "DeepFloyd/IF-I-M-v1.0", has_token=True)
     assert text.startswith("DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub answered 503.\n  1. ")
 
 
@@ -704,7 +704,7 @@ def test_check_describes_and_compares_each_part(tmp_path, capsys):
     text = capsys.readouterr().out
     count, n = sum(p.numel() for p in unet.parameters()), len(unet.state_dict())
     assert f"  unet: {count:,} parameters in {n} tensors, float16\n  unet: every key and shape fits\n" in text
-    assert f"  unet/{HALF}: {weights.in_words((tmp_path / 'unet' / HALF).stat().st_size)}\n" in text
+    assert f"  unet/{HALF}: {hub.in_words((tmp_path / 'unet' / HALF).stat().st_size)}\n" in text
     assert "  text_encoder: every key and shape fits\n" in text
     write_part(tmp_path, "unet", {HALF: {"conv_in.bias": torch.ones(32)}})
     assert weights.main(["check", str(tmp_path)]) == 1

@@ -24,7 +24,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from minidiff import weights
+from minidiff import hub, weights
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
 from minidiff.deepfloyd.tokenizer import Tokenizer, clean
 
@@ -48,7 +48,7 @@ def load_text_encoder(
     """From a folder in the released layout.
 
     dtype: what to compute in. streamed holds half a block at a time and stays on the CPU.
-    Raises ValueError (weights.WeightsError among them) if files are missing, broken or of another architecture.
+    Raises ValueError (hub.WeightsError among them) if files are missing, broken or of another architecture.
     """
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
@@ -58,7 +58,7 @@ def load_text_encoder(
     if streamed:
         report = weights.compare(encoder, checkpoint)
         if report:
-            raise weights.WeightsError(report)
+            raise hub.WeightsError(report)
         fetch, rows = checkpoint.tensors, checkpoint.rows
         return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, dtype, ids, mask))
     weights.load(encoder, checkpoint, dtype, keep_float32=("wo",)).to(device)
@@ -104,7 +104,7 @@ def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) 
     made by another encoder. A .pth is read with weights_only, so it can hold tensors but run nothing.
     """
     if not path.is_file():
-        raise ValueError(f"no file of encoded prompts at {path}; make one with: python -m minidiff.encode \"PROMPT\" --out FILE")
+        raise ValueError(f"no file of encoded prompts at {path}; make one: python -m minidiff.encode PROMPT --out FILE")
     if path.suffix in (".pth", ".pt"):
         table = _read_course(path)
     else:
@@ -112,7 +112,7 @@ def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) 
             with safetensors.safe_open(path, "pt") as f:
                 metadata, embeds = f.metadata() or {}, f.get_tensor("prompt_embeds")
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no file of encoded prompts ({error}); make it again with minidiff.encode") from None
+            raise ValueError(f"{path} is no file of encoded prompts ({error}); encode them again") from None
         if encoder is not None and metadata.get("encoder") != encoder:
             raise ValueError(f"{path} was made by another text encoder ({metadata.get('encoder')}, not {encoder}); "
                              "encode the prompts again with this model")  # fmt: skip

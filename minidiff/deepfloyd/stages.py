@@ -1,8 +1,8 @@
 """The cascade assembled: with a prompt's states, noise becomes 64x64, and 64x64 becomes 256x256.
 
-Read `prompts.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for; `base_model` and
-`super_resolution_model` make it a model (network waiting for its text), `guidance.guided` gives it the text, and
-`sampling.denoise` walks. `sample_base` and `sample_super_resolution` do just that, with IF's own settings.
+Read `prompts.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for;
+`base_model` and `super_resolution_model` make it a model (a network waiting for its text), `guidance.guided` gives it
+the text, and `sampling.denoise` walks. `sample_base` and `sample_super_resolution` do just that, with IF's settings.
 
 Next: `train.py`, how such a cascade is made; or `minidiff/generate.py`, which runs it.
 """
@@ -44,7 +44,7 @@ class Stage:
 
 
 def load_stage(folder: Path, dtype: torch.dtype | None, device: str) -> Stage:
-    """The UNet and scheduler of a folder in the released layout.    Raises weights.WeightsError, ValueError."""
+    """The UNet and scheduler of a folder in the released layout.    Raises hub.WeightsError, ValueError."""
     checkpoint = weights.Checkpoint(folder, "unet", dtype)
     with weights.on_meta():
         unet = UNet(UNetConfig.from_dict(checkpoint.config))

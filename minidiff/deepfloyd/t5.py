@@ -47,7 +47,9 @@ class T5Config:
         """Read a `config.json`. Raises ValueError if it is not a T5 v1.1 (gated GELU) or lacks a key."""
         gate = config.get("feed_forward_proj")
         if gate != "gated-gelu":
-            raise ValueError(f"text_encoder/config.json: feed_forward_proj is {gate!r}, but IF uses T5 v1.1, 'gated-gelu'")
+            raise ValueError(
+                f"text_encoder/config.json: feed_forward_proj is {gate!r}, but IF has T5 v1.1, 'gated-gelu'"
+            )
         missing = [f.name for f in fields(cls) if f.name not in config and f.name != "relative_attention_max_distance"]
         if missing:
             raise ValueError(f"text_encoder/config.json lacks {', '.join(missing)}")
@@ -92,7 +94,7 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, h, L, d)
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, L, D)
 

@@ -29,7 +29,7 @@ class Tokenizer:
         """path: a `spiece.model`. Raises ValueError if it is missing, is no SentencePiece model, or has other ids."""
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no tokenizer at {self.path}; it is the file tokenizer/spiece.model of the model's folder")
+            raise ValueError(f"no tokenizer at {self.path}; it is tokenizer/spiece.model in the model's folder")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:

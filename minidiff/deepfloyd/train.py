@@ -14,7 +14,8 @@ packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions
 
 Training state goes to --out/training: checkpoint.pt (every --save-every steps and on Ctrl-C), loss.csv, loss.png,
 samples/. Each batch is drawn from a generator seeded by (seed, step, process), so a resumed run continues exactly.
-Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (loss weight).
+Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
+Progressive Distillation Sec. 4 (loss weight SNR + 1).
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ MAX_NOISE_LEVEL = 500  # stage 2 sees its small picture noised to 0..499
 CROP = 64
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
+MAX_WEIGHT = 100.0
 PREVIEW = ["a rocket ship", "a castle", "a volcano", "an old man", "a snowy mountain village", "a dog", "a campfire",
            "an oil painting of a skull"]  # fmt: skip
 
@@ -80,12 +82,12 @@ class Pictures:
         else:
             files = sorted(p for p in folder.glob("*") if p.suffix in images.KNOWN and p.with_suffix(".txt").is_file())
             if not files:
-                raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions beside them")
+                raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
             self.captions = [p.with_suffix(".txt").read_text().strip().splitlines() for p in files]
             self.weights = torch.ones(len(files))
         if len(self.pixels) != len(self.captions) or not all(self.captions):
-            raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} rows of captions; each needs one")
+            raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} captions; each needs one")
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each picture with one of its captions."""
@@ -108,7 +110,9 @@ class Trainee(nn.Module):
         self.text_encoder = text_encoder if stage == 1 else None
         self.frozen = [] if stage == 1 else [text_encoder.requires_grad_(False)]  # in a list: not a submodule
 
-    def forward(self, x_start: Tensor, ids: Tensor, mask: Tensor, random: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, x_start: Tensor, ids: Tensor, mask: Tensor, random: dict[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
         """One loss per picture, (B,). random: noise, t and, for stage 2, low_noise, level, top, left."""
         labels = None
         if self.stage == 2:
@@ -121,12 +125,16 @@ class Trainee(nn.Module):
             stacked = x_t if self.stage == 1 else torch.cat([x_t, low_res], dim=1)
             out = self.unet(stacked, t, prompt_embeds, labels)
         eps, pred_var = out.float().chunk(2, dim=1)
-        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var)
+        # Where nearly all is noise, a small error in eps is a large one in the picture, and what the prompt says is
+        # decided there: weighed by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
+        weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float()
+        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var) * weight
 
     def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small picture, and its noise level."""
         low_res = stages.upsample(F.avg_pool2d(x_start, 4), x_start.shape[2:])
-        low_res = ddpm.add_noise(low_res, random["low_noise"], self.schedule.alpha_bar(random["level"]).to(x_start.device))
+        alpha_bar = self.schedule.alpha_bar(random["level"]).to(x_start.device)
+        low_res = ddpm.add_noise(low_res, random["low_noise"], alpha_bar)
         both = torch.cat([x_start, low_res], dim=1)
         corners = zip(random["top"].tolist(), random["left"].tolist())
         both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
@@ -134,7 +142,7 @@ class Trainee(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """T5's own scales, since its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
+    """T5's own scales, as its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
     for m in module.modules():
         if isinstance(m, SelfAttention):
             inner, width = m.q.weight.shape
@@ -209,13 +217,22 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
         out / "unet" / "diffusion_pytorch_model.fp16.safetensors",
         {"format": "pt"},
     )
-    up_types = [MIRROR[kind] for kind in reversed(unet.down_block_types)]
-    _write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel"} | FIXED | asdict(unet)
-                | {"up_block_types": up_types, "encoder_hid_dim_type": "text_proj"})  # fmt: skip
+    derived = {
+        "_class_name": "UNet2DConditionModel",
+        "up_block_types": [MIRROR[kind] for kind in reversed(unet.down_block_types)],
+        "encoder_hid_dim_type": "text_proj",
+    }
+    _write_json(out / "unet" / "config.json", FIXED | asdict(unet) | derived)
     process = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-    learned = {"variance_type": "learned_range", "prediction_type": "epsilon", "thresholding": True, "clip_sample": True,
-               "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if stage == 1 else 1.0}  # fmt: skip
-    _write_json(out / "scheduler" / "scheduler_config.json", process | learned)
+    sampling = {
+        "variance_type": "learned_range",
+        "prediction_type": "epsilon",
+        "thresholding": True,
+        "clip_sample": True,
+        "dynamic_thresholding_ratio": 0.95,
+        "sample_max_value": 1.5 if stage == 1 else 1.0,
+    }
+    _write_json(out / "scheduler" / "scheduler_config.json", process | sampling)
     if stage == 2:
         _write_json(out / "image_noising_scheduler" / "scheduler_config.json", process)
         return
@@ -223,8 +240,8 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
     text = {k.removeprefix("text_encoder."): v for k, v in ema.items() if k.startswith("text_encoder.")}
     text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
     weights.save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
-    _write_json(out / "text_encoder" / "config.json", asdict(t5)
-                | {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"})  # fmt: skip
+    kind = {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"}
+    _write_json(out / "text_encoder" / "config.json", asdict(t5) | kind)
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -291,7 +308,9 @@ class Run:
         initialise(self.model)
         self.model.to(device)
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.dtype = torch.bfloat16 if weights.default_dtype(device.type) != torch.float32 else torch.float32
         if (self.folder / "checkpoint.pt").is_file():
             self.resume()
@@ -315,7 +334,7 @@ class Run:
         plot(self.folder / "loss.csv")
 
     def one_step(self) -> float:
-        """Draw a batch, step the optimizer, average the weights. Returns the loss; raises on NaN before anything moves."""
+        """Draw a batch, step, average the weights. Returns the loss; on NaN it raises before anything moves."""
         per_process = self.args.batch_size // self.world
         seed = (self.args.seed * 1_000_003 + self.step) * 1024 + self.rank
         generator = torch.Generator().manual_seed(seed)
@@ -325,8 +344,10 @@ class Run:
         random = {k: v.to(self.device) for k, v in random.items()}
         loss = self.parallel(x_start.to(self.device), ids, mask, random, self.dtype).mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; the last good checkpoint is "
-                                     f"{self.folder / 'checkpoint.pt'}: rerun with a smaller --lr to go on from it")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.step}; the last good checkpoint is "
+                f"{self.folder / 'checkpoint.pt'}: rerun with a smaller --lr to go on from it"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -89,12 +89,16 @@ class UNetConfig:
             known[key] = tuple(known[key])
         unknown = set(known["down_block_types"]) - set(WITH_ATTENTION)
         if unknown:
-            raise ValueError(f"unet/config.json: down_block_types {sorted(unknown)} unknown; known: {', '.join(WITH_ATTENTION)}")
+            raise ValueError(
+                f"unet/config.json: unknown down_block_types {sorted(unknown)}; known: {', '.join(WITH_ATTENTION)}"
+            )
         up_types = [MIRROR[kind] for kind in reversed(known["down_block_types"])]
         if list(config.get("up_block_types", up_types)) != up_types:
             raise ValueError(f"unet/config.json: up_block_types must mirror down_block_types, that is {up_types}")
         if not levels == len(known["layers_per_block"]) == len(known["down_block_types"]):
-            raise ValueError("unet/config.json: block_out_channels, layers_per_block and down_block_types differ in length")
+            raise ValueError(
+                "unet/config.json: block_out_channels, layers_per_block, down_block_types differ in length"
+            )
         for c, kind in zip(known["block_out_channels"], known["down_block_types"]):
             if WITH_ATTENTION[kind] and c % known.get("attention_head_dim", 64):
                 raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
@@ -360,7 +364,9 @@ class UNet(nn.Module):
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"height and width must be multiples of {unit}, got {x.shape[2]} x {x.shape[3]}")
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != config.encoder_hid_dim:
-            raise ValueError(f"prompt_embeds must be (B, L, {config.encoder_hid_dim}), got {tuple(prompt_embeds.shape)}; "
-                             "were they made by another model's text encoder?")
+            raise ValueError(
+                f"prompt_embeds must be (B, L, {config.encoder_hid_dim}), got {tuple(prompt_embeds.shape)}; "
+                "were they made by another model's text encoder?"
+            )
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError("class_labels (the noise level) belong to stage 2, and stage 2 needs them")

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff import weights
+from minidiff import hub, weights
 from minidiff.deepfloyd import prompts
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CONFIG = {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
-          "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu"}  # fmt: skip
+          "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6,
+          "feed_forward_proj": "gated-gelu"}  # fmt: skip
 TEXTS = ["a castle", "", "an old man with a beard"]
 
 
@@ -56,12 +57,12 @@ def test_streaming_refuses_an_encoder_that_does_not_fit(tmp_path):
     folder = write_encoder(tmp_path / "m")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
-    with pytest.raises(weights.WeightsError, match="missing"):
+    with pytest.raises(hub.WeightsError, match="missing"):
         prompts.load_text_encoder(folder, torch.float32, streamed=True)
 
 
 def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF uses T5 v1.1"):
+    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF has T5 v1.1"):
         T5Config.from_dict(CONFIG | {"feed_forward_proj": "relu"})
     with pytest.raises(ValueError, match="lacks d_kv, num_heads"):
         T5Config.from_dict({k: v for k, v in CONFIG.items() if k not in ("d_kv", "num_heads")})

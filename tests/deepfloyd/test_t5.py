@@ -134,7 +134,8 @@ def loud(dtype: torch.dtype) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def test_float16_survives_activations_beyond_its_range():
-    """The stream and the feed-forward's last product stay float32, whichever type the file stores `wo` in."""
+    """The stream and the feed-forward's last product stay float32, whichever type the file stores `wo` in, and
+    whether the encoder is whole or streamed."""
     expected = streamed(loud(torch.float32))
     model = T5Encoder(CONFIG)
     model.load_state_dict(loud(torch.float32))
@@ -146,6 +147,8 @@ def test_float16_survives_activations_beyond_its_range():
     mixed = {key: loud(torch.float32)[key] if key.endswith("wo.weight") else x for key, x in halves.items()}
     for state in (halves, mixed):
         assert relative_l2(streamed(state, torch.float16), expected) <= 0.02
+        model.load_state_dict(state, assign=True)
+        assert relative_l2(model(IDS, MASK), expected) <= 0.02
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -197,6 +200,9 @@ def test_feed_forward_formula():
 
 def test_t5_xxl_size():
     """The default config is T5-XXL, which all released IF models use."""
+    made = T5Config()
+    assert (made.relative_attention_num_buckets, made.relative_attention_max_distance) == (32, 128)
+    assert (made.layer_norm_epsilon, made.d_kv * made.num_heads, made.vocab_size) == (1e-6, 4096, 32128)
     with torch.device("meta"):
         shapes = {key: tuple(x.shape) for key, x in T5Encoder(T5Config()).state_dict().items()}
     assert sum(math.prod(shape) for shape in shapes.values()) == 4_762_310_656

@@ -47,7 +47,7 @@ def test_a_long_prompt_keeps_its_end_mark_and_the_warning_shows_the_lost_words(t
 
 
 def test_a_missing_or_wrong_file_is_told(tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer at .*spiece.model; it is the file tokenizer/spiece.model"):
+    with pytest.raises(ValueError, match="no tokenizer at .*spiece.model; it is tokenizer/spiece.model"):
         Tokenizer(tmp_path / "spiece.model")
     (tmp_path / "spiece.model").write_text("not a model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):

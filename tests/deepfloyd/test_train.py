@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import weights
-from minidiff.deepfloyd import prompts, stages, train
+from minidiff import hub
 from minidiff.ddpm import add_noise
+from minidiff.deepfloyd import prompts, stages, train
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
 from minidiff.schedule import squaredcos_cap_v2
@@ -64,7 +64,7 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path)
     assert [step for step, _ in losses(one)] == [20] and [step for step, _ in losses(two)] == [20]
     encode = prompts.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
-        loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
+        loaded = stages.load_stage(hub.resolve(str(folder), stage), torch.float32, "cpu")
         ema = {k: v.half().float() for k, v in state(folder)["ema"].items() if k.startswith("unet.")}
         assert all(torch.equal(v, ema["unet." + k]) for k, v in loaded.unet.state_dict().items())
         assert (folder / "training" / "samples" / "step-0000020.png").is_file()
@@ -102,7 +102,9 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, mon
     run(1, pictures, tmp_path / "one", 4, "--save-every", "4")
     before = state(tmp_path / "one")["model"]
     monkeypatch.setattr(train.ddpm, "loss", lambda *args: torch.full((4,), torch.nan, requires_grad=True))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; the last good checkpoint is .*checkpoint\.pt"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 4; the last good checkpoint is .*checkpoint\.pt"
+    ):
         run(1, pictures, tmp_path / "one", 8)
     after = state(tmp_path / "one")["model"]
     assert all(torch.equal(before[k], after[k]) for k in before)
