@@ -78,17 +78,20 @@ def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, weights.default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
 
 
-def encode(args: argparse.Namespace, model: str, texts: Sequence[str], dtype: torch.dtype) -> Tensor:
+def encode(args: argparse.Namespace, model: str, texts: Sequence[str]) -> Tensor:
     """The states of these prompts, (N, L, D): from --prompt-embeds, or by the model's text encoder, then freed."""
+    local = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model)
     if args.prompt_embeds:
-        here = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model) / "text_encoder"
-        known = prompt_files.fingerprint(here if model == "mini" else Path(model)) if here.is_dir() else None
+        known = prompt_files.fingerprint(local) if (local / "text_encoder").is_dir() else None
         return prompt_files.read_embeds(args.prompt_embeds, texts, known)
     folder = hub.resolve(model, 1, ("text_encoder",), print)
+    device, dtype = choose(args)
     streamed = args.text_encoder == "streamed"
     if args.text_encoder == "auto":
-        streamed = prompt_files.should_stream(folder, dtype)
-    return prompt_files.load_text_encoder(folder, dtype, streamed=streamed)(texts)
+        streamed = prompt_files.should_stream(folder, dtype, device)
+    if streamed and args.dtype == "auto":  # a streamed encoder computes on the CPU
+        dtype = weights.default_dtype("cpu")
+    return prompt_files.load_text_encoder(folder, dtype, device, streamed)(texts).cpu()
 
 
 def timesteps(steps: str) -> Tensor:

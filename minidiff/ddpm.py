@@ -123,16 +123,25 @@ def step(
     return mean + still_noisy * (0.5 * log_var).exp() * noise, pred_x_start
 
 
-def loss(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor | None) -> Tensor:
+def loss(
+    schedule: Schedule,
+    x_start: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    pred_var: Tensor | None,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
     """What training minimises, one number per picture: (B,).
 
-        L = mean |noise - eps|^2  +  L_vb, through pred_var only
+        L = weight mean |noise - eps|^2  +  L_vb, through pred_var only
 
-    The first term is L_simple (DDPM Eq. 14, Alg. 1). Without pred_var that is all. With it, the variational bound
-    (`bound`) trains the variance and is kept from touching eps: the hybrid objective, whose weight 0.001 cancels the
-    factor T = 1000 of a sum estimated from one term.    Source: iDDPM Eq. 16.
+    The first term is L_simple (DDPM Eq. 14, Alg. 1); weight: 1, or (B,), how much each picture's time counts.
+    Without pred_var that is all. With it, the variational bound (`bound`) trains the variance and is kept from
+    touching eps: the hybrid objective, whose weight 0.001 cancels the factor T = 1000 of a sum estimated from one term.
+    Source: iDDPM Eq. 16.
     """
-    simple = (noise - eps).square().flatten(1).mean(1)
+    simple = weight * (noise - eps).square().flatten(1).mean(1)
     if pred_var is None:
         return simple
     return simple + bound(schedule, x_start, noise, t, eps.detach(), pred_var) * schedule.num_train_timesteps * 1e-3

@@ -24,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", default="mini", help="whose text encoder (default %(default)s)")
     p.add_argument("--text-encoder", choices=["auto", "whole", "streamed"], default="auto",
                    help="streamed: half a block in memory at a time; auto: if free memory is short")  # fmt: skip
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--dtype", choices=["auto", *cli.DTYPES], default="auto", help="precision to compute in")
     p.add_argument("--out", type=Path, default=Path("out/embeds.safetensors"), help="default %(default)s")
     args = p.parse_args(argv)
-    args.device, args.prompt_embeds = "cpu", None
+    args.prompt_embeds = None
     clock = cli.Clock()
     images.check_output(args.out, known=(".safetensors",))
-    _, dtype = cli.choose(args)
     texts = list(dict.fromkeys([*args.prompts, ""]))
-    embeds = cli.encode(args, args.model, texts, dtype)
+    embeds = cli.encode(args, args.model, texts)
     folder = hub.resolve(args.model, 1, ("text_encoder",))
     write_embeds(args.out, texts, embeds, fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}   ({clock})")

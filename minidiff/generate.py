@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plans = _plans(args)
     base = hub.resolve(args.model, 1, ("unet",), print)
     upper = None if args.stage2 == "none" else hub.resolve(args.stage2, 2, ("unet",), print)
-    prompt_embeds, negative = cli.encode(args, args.model, [args.prompt, args.negative_prompt], dtype)[:, None]
+    prompt_embeds, negative = cli.encode(args, args.model, [args.prompt, args.negative_prompt])[:, None]
     small, draws = _run_base(args, stages.load_stage(base, dtype, device), plans, prompt_embeds, negative)
     columns = [small]
     if upper is not None:

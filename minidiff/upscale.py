@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = cli.choose(args)
     folder = hub.resolve(args.model, 2, ("unet",), print)
     text_model = args.text_model or ("mini" if args.model == "mini" else "IF-I-XL-v1.0")
-    prompt_embeds, negative = cli.encode(args, text_model, [args.prompt, args.negative_prompt], dtype)[:, None]
+    prompt_embeds, negative = cli.encode(args, text_model, [args.prompt, args.negative_prompt])[:, None]
     stage = stages.load_stage(folder, dtype, device)
     x = stages.sample_super_resolution(
         stage, low_res, prompt_embeds, negative, ts, seeded(args.seed, 1), guidance_scale=args.guidance_scale,

@@ -1,6 +1,8 @@
 """Every command runs, writes a labelled picture with its settings, keeps its promises, and explains bad input."""
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -122,6 +124,21 @@ def test_the_embedded_weights_stay_small_and_fit_their_architecture():
     assert all(weights.check(folder, lambda line: None) for folder in folders)
     size = sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file() and "training" not in p.parts)
     assert size < 40e6
+
+
+def test_weights_readme_names_every_file_with_its_size_and_sha256():
+    text = (hub.WEIGHTS / "README.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
+    on_disk = {
+        p.relative_to(hub.WEIGHTS).as_posix(): p
+        for name in hub.MINI.values()
+        for p in (hub.WEIGHTS / name).rglob("*")
+        if p.is_file() and "training" not in p.parts
+    }
+    assert {name for name, _, _ in rows if name.startswith("mini-IF")} == set(on_disk)
+    for name, size, digest in rows:
+        content = (hub.WEIGHTS / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (int(size.replace(",", "")), digest), name
 
 
 def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, capsys, monkeypatch):

@@ -65,11 +65,16 @@ def load_text_encoder(
     return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
 
-def should_stream(folder: Path, dtype: torch.dtype) -> bool:
-    """True if the whole encoder would take more than half of the memory that is free now (Linux; False elsewhere)."""
+def should_stream(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
+
+    False where free memory cannot be asked for (macOS, Windows).
+    """
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
     with weights.on_meta():
         size = sum(p.numel() for p in T5Encoder(T5Config.from_dict(checkpoint.config)).parameters()) * dtype.itemsize
+    if device.type == "cuda":
+        return size > torch.cuda.mem_get_info(device)[0] * 0.9
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not known on this system

@@ -128,7 +128,7 @@ class Trainee(nn.Module):
         # Where nearly all is noise, a small error in eps is a large one in the picture, and what the prompt says is
         # decided there: weighed by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
         weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float()
-        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var) * weight
+        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight)
 
     def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small picture, and its noise level."""

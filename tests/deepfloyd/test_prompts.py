@@ -70,9 +70,9 @@ def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
 
 def test_a_small_encoder_is_not_streamed_and_an_endless_one_is(tmp_path, monkeypatch):
     folder = write_encoder(tmp_path / "m")
-    assert not prompts.should_stream(folder, torch.float32)
+    assert not prompts.should_stream(folder, torch.float32, torch.device("cpu"))
     monkeypatch.setattr(prompts.os, "sysconf", lambda name: 1)
-    assert prompts.should_stream(folder, torch.float32)
+    assert prompts.should_stream(folder, torch.float32, torch.device("cpu"))
 
 
 def test_embeds_come_back_bit_by_bit_whatever_the_order(tmp_path):
