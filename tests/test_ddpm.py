@@ -364,6 +364,8 @@ def test_iddpm_eq16_hybrid_loss():
     close(of_hybrid[0], torch.autograd.grad(simple.sum(), eps)[0])
     close(of_hybrid[1], torch.autograd.grad(bound.sum(), pred_var)[0])
     assert of_hybrid[1].abs().max() > 0
+    weight = torch.tensor([3.0, 0.5])
+    close(ddpm.loss(COSINE, x_start, noise, t, eps, pred_var, weight), weight * simple + bound)
     shorter = schedule.linear(100)
     t = torch.tensor([30, 70])
     bound = ddpm.bound(shorter, x_start, noise, t, eps, pred_var)

@@ -15,7 +15,7 @@ from minidiff.schedule import squaredcos_cap_v2
 SPIECE = Path(__file__).parent / "reference" / "spiece.model"
 SMALL = dict(block_out_channels=(8, 8, 8, 16), layers_per_block=(1, 1, 1, 1),
              down_block_types=(train.R, train.R, train.R, train.S), attention_head_dim=8, cross_attention_dim=32,
-             encoder_hid_dim=32, time_embedding_dim=32)  # fmt: skip
+             encoder_hid_dim=32, time_embedding_dim=32, norm_num_groups=4)  # fmt: skip
 CONFIGS = {1: replace(train.MINI_1, **SMALL), 2: replace(train.MINI_2, **SMALL)}
 T5 = replace(train.MINI_T5, d_model=32, d_kv=8, d_ff=32, num_layers=1)
 

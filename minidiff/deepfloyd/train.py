@@ -161,6 +161,32 @@ def initialise(module: nn.Module) -> None:
             nn.init.ones_(m.weight)
 
 
+@torch.no_grad()
+def pass_through(unet: UNet) -> None:
+    """Let eps begin as x_t itself at unit variance, which is right where all is noise.
+
+    There, an error in eps is many times as large in the picture, and the mean colour of x_t (a 64th of its deviation)
+    must come out unharmed, which random layers take very long to learn. A pair of channels +x and -x does it: the
+    outermost skip connection carries it past all layers, the last norm only divides it by a known factor, since the
+    mean of a pair is 0, and the last activation leaves it whole, since gelu(x) - gelu(-x) = x.
+    """
+    last = unet.up_blocks[-1].resnets[-1]
+    size = len(unet.conv_in.weight) // unet.config.norm_num_groups  # channels that one norm shares: +x, -x and zeros
+    from_skip = last.conv_shortcut.in_channels - len(unet.conv_in.weight)
+    for module in (unet.conv_out, last.conv_shortcut, unet.conv_in, last.conv2):
+        module.bias[: 3 * size] = 0
+    unet.conv_out.weight[:3] = 0
+    for colour in range(3):
+        plus, minus, group = colour * size, colour * size + 1, slice(colour * size, (colour + 1) * size)
+        for layer in (unet.conv_in, last.conv2, last.conv_shortcut):
+            layer.weight[group] = 0
+        unet.conv_in.weight[plus, colour, 1, 1], unet.conv_in.weight[minus, colour, 1, 1] = 1, -1
+        last.conv_shortcut.weight[plus, from_skip + plus] = last.conv_shortcut.weight[minus, from_skip + minus] = 1
+        unet.conv_norm_out.weight[group], unet.conv_norm_out.bias[group] = 1, 0
+        unet.conv_out.weight[colour, plus, 1, 1] = (2 / size) ** 0.5
+        unet.conv_out.weight[colour, minus, 1, 1] = -((2 / size) ** 0.5)
+
+
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,6 +298,8 @@ def plot(csv_path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    if not csv_path.is_file():  # stopped before the first row
+        return
     rows = np.genfromtxt(csv_path, delimiter=",", names=True)
     axes = (figure := Figure(figsize=(7, 4))).subplots()
     axes.semilogy(np.atleast_1d(rows["step"]), np.atleast_1d(rows["loss"]))
@@ -306,6 +334,7 @@ class Run:
             weights.load(t5, checkpoint, torch.float32)
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
         initialise(self.model)
+        pass_through(unet)
         self.model.to(device)
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(

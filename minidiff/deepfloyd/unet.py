@@ -99,8 +99,10 @@ class UNetConfig:
             raise ValueError(
                 "unet/config.json: block_out_channels, layers_per_block, down_block_types differ in length"
             )
-        for c, kind in zip(known["block_out_channels"], known["down_block_types"]):
-            if WITH_ATTENTION[kind] and c % known.get("attention_head_dim", 64):
+        widths = known["block_out_channels"]
+        attended = [c for c, kind in zip(widths, known["down_block_types"]) if WITH_ATTENTION[kind]]
+        for c in [*attended, widths[-1]]:  # the middle attends too
+            if c % known.get("attention_head_dim", 64):
                 raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
         return cls(**known)
 
@@ -212,7 +214,7 @@ class Attention(nn.Module):
         super().__init__()
         text_dim = config.cross_attention_dim
         self.heads = channels // config.attention_head_dim
-        self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, 1e-5)
         self.norm_cross = nn.GroupNorm(32, text_dim, 1e-5)
         self.to_q = nn.Linear(channels, channels)
         if not only_cross:

@@ -222,7 +222,7 @@ def test_t5_xxl_size():
 
 
 def test_config_errors():
-    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF uses T5 v1.1, 'gated-gelu'"):
+    with pytest.raises(ValueError, match="feed_forward_proj is 'relu', but IF has T5 v1.1, 'gated-gelu'"):
         T5Config.from_dict({**ABOUT["config"], "feed_forward_proj": "relu"})
     with pytest.raises(ValueError, match="text_encoder/config.json lacks d_model, num_heads"):
         T5Config.from_dict({k: v for k, v in ABOUT["config"].items() if k not in ("d_model", "num_heads")})

@@ -166,6 +166,19 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
     assert abs(low / high - expected) < 5 * (expected / high) ** 0.5
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_eps_begins_as_x_t_at_unit_variance(stage):
+    """Also with a tint a hundred times smaller than the noise."""
+    unet = UNet(TINY[stage])
+    train.initialise(unet)
+    train.pass_through(unet)
+    x = 3 * torch.randn(2, TINY[stage].in_channels, 32, 32) + torch.tensor([0.03, -0.01]).view(2, 1, 1, 1)
+    t = torch.tensor([999, 3])
+    eps = unet(x, t, torch.randn(2, 77, 32), t if stage == 2 else None)[:, :3]
+    expected = x[:, :3] / x[:, :3].square().mean((2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(eps, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_learning_rate_warms_up_stays_and_falls():
     assert [train.learning_rate(s, 3000, 1.0) for s in (0, 99, 199, 1999, 2500, 2999)] == pytest.approx(
         [0.005, 0.5, 1.0, 1.0, 0.5, 0.001]

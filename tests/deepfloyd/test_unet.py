@@ -303,11 +303,11 @@ def test_config_of_another_architecture_is_refused(key):
 def test_config_errors():
     with pytest.raises(ValueError, match="unet/config.json lacks down_block_types, cross_attention_dim: is this"):
         UNetConfig.from_dict({"block_out_channels": [32]})
-    with pytest.raises(ValueError, match=r"down_block_types \['DownBlock2D'\] unknown; known: SimpleCross"):
+    with pytest.raises(ValueError, match=r"unknown down_block_types \['DownBlock2D'\]; known: SimpleCross"):
         config(down_block_types=["DownBlock2D", S, S])
     with pytest.raises(ValueError, match=r"up_block_types must mirror down_block_types, that is \['SimpleCrossAttnUp"):
         config(up_block_types=["ResnetUpsampleBlock2D"] * 3)
-    with pytest.raises(ValueError, match="block_out_channels, layers_per_block and down_block_types differ in length"):
+    with pytest.raises(ValueError, match="block_out_channels, layers_per_block, down_block_types differ in length"):
         config(layers_per_block=[2, 2])
     with pytest.raises(ValueError, match="64 channels do not split into heads of attention_head_dim"):
         config(attention_head_dim=48)
