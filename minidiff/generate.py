@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = hub.resolve(args.model, 1, ("unet",), print)
     upper = None if args.stage2 == "none" else hub.resolve(args.stage2, 2, ("unet",), print)
     prompt_embeds, negative = cli.encode(args, args.model, [args.prompt, args.negative_prompt])[:, None]
+    _check_widths([base] if upper is None else [base, upper], prompt_embeds)
     small, draws = _run_base(args, stages.load_stage(base, dtype, device), plans, prompt_embeds, negative)
     columns = [small]
     if upper is not None:
@@ -86,6 +88,17 @@ def _plans(args: argparse.Namespace) -> list[tuple[str, str]]:
         for steps in plan:
             cli.timesteps(steps)
     return plans
+
+
+def _check_widths(folders: list[Path], prompt_embeds: Tensor) -> None:
+    """Before hours of work: do all stages read states of the width that the text encoder (or file) gives?"""
+    for folder in folders:
+        width = hub.read_config(folder / "unet").get("encoder_hid_dim")
+        if width != prompt_embeds.shape[-1]:
+            raise ValueError(
+                f"{folder.name} reads text states of width {width}, but these have {prompt_embeds.shape[-1]}: stages and "
+                "text encoder must be of one family; choose another --stage2 or --prompt-embeds"
+            )
 
 
 def _run_base(

@@ -188,6 +188,14 @@ def test_stages_in_the_wrong_place_are_told(cascade, tmp_path, capsys):
     assert "stage 1" in message
 
 
+def test_stages_of_different_text_encoders_are_told_before_the_work(cascade, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate.stages, "load_stage", lambda *args: pytest.fail("work began"))
+    message = fails(
+        capsys, generate.main, PROMPT, "--model", cascade[0], "--stage2", "mini", "--out", tmp_path / "g.png"
+    )
+    assert "mini-IF-II reads text states of width 192, but these have 32" in message
+
+
 def test_a_noise_level_out_of_range_and_a_missing_picture_are_told(cascade, tmp_path, capsys):
     one, two = cascade
     flags = ["--model", two, "--text-model", one, "--quick", "--out", tmp_path / "u.png"]

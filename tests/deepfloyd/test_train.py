@@ -30,7 +30,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train, "MINI_1", TINY[1])
     monkeypatch.setattr(train, "MINI_2", TINY[2])
     monkeypatch.setattr(train, "MINI_T5", TINY_T5)
-    monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 8)
+    monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 2)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_two_processes_average_their_gradients(pictures, tmp_path):
     """torchrun with gloo: the run ends, and process 0 alone writes."""
     code = (
         "from tests.deepfloyd import test_train as T; T.train.MINI_1, T.train.MINI_T5 = T.TINY[1], T.TINY_T5;"
-        f"T.train.PREVIEW = ['a red square'] * 8; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
+        f"T.train.PREVIEW = ['a red square'] * 2; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
