@@ -96,8 +96,8 @@ def _check_widths(folders: list[Path], prompt_embeds: Tensor) -> None:
         width = hub.read_config(folder / "unet").get("encoder_hid_dim")
         if width != prompt_embeds.shape[-1]:
             raise ValueError(
-                f"{folder.name} reads text states of width {width}, but these have {prompt_embeds.shape[-1]}: stages and "
-                "text encoder must be of one family; choose another --stage2 or --prompt-embeds"
+                f"{folder.name} reads text states of width {width}, but these have {prompt_embeds.shape[-1]}: stages "
+                "and text encoder must be of one family; choose another --stage2 or --prompt-embeds"
             )
 
 
