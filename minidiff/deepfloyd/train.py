@@ -24,6 +24,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minidiff import ddpm, images, weights
+from minidiff import ddpm, hub, images, weights
 from minidiff.deepfloyd import prompts, stages
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer, clean
@@ -187,6 +188,14 @@ def pass_through(unet: UNet) -> None:
         unet.conv_out.weight[colour, minus, 1, 1] = -((2 / size) ** 0.5)
 
 
+def load_into(module: nn.Module, checkpoint: weights.Checkpoint) -> None:
+    """The weights of a released-layout folder as float32 to train on. Raises hub.WeightsError if they do not fit."""
+    report = weights.compare(module, checkpoint)
+    if report:
+        raise hub.WeightsError(report)
+    module.load_state_dict({key: tensor.float() for key, tensor in checkpoint.tensors().items()})
+
+
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +327,11 @@ class Run:
         text_encoder = args.out if args.stage == 1 else args.text_encoder
         spiece = text_encoder / "tokenizer" / "spiece.model"
         if args.stage == 1 and rank == 0 and not spiece.is_file():
-            train_tokenizer(self.pictures.captions, spiece, MINI_T5.vocab_size)
+            if args.start_from:
+                spiece.parent.mkdir(parents=True)
+                shutil.copy(args.start_from / "tokenizer" / "spiece.model", spiece)
+            else:
+                train_tokenizer(self.pictures.captions, spiece, MINI_T5.vocab_size)
         if world > 1:
             torch.distributed.barrier()
         self.tokenizer, self.text_folder = Tokenizer(spiece), text_encoder
@@ -335,6 +348,10 @@ class Run:
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
         initialise(self.model)
         pass_through(unet)
+        if args.start_from:
+            load_into(unet, weights.Checkpoint(args.start_from, "unet", torch.float32))
+            if args.stage == 1:
+                load_into(t5, weights.Checkpoint(args.start_from, "text_encoder", torch.float32))
         self.model.to(device)
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -424,6 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pictures", type=Path, help="folder of captioned pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in the released layout")
     parser.add_argument("--text-encoder", type=Path, help="stage 2: the folder of the trained stage 1")
+    parser.add_argument("--start-from", type=Path, help="a folder in the released layout whose weights to train on")
     parser.add_argument("--config", type=Path, help="a unet/config.json to train instead of the miniature")
     parser.add_argument("--steps", type=int, default=20000, help="optimizer steps in all (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="over all processes (default %(default)s)")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import hub
+from minidiff import hub, weights
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import prompts, stages, train
 from minidiff.deepfloyd.t5 import T5Encoder
@@ -96,6 +96,19 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
     a, b = state(whole), state(parts)
     assert a["step"] == b["step"] == 12
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
+
+
+def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path):
+    """With a learning rate of 0 they come out as they went in, tokenizer included."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, pictures, one, 2)
+    run(1, pictures, two, 1, "--start-from", str(one), "--lr", "0")
+    for part in ("unet", "text_encoder"):
+        a, b = (weights.Checkpoint(folder, part).tensors() for folder in (one, two))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
+    with pytest.raises(hub.WeightsError, match="missing"):
+        run(2, pictures, tmp_path / "three", 1, "--start-from", str(one), "--text-encoder", str(one))
 
 
 def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, monkeypatch):
