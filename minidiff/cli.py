@@ -113,7 +113,9 @@ def progress(total: int, what: str) -> Callable[..., None]:
 
 @torch.inference_mode()
 def announce(what: str, unet: nn.Module, batch: int, size: tuple[int, int], prompt_embeds: Tensor, calls: int) -> None:
-    """Before a run: how many network calls it will make, and about how long (one call is timed to find out).
+    """Before a run: how many network calls it will make, and about how long.
+
+    One call is timed to find out, and a second if the first was short, when warming up is most of it.
 
     batch: pictures per call, both branches of guidance counted.
     """
@@ -121,10 +123,13 @@ def announce(what: str, unet: nn.Module, batch: int, size: tuple[int, int], prom
     x = torch.zeros(batch, config.in_channels, *size, device=device)
     t = torch.zeros(batch, dtype=torch.long, device=device)
     labels = t if config.class_embed_type else None
-    start = time.perf_counter()
-    unet(x, t, prompt_embeds.to(device).expand(batch, -1, -1), labels).sum().item()
-    seconds = (time.perf_counter() - start) * calls
-    print(f"{what}: {calls} UNet calls on {batch} pictures each, about {seconds:.0f} s")
+    for _ in range(2):
+        start = time.perf_counter()
+        unet(x, t, prompt_embeds.to(device).expand(batch, -1, -1), labels).sum().item()
+        seconds = time.perf_counter() - start
+        if seconds > 2:
+            break
+    print(f"{what}: {calls} UNet calls, {batch} pictures in each, about {seconds * calls:.0f} s")
 
 
 class Clock:

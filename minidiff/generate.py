@@ -24,9 +24,9 @@ from minidiff import cli, hub, images
 from minidiff.deepfloyd import stages
 from minidiff.sampling import seeded
 
-DEFAULT_STEPS = {"mini": ("27", "10")}  # for the two stages, if --steps is not given
-RELEASED_STEPS = ("100", "50")
-STAGE_2_GUIDANCE = 4.0
+# If no flag says otherwise: steps and guidance of both stages. The miniature is best with little guidance.
+MINI_STEPS, MINI_GUIDANCE = ("27", "20"), (5.0, 1.0)
+RELEASED_STEPS, RELEASED_GUIDANCE = ("100", "50"), (7.0, 4.0)
 
 
 @cli.command
@@ -62,17 +62,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--stage2", help="mini, a released name, a folder, or none (default: mini, or IF-II-M-v1.0 after a "
                    "released stage 1, or none after a folder)")  # fmt: skip
     p.add_argument("--steps", nargs="+", help="steps of both stages: a count, smart27, ...; several make a comparison "
-                   "(default: mini 27 and 10, others 100 and 50)")  # fmt: skip
-    p.add_argument(
-        "--guidance-scale", type=float, default=None, help="of stage 1; 1 is none (default: mini 4, others 7)"
-    )
+                   "(default: mini 27 and 20, others 100 and 50)")  # fmt: skip
+    p.add_argument("--guidance-scale", type=float, help="of stage 1; 1 is none (default: mini 5, others 7)")
+    p.add_argument("--stage2-guidance-scale", type=float, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--num-images", type=int, default=1)
     cli.add_text_flags(p)
     args = p.parse_args(argv)
     if args.stage2 is None:
         args.stage2 = {"mini": "mini"}.get(args.model, "IF-II-M-v1.0" if args.model in hub.RELEASED else "none")
     if args.guidance_scale is None:
-        args.guidance_scale = 4.0 if args.model == "mini" else 7.0
+        args.guidance_scale = (MINI_GUIDANCE if args.model == "mini" else RELEASED_GUIDANCE)[0]
+    if args.stage2_guidance_scale is None:
+        args.stage2_guidance_scale = (MINI_GUIDANCE if args.stage2 == "mini" else RELEASED_GUIDANCE)[1]
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     return args
@@ -83,7 +84,7 @@ def _plans(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.quick:
         plans = [(cli.QUICK_STEPS, cli.QUICK_STEPS)]
     else:
-        plans = [(s, s) for s in args.steps] if args.steps else [DEFAULT_STEPS.get(args.model, RELEASED_STEPS)]
+        plans = [(s, s) for s in args.steps] if args.steps else [MINI_STEPS if args.model == "mini" else RELEASED_STEPS]
     for plan in plans:
         for steps in plan:
             cli.timesteps(steps)
@@ -106,7 +107,7 @@ def _run_base(
 ) -> tuple[list[Tensor], list[list[torch.Generator]]]:
     """Stage 1 once per plan: the pictures (num_images, 3, 64, 64), and the generators for stage 2 to draw on from."""
     size, pictures, draws = stage.unet.config.sample_size, [], []
-    _announce(args, "64 px", stage, size, prompt_embeds, [first for first, _ in plans])
+    _announce(args, "64 px", stage, args.guidance_scale, size, prompt_embeds, [first for first, _ in plans])
     for steps, _ in plans:
         generators = seeded(args.seed, args.num_images)
         ts = cli.timesteps(steps)
@@ -124,21 +125,23 @@ def _run_upper(
 ) -> list[Tensor]:  # fmt: skip
     """Stage 2 on each result of stage 1: the pictures (num_images, 3, 256, 256)."""
     pictures = []
-    _announce(args, "256 px", stage, 4 * small[0].shape[-1], prompt_embeds, [second for _, second in plans])
+    size, guidance = 4 * small[0].shape[-1], args.stage2_guidance_scale
+    _announce(args, "256 px", stage, guidance, size, prompt_embeds, [second for _, second in plans])
     for (_, steps), low_res, generators in zip(plans, small, draws):
         ts = cli.timesteps(steps)
         pictures.append(stages.sample_super_resolution(
-            stage, low_res, prompt_embeds, negative, ts, generators, guidance_scale=STAGE_2_GUIDANCE,
+            stage, low_res, prompt_embeds, negative, ts, generators, guidance_scale=args.stage2_guidance_scale,
             split_batch=args.split_batch, on_step=cli.progress(len(ts), "256 px"),
         ).cpu())  # fmt: skip
     return pictures
 
 
 def _announce(
-    args: argparse.Namespace, what: str, stage: stages.Stage, size: int, prompt_embeds: Tensor, steps: list[str]
-) -> None:
+    args: argparse.Namespace, what: str, stage: stages.Stage, guidance: float, size: int, prompt_embeds: Tensor,
+    steps: list[str],
+) -> None:  # fmt: skip
     calls = sum(len(cli.timesteps(s)) for s in steps)
-    branches = 1 if args.guidance_scale == 1 and what == "64 px" else 2
+    branches = 1 if guidance == 1 else 2
     if args.split_batch:
         calls, branches = calls * branches, 1
     cli.announce(what, stage.unet, branches * args.num_images, (size, size), prompt_embeds, calls)

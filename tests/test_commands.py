@@ -42,7 +42,7 @@ def test_generate_writes_both_sizes_and_its_settings(cascade, tmp_path, capsys):
     written = images.read_metadata(tmp_path / "g.png")
     assert written["prompt"] == PROMPT and written["seed"] == "5" and written["Software"].startswith("minidiff 0.")
     printed = capsys.readouterr().out
-    assert "64 px: 4 UNet calls on 2 pictures each, about" in printed and "GiB" in printed and "g.png" in printed
+    assert "64 px: 4 UNet calls, 2 pictures in each, about" in printed and "GiB" in printed and "g.png" in printed
 
 
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch(cascade, tmp_path, monkeypatch):
