@@ -27,18 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidiff.hub import (
-    PARTS,
-    RELEASED,
-    WEIGHTS,
-    WeightsError,
-    cached,
-    choose_files,
-    embedded,
-    in_words,
-    read_config,
-    resolve,
-)  # fmt: skip
+from minidiff import hub
+from minidiff.hub import WeightsError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RENAMED = {"encoder.embed_tokens.weight": "shared.weight"}  # one matrix, stored under either name or both
@@ -59,9 +49,9 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, part: str, dtype: torch.dtype | None = None):
         self.folder = Path(folder) / part
-        self.config = read_config(self.folder)
+        self.config = hub.read_config(self.folder)
         names = [p.name for p in self.folder.iterdir() if p.is_file()]
-        self.files = [self.folder / name for name in choose_files(names, dtype, str(self.folder))]
+        self.files = [self.folder / name for name in hub.choose_files(names, dtype, str(self.folder))]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
@@ -265,14 +255,14 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
         "unet": lambda c: UNet(UNetConfig.from_dict(c)),
         "text_encoder": lambda c: T5Encoder(T5Config.from_dict(c)),
     }
-    parts = [part for part in PARTS if (folder / part).is_dir()]
+    parts = [part for part in hub.PARTS if (folder / part).is_dir()]
     good = bool(parts)
-    say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
+    say(str(folder) if parts else f"{folder} has none of {', '.join(hub.PARTS)}")
     for part in parts:
         try:
             checkpoint = Checkpoint(folder, part)
             for path in checkpoint.files:
-                say(f"  {part}/{path.name}: {in_words(path.stat().st_size)}")
+                say(f"  {part}/{path.name}: {hub.in_words(path.stat().st_size)}")
             types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
             parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
             say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
@@ -287,11 +277,13 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 def _list() -> None:
-    for name in embedded():
-        print(f"{name:14} embedded        {WEIGHTS / name}")
-    for name, released in RELEASED.items():
-        folder = WEIGHTS / name if (WEIGHTS / name).is_dir() else cached(released.repo, ("unet",))
-        print(f"{name:14} stage {released.stage} {in_words(released.fp16_bytes):>9} {folder or 'not on this machine'}")
+    for name in hub.embedded():
+        print(f"{name:14} embedded        {hub.WEIGHTS / name}")
+    for name, released in hub.RELEASED.items():
+        folder = hub.WEIGHTS / name if (hub.WEIGHTS / name).is_dir() else hub.cached(released.repo, ("unet",))
+        print(
+            f"{name:14} stage {released.stage} {hub.in_words(released.fp16_bytes):>9} {folder or 'not on this machine'}"
+        )
     print("The text encoder, which all released models share, is 11.5 GB more.")
 
 
@@ -300,8 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="which models there are, and which are on this machine")
     fetch = commands.add_parser("download", help="fetch a released model into the Hugging Face cache")
-    fetch.add_argument("name", choices=list(RELEASED))
-    fetch.add_argument("--part", choices=[*PARTS, "all"], default="unet", help="default: unet")
+    fetch.add_argument("name", choices=list(hub.RELEASED))
+    fetch.add_argument("--part", choices=[*hub.PARTS, "all"], default="unet", help="default: unet")
     look = commands.add_parser("check", help="does a model on this machine fit the architecture?")
     look.add_argument("model", help="a folder, a name in weights/, or a released name that is in the cache")
     args = parser.parse_args(argv)
@@ -309,8 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "list":
             _list()
         elif args.command == "download":
-            parts = PARTS if args.part == "all" else (args.part,)
-            print(resolve(args.name, RELEASED[args.name].stage, parts, print))
+            parts = hub.PARTS if args.part == "all" else (args.part,)
+            print(hub.resolve(args.name, hub.RELEASED[args.name].stage, parts, print))
         else:
             return 0 if check(_folder_to_check(args.model), print) else 1
     except WeightsError as error:
@@ -320,12 +312,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _folder_to_check(model: str) -> Path:
-    candidates = [Path(model).expanduser(), WEIGHTS / model]
-    candidates += [cached(RELEASED[model].repo, (part,)) for part in PARTS if model in RELEASED]
+    candidates = [Path(model).expanduser(), hub.WEIGHTS / model]
+    candidates += [hub.cached(hub.RELEASED[model].repo, (part,)) for part in hub.PARTS if model in hub.RELEASED]
     for folder in candidates:
         if folder is not None and folder.is_dir():
             return folder
-    raise WeightsError(f"{model} is neither a folder, nor in {WEIGHTS}, nor a released model in the Hugging Face cache")
+    raise WeightsError(
+        f"{model} is neither a folder, nor in {hub.WEIGHTS}, nor a released model in the Hugging Face cache"
+    )
 
 
 if __name__ == "__main__":
