@@ -7,6 +7,10 @@ The files in reading order; each imports only from files above it (tests/test_la
     sampling.py              the one denoising loop
     guidance.py              classifier-free guidance and dynamic thresholding
     toy.py                   denoisers with a known answer, to test everything else against
+    views.py                 turning and shuffling pictures, and what makes a view a good one
+    components.py            parts of a picture: near and far, grey and colour
+    factorized.py            several prompts in one picture: the formula of anagrams and hybrids
+    editing.py               starting from a picture, and keeping some of it
 
     images.py                plumbing: picture files, labelled strips, GIFs
     hub.py                   plumbing: which models there are, where they lie, fetching them
@@ -21,7 +25,12 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     cli.py                   plumbing: the flags every command shares
     encode.py                prompts to a file of embeddings
+    denoise.py               noise added to a picture, and four ways to take it away
     generate.py              a prompt becomes a picture, 64 and 256 pixels
+    sdedit.py                a picture made anew from the middle of the walk
+    inpaint.py               a region painted anew
+    anagram.py               one picture, several views, several prompts
+    hybrid.py                one picture, several components, several prompts
     upscale.py               any picture four times as large
 
 Run `python -m minidiff` for the list of commands.

@@ -4,6 +4,7 @@ Read `schedule.py` first. Every function is pure and works on float tensors of a
 in as (B, 1, 1, 1) float64 and are cast only after the coefficient is formed.
 
     forward   x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise                          add_noise
+              the same from x_t to a later time                                                      add_more_noise
     estimate  x_start from x_t and the network's eps                                                 predict_x_start
     reverse   x_prev ~ N(posterior_mean(x_start, x_t), variance between beta_tilde and beta)         step
     train     |noise - eps|^2, and a bound that trains only the variance                             loss
@@ -35,6 +36,17 @@ def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     """
     _same_shape(x_start=x_start, noise=noise)
     return _cast(alpha_bar_t.sqrt(), x_start) * x_start + _cast((1 - alpha_bar_t).sqrt(), x_start) * noise
+
+
+def add_more_noise(schedule: Schedule, x_t: Tensor, t: Tensor, t_later: Tensor, noise: Tensor) -> Tensor:
+    """The forward process from one time to a later one, without knowing the clean picture.
+
+        x_later = sqrt(alpha) * x_t + sqrt(1 - alpha) * noise,    alpha = alpha_bar_later / alpha_bar_t
+
+    x_t, noise: (B, C, H, W), noise ~ N(0, I).  t, t_later: (B,) int64, t_later > t >= -1.
+    Source: DDPM Eq. 2, over several steps at once.
+    """
+    return add_noise(x_t, noise, schedule.alpha_bar(t_later).to(x_t.device) / schedule.alpha_bar(t).to(x_t.device))
 
 
 def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:

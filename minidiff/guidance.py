@@ -4,7 +4,8 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 
     model(x_t, t, prompt_embeds) -> (eps, pred_var or None)
 
-and `guided` gives it the text and makes it a prediction. Next: `toy.py`, models with a known answer.
+and `guided` gives it the text and makes it a prediction. A *condition* is that act of giving, still to be applied:
+`prompted` is the simplest, one prompt; `factorized.py` has the others. Next: `toy.py`, models with a known answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from minidiff.sampling import Prediction
 
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Condition = Callable[[Model, float], Prediction]  # how a model is asked: condition(model, guidance_scale)
 
 
 def combine(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
@@ -46,10 +48,10 @@ def guided(
     """
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        cond = prompt_embeds.expand(len(x_t), -1, -1)
+        cond = prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)
         if guidance_scale == 1:
             return model(x_t, t, cond)
-        uncond = negative_prompt_embeds.expand(len(x_t), -1, -1)
+        uncond = negative_prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)
         if split_batch:
             (eps_uncond, _), (eps_cond, pred_var) = model(x_t, t, uncond), model(x_t, t, cond)
         else:
@@ -59,6 +61,11 @@ def guided(
         return combine(eps_uncond, eps_cond, guidance_scale), pred_var
 
     return predict
+
+
+def prompted(prompt_embeds: Tensor, negative_prompt_embeds: Tensor, split_batch: bool = False) -> Condition:
+    """The condition of one prompt: `guided`, before model and scale are known. One condition serves both stages."""
+    return lambda model, scale: guided(model, prompt_embeds, negative_prompt_embeds, scale, split_batch)
 
 
 def dynamic_threshold(ratio: float = 0.95, max_value: float = 1.5) -> Callable[[Tensor], Tensor]:

@@ -42,6 +42,7 @@ from minidiff.deepfloyd import prompts, stages
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer, clean
 from minidiff.deepfloyd.unet import FIXED, MIRROR, Attention, ResnetBlock, UNet, UNetConfig
+from minidiff.guidance import prompted
 from minidiff.sampling import seeded
 from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
 
@@ -290,12 +291,14 @@ def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pict
     encode = prompts.load_text_encoder(text_encoder, torch.float32, "cpu")
     if stage == 1:
         n = len(PREVIEW)
-        x = stages.sample_base(loaded, encode(PREVIEW), encode([""]), respaced(20), seeded(0, n), guidance_scale=4.0)
+        condition, walk = prompted(encode(PREVIEW), encode([""])), stages.Walk(respaced(20))
+        x = stages.sample_base(loaded, condition, walk, seeded(0, n), guidance_scale=4.0)
         strip = images.strip([list(x[: n // 2]), list(x[n // 2 :])], [PREVIEW[: n // 2], PREVIEW[n // 2 :]])
     else:
         x_start, texts = pictures.draw(2, torch.Generator().manual_seed(1))
         low_res = F.avg_pool2d(x_start, 4)
-        x = stages.sample_super_resolution(loaded, low_res, encode(texts), encode([""]), respaced(10), seeded(0, 2))
+        condition, walk = prompted(encode(texts), encode([""])), stages.Walk(respaced(10))
+        x = stages.sample_super_resolution(loaded, low_res, condition, walk, seeded(0, 2))
         rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
         strip = images.strip(rows, [["bilinear", "stage 2", "original"]] * 2)
     images.save(strip, out / "training" / "samples" / f"step-{step:07d}.png", {})

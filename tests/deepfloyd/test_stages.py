@@ -12,14 +12,16 @@ from safetensors.torch import save_file
 
 from minidiff import ddpm, schedule
 from minidiff.deepfloyd import stages
-from minidiff.deepfloyd.stages import Stage
+from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.deepfloyd.unet import UNet, UNetConfig
+from minidiff.guidance import prompted
 from minidiff.sampling import draw_noise
 from tests.reference.fill import HERE, calm, fill, normal, read, read_json, relative_l2
 
 REFERENCE, UNETS = read("stages"), read_json("unet")["networks"]
 COSINE = schedule.squaredcos_cap_v2()
 PROMPT, NEGATIVE = normal("stages.prompt_embeds", 2, 77, 32), normal("stages.negative_prompt_embeds", 2, 77, 32)
+ONE = prompted(PROMPT[:1], NEGATIVE[:1])
 WALKS = {"ten": schedule.leading(10), "fast27": schedule.respaced("fast27")}
 
 
@@ -34,15 +36,17 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def base(walk: str = "ten", **more: object) -> torch.Tensor:
-    return stages.sample_base(
-        stage("stage_1"), PROMPT, NEGATIVE, WALKS[walk], generators(5, 6), **{"size": (8, 8), **more}
-    )
+    condition = prompted(PROMPT, NEGATIVE, more.pop("split_batch", False))
+    walk = Walk(WALKS[walk], **more.pop("walk", {}))
+    return stages.sample_base(stage("stage_1"), condition, walk, generators(5, 6), **{"size": (8, 8), **more})
 
 
 def super_resolution(**more: object) -> torch.Tensor:
     given = {"low_res": normal("stages.low_res", 2, 3, 4, 4).tanh(), "generators": generators(7, 8), **more}
+    condition = prompted(PROMPT, NEGATIVE, given.pop("split_batch", False))
+    walk = Walk(schedule.leading(5), **given.pop("walk", {}))
     return stages.sample_super_resolution(
-        stage("stage_2"), given.pop("low_res"), PROMPT, NEGATIVE, schedule.leading(5), given.pop("generators"), **given
+        stage("stage_2"), given.pop("low_res"), condition, walk, given.pop("generators"), **given
     )
 
 
@@ -72,7 +76,7 @@ def test_order_of_draws_is_the_recorded_one():
 def test_the_last_step_draws_nothing():
     """After a walk of three steps a generator stands where x_T and two noises leave it."""
     (used,), (fresh,) = generators(5), generators(5)
-    stages.sample_base(stage("stage_1"), PROMPT[:1], NEGATIVE[:1], schedule.leading(3), [used], size=(8, 8))
+    stages.sample_base(stage("stage_1"), ONE, Walk(schedule.leading(3)), [used], size=(8, 8))
     draw_noise((1, 3, 8, 8), [fresh]), draw_noise((1, 3, 8, 8), [fresh]), draw_noise((1, 3, 8, 8), [fresh])
     assert torch.equal(torch.randn(4, generator=used), torch.randn(4, generator=fresh))
 
@@ -101,7 +105,8 @@ def test_stage_2_against_diffusers():
 
 def test_a_picture_depends_on_its_own_seed_only():
     """The second picture of the batch, drawn alone: the same noise, and the same picture up to rounding."""
-    alone = stages.sample_base(stage("stage_1"), PROMPT[1:], NEGATIVE[1:], WALKS["ten"], generators(6), size=(8, 8))
+    condition = prompted(PROMPT[1:], NEGATIVE[1:])
+    alone = stages.sample_base(stage("stage_1"), condition, Walk(WALKS["ten"]), generators(6), size=(8, 8))
     assert relative_l2(alone, plain()[0][1:]) <= 2e-5
 
 
@@ -117,16 +122,15 @@ def test_guidance_scale_and_noise_level_matter():
 
 @torch.inference_mode()
 def test_models_split_eps_from_variance():
-    """Channels 0 to 2 are eps, 3 to 5 the variance; stage 2 sees x_t first and the low-resolution picture second, once
-    for each branch."""
+    """Channels 0 to 2 are eps, 3 to 5 the variance; stage 2 sees x_t first and the low-resolution picture second."""
     one, two = stage("stage_1").unet, stage("stage_2").unet
     x, t = normal("x", 4, 3, 8, 8), torch.tensor([5, 5, 700, 700])
     embeds = torch.cat([NEGATIVE, PROMPT])
     eps, pred_var = stages.base_model(one)(x, t, embeds)
     assert torch.equal(torch.cat([eps, pred_var], 1), one(x, t, embeds))
-    low_res = normal("low", 2, 3, 8, 8)
-    eps, pred_var = stages.super_resolution_model(two, low_res, 250)(x, t, embeds)
-    whole = two(torch.cat([x, torch.cat([low_res, low_res])], 1), t, embeds, torch.full((4,), 250))
+    low_res, model = normal("low", 4, 3, 8, 8), stages.super_resolution_model(two, 250)
+    eps, pred_var = stages.beside(low_res, lambda x, t: model(x, t, embeds))(x, t)
+    whole = two(torch.cat([x, low_res], 1), t, embeds, torch.full((4,), 250))
     assert torch.equal(torch.cat([eps, pred_var], 1), whole)
 
 
@@ -142,8 +146,7 @@ def test_stage_2_sees_the_low_resolution_picture_noised_to_its_level():
     seen = []
     made, low_res = stage("stage_2"), normal("stages.low_res", 1, 3, 4, 4).tanh()
     hook = made.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    walk = schedule.leading(2)
-    stages.sample_super_resolution(made, low_res, PROMPT[:1], NEGATIVE[:1], walk, generators(3), noise_level=100)
+    stages.sample_super_resolution(made, low_res, ONE, Walk(schedule.leading(2)), generators(3), noise_level=100)
     hook.remove()
     (generator,) = generators(3)
     x_T, noise = (torch.randn((1, 3, 16, 16), generator=generator) for _ in range(2))

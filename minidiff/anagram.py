@@ -1,0 +1,126 @@
+"""A picture that is one thing, and another when it is turned: visual anagrams.
+
+    python -m minidiff.anagram "an old man" "a campfire" --view identity rotate_180
+    python -m minidiff.anagram "a castle" "a volcano" "a skull" --view identity rotate_cw rotate_ccw
+    python -m minidiff.anagram "a castle" "a dog" --view identity jigsaw --num-images 6
+    python -m minidiff.anagram "a castle" "a skull" --image photo.png --box 16 16 48 48          inside a picture
+    python -m minidiff.anagram --check square_hinge                                              is this a good view?
+
+Each prompt sees x_t through its view; what it says of the noise is turned back, and the mean of all is taken (or, with
+--reduction alternate, they take turns). Views: identity, flip (upside down), rotate_180, rotate_cw, rotate_ccw, negate,
+skew (or skew:1.5), skew_by:50, patch_permute (or patch_permute:8), pixel_permute, jigsaw (or jigsaw:SEED),
+inner_circle, square_hinge; three that fail, to be looked at: inner_circle_failure, blur_failure, white_balance_failure.
+
+Writes the picture as every prompt sees it, and an animation of the way from one view to the next beside it, OUT.gif.
+--check measures a view instead, and tells why a bad one is bad (exit status 1).
+
+Source: the papers Visual Anagrams and, for the sum over prompts, Factorized Diffusion; see `factorized.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from minidiff import cli, images, views
+from minidiff.factorized import Part, alternating, averaged
+from minidiff.guidance import Condition
+
+FRAMES, HOLD = 24, 8  # of the animation: on the way from one view to the next, and standing still between
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    if args.check:
+        sys.exit(report(args.check))
+    clock = cli.Clock()
+    images.check_output(args.out)
+    chosen = [views.named(name) for name in args.view]
+    for view in chosen:
+        for fault in views.check(view).faults:
+            print(f"warning: view {view.name}: {fault}", file=sys.stderr)
+    cascade = cli.Cascade(args, args.prompts)
+    parts = [Part(embeds, view) for embeds, view in zip(cascade.prompts, chosen)]
+    walk, upper = cli.walk_of(args.steps[0]), cli.upper_walk(cascade)
+    walk = cli.edited(walk, args, cascade.size, cascade.base.schedule, i_start=args.i_start)
+    small = cascade.draw(_condition(cascade, parts, args.reduction, walk.timesteps), [walk], args.guidance_scale)
+    large = cascade.enlarge(_condition(cascade, parts, args.reduction, upper.timesteps), [upper], small)
+    results = (large or [x for x, _ in small])[0]
+    rows = [[view.view(x) for view in chosen] for x in results]
+    labels = [
+        [f"{view.name}: {prompt}, seed {args.seed + i}" for view, prompt in zip(chosen, args.prompts)]
+        for i in range(args.num_images)
+    ]
+    animation = args.out.with_suffix(".gif")
+    images.save_gif(frames(results[0], chosen), animation, 0.06)
+    print(f"wrote {animation}")
+    cli.finish(args, "anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]", clock)
+
+
+def _condition(cascade: cli.Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
+    if reduction == "mean":
+        return cascade.factorized(averaged(parts))
+    one_each = [cascade.factorized([part]) for part in parts]
+    return lambda model, scale: alternating([condition(model, scale) for condition in one_each], timesteps)
+
+
+def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
+    """The animation of one picture (3, H, H): from each view to the next and back to the first, easing in and out."""
+    result = []
+    for view in chosen:
+        if view.name == "identity":
+            continue
+        way = [part * part * (3 - 2 * part) for part in (k / (FRAMES - 1) for k in range(FRAMES))]
+        there = [images.to_pil(views.travel(x, view, part)) for part in way]
+        result += [there[0]] * HOLD + there + [there[-1]] * HOLD + there[::-1]
+    return result or [images.to_pil(x)]
+
+
+def report(name: str) -> int:
+    """Print what `views.check` finds of a view; 0 if it is good, 1 if not."""
+    found = views.check(views.named(name))
+    print(f"{found.name}")
+    for what, value, wanted in (
+        ("inverse error", found.inverse_error, "0"),
+        ("linearity error", found.linearity_error, "0"),
+        ("orthogonality error", found.orthogonality_error, "0"),
+        ("standard deviation of noise", found.noise_std, "1"),
+        ("correlation of neighbours in noise", found.noise_correlation, "0"),
+        ("64 against 256 pixels", found.upsampling_error, f"below {views.UPSAMPLING_BOUND:g}"),
+    ):
+        print(f"  {what:<36}{value:>10.3g}   (should be {wanted})")
+    for fault in found.faults:
+        print(f"  bad: {fault}")
+    if found.is_good:
+        print("  good: linear, orthogonal, and the same at both sizes")
+    return 0 if found.is_good else 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = cli.parser(__doc__, "out/anagram.png")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("--view", nargs="+", help="one per prompt (default, of two prompts: identity rotate_180)")
+    p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
+    p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
+    p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
+    cli.add_edit_flags(p)
+    cli.add_cascade_flags(p, "")
+    args = p.parse_args(argv)
+    if args.check:
+        return args
+    if not args.prompts:
+        raise ValueError('no prompts; pass one for each view, such as "a castle" "a skull" --view identity rotate_180')
+    if args.view is None and len(args.prompts) == 2:
+        args.view = ["identity", "rotate_180"]
+    if len(args.view or []) != len(args.prompts):
+        raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view or [])}: pass --view")
+    return cli.fill_in(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Components: the part of a picture that one prompt is to decide, such as its coarse shapes, or its colours.
+
+Read `views.py` first. A view changes what the network sees; a component leaves that alone and takes a part of what the
+network says. Components that add up to the whole divide a picture among prompts: coarse shapes from one and details
+from another make a hybrid image, which changes with the distance it is seen from.
+
+    frequency   low_pass + high_pass          near and far
+    triple      three bands                   three distances
+    color       grey + colour                 without and with colour
+    motion      blurred diagonally + rest     moving and still
+    scale       a + (1 - a)                   weights: composition, negation, guidance itself
+
+All are linear, on (..., 3, H, W), and reach equally far in a picture whatever its size: kernels and widths are given
+for 64 pixels and grow with H.
+
+Source: the Factorized Diffusion paper; numbers checked against dangeng/visual_anagrams
+visual_anagrams/views/view_hybrid.py@75c092e.    Next: `factorized.py`, the one formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+Component = Callable[[Tensor], Tensor]
+
+SIGMA, KERNEL = 2.0, 33  # of the low pass, in pixels of 64
+MIDDLE_SIGMA = 1.0  # of the triple's finer cut
+MOTION_KERNEL = 7
+
+
+def whole(x: Tensor) -> Tensor:
+    """Everything."""
+    return x
+
+
+def blur(x: Tensor, sigma: float = SIGMA, kernel: int = KERNEL) -> Tensor:
+    """Gaussian blur with reflected borders; sigma and kernel in pixels of 64, scaled with the height and kept odd.
+
+    x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the picture is too small.
+    """
+    factor = x.shape[-2] / 64
+    taps = int(kernel * factor)
+    taps += (taps + 1) % 2
+    if sigma == 0:
+        return x
+    if taps // 2 >= min(x.shape[-2:]):
+        raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels is too small for a blur with {taps} taps")
+    return gaussian_blur(x, [taps, taps], [sigma * factor, sigma * factor])
+
+
+def low_pass(sigma: float = SIGMA) -> Component:
+    """What is left after a blur."""
+    return lambda x: blur(x, sigma)
+
+
+def high_pass(sigma: float = SIGMA) -> Component:
+    """What a blur takes away."""
+    return lambda x: x - blur(x, sigma)
+
+
+def triple(sigma: float = SIGMA, middle_sigma: float = MIDDLE_SIGMA) -> list[Component]:
+    """[coarse, middle, fine]: blur with middle_sigma, then what is left once more with sigma."""
+    return [
+        lambda x: blur(blur(x, middle_sigma), sigma),
+        lambda x: blur(x, middle_sigma) - blur(blur(x, middle_sigma), sigma),
+        lambda x: x - blur(x, middle_sigma),
+    ]
+
+
+def grey(x: Tensor) -> Tensor:
+    """The mean over the colours, in each of them: an orthogonal projection."""
+    return x.mean(-3, keepdim=True).expand_as(x)
+
+
+def color(x: Tensor) -> Tensor:
+    """What grey leaves out."""
+    return x - grey(x)
+
+
+def motion(x: Tensor) -> Tensor:
+    """Blurred along the diagonal, as if moved from the upper left to the lower right; zeros beyond the border."""
+    factor = x.shape[-2] / 64
+    taps = max(int(MOTION_KERNEL * factor), 1)
+    taps += (taps + 1) % 2
+    weight = (torch.eye(taps, dtype=x.dtype, device=x.device) / taps).expand(x.shape[-3], 1, taps, taps)
+    return F.conv2d(x.reshape(-1, *x.shape[-3:]), weight, padding=taps // 2, groups=x.shape[-3]).view(x.shape)
+
+
+def still(x: Tensor) -> Tensor:
+    """What motion leaves out."""
+    return x - motion(x)
+
+
+def scaled(weight: float) -> Component:
+    """A share of everything; negative to lead away."""
+    return lambda x: weight * x
+
+
+def of_kind(kind: str, sigma: float = SIGMA, weights: list[float] | None = None) -> list[Component]:
+    """The components of a kind of the table above, in the order of the prompts. Raises ValueError listing the kinds."""
+    if kind == "scale":
+        if not weights:
+            raise ValueError("scale needs one weight per prompt, such as --weights 0.5 0.5")
+        return [scaled(w) for w in weights]
+    kinds = {
+        "frequency": [low_pass(sigma), high_pass(sigma)],
+        "triple": triple(sigma),
+        "color": [grey, color],
+        "motion": [motion, still],
+    }
+    if kind not in kinds:
+        raise ValueError(f"no kind of components {kind!r}; choose from {', '.join([*kinds, 'scale'])}")
+    return kinds[kind]

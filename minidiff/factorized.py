@@ -1,0 +1,95 @@
+"""The one formula behind anagrams, hybrids and compositions: a sum over prompts, each with a view and a component.
+
+    eps(x_t) = sum_k  C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
+
+Read `guidance.py`, `views.py` and `components.py` first. With one part, the identity view and the whole picture this
+is plain guidance. With views and C_k = 1/K it is an anagram, with components that add up to the whole a hybrid image,
+and nothing keeps one from mixing them. All K parts and both branches of guidance go through the network as one batch.
+
+Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
+visual_anagrams/samplers.py@14582c0.    Next: `editing.py`, the other two places to intervene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minidiff.components import Component, scaled, whole
+from minidiff.guidance import Model, guided
+from minidiff.sampling import Prediction
+from minidiff.views import IDENTITY, View
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one prompt has a say in.  prompt_embeds: (1, L, D), or (B, L, D) for B pictures."""
+
+    prompt_embeds: Tensor
+    view: View = IDENTITY
+    component: Component = whole
+
+
+def factorized(
+    model: Model,
+    parts: Sequence[Part],
+    negative_prompt_embeds: Tensor,
+    guidance_scale: float,
+    split_batch: bool = False,
+) -> Prediction:
+    """The prediction of several parts together; the formula is this module's.
+
+    negative_prompt_embeds: (1, L, D), shared by all parts.
+    A picture x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
+    pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
+    split_batch: one network call per part and branch, with a fraction of the memory.
+    Raises ValueError without parts.
+    """
+    if not parts:
+        raise ValueError("no parts; pass at least one prompt")
+
+    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        seen = [part.view.view(x_t) for part in parts]
+        embeds = [part.prompt_embeds.expand(len(x_t), -1, -1) for part in parts]
+        if split_batch:
+            said = [guided(model, e, negative_prompt_embeds, guidance_scale, True)(x, t) for x, e in zip(seen, embeds)]
+        else:
+            ask = guided(model, torch.cat(embeds), negative_prompt_embeds, guidance_scale)
+            eps, pred_var = ask(torch.cat(seen), t.repeat(len(parts)))
+            variances = [None] * len(parts) if pred_var is None else pred_var.chunk(len(parts))
+            said = list(zip(eps.chunk(len(parts)), variances))
+        eps = sum(part.component(part.view.inverse_view(eps)) for part, (eps, _) in zip(parts, said))
+        if said[0][1] is None:
+            return eps, None
+        pred_var = sum(part.view.inverse_variance(var) for part, (_, var) in zip(parts, said)) / len(parts)
+        return eps, pred_var
+
+    return predict
+
+
+def averaged(parts: Sequence[Part]) -> list[Part]:
+    """The same parts with a K-th of a say each: what an anagram is made of."""
+
+    def share(component: Component) -> Component:
+        return lambda x: scaled(1 / len(parts))(component(x))
+
+    return [replace(part, component=share(part.component)) for part in parts]
+
+
+def alternating(predictions: Sequence[Prediction], timesteps: Tensor) -> Prediction:
+    """Take turns: at the i-th of the timesteps the prediction i modulo their number is asked, alone.
+
+    Cheaper than a mean, and noisier. Raises ValueError at a time that is not among timesteps.
+    """
+    turn = {t: i % len(predictions) for i, t in enumerate(timesteps.tolist())}
+
+    def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        now = int(t[0])
+        if now not in turn:
+            raise ValueError(f"time {now} is not among the timesteps whose turns were given")
+        return predictions[turn[now]](x_t, t)
+
+    return predict
