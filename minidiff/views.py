@@ -365,7 +365,7 @@ def travel(x: Tensor, view: View, part: float) -> Tensor:
     where = where + margin
     colours = x.flatten(1)[:, order]
     for corner in ((1, 1), (1, 0), (0, 1), (0, 0)):  # a pixel between places covers all of them, so no gap opens
-        place = (where + torch.tensor(corner) * (1 - 1e-3)).floor().long().clamp(0, page.shape[-1] - 1)
+        place = (where + 1e-3 + torch.tensor(corner) * (1 - 2e-3)).floor().long().clamp(0, page.shape[-1] - 1)
         page.view(3, -1)[:, place[:, 0] * page.shape[-1] + place[:, 1]] = colours
     return page
 

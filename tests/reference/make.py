@@ -17,6 +17,7 @@ It rewrites every file beside itself (about fifteen seconds). All networks are t
     schedule.json                    alpha-bar tables and timestep lists
     ddpm.safetensors                 steps and whole walks of the scheduler
     stages.safetensors               both pipelines from start to end
+    edits.safetensors                the pipelines that edit a picture; RePaint's walks
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ import diffusers
 import sentencepiece
 import torch
 import transformers
-from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    IFImg2ImgPipeline,
+    IFInpaintingPipeline,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    RePaintScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from fill import HERE, calm, digest, fill, normal
@@ -425,6 +434,38 @@ def make_stages() -> None:
     save("stages", out, draws=draws_of)
 
 
+def make_edits() -> None:
+    """Starting from a picture (img2img), keeping some of it (inpainting), and the walk of RePaint."""
+    parts = {
+        "tokenizer": None, "text_encoder": None, "safety_checker": None, "feature_extractor": None,
+        "watermarker": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    picture, mask = normal("edits.picture", 1, 3, 8, 8).tanh(), torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 3:8] = 1
+    given = {
+        "prompt_embeds": normal("stages.prompt_embeds", 2, 77, 32)[:1], "guidance_scale": 7.0, "output_type": "pt",
+        "negative_prompt_embeds": normal("stages.negative_prompt_embeds", 2, 77, 32)[:1], "num_inference_steps": 10,
+        "image": picture,
+    }  # fmt: skip
+    out = {}
+    for table in ("released", "float64"):
+        for name, kind, more in (
+            ("inpaint", IFInpaintingPipeline, {"mask_image": mask, "strength": 1.0}),
+            ("inpaint_late", IFInpaintingPipeline, {"mask_image": mask, "strength": 0.6}),
+            ("img2img", IFImg2ImgPipeline, {"strength": 0.7}),
+        ):
+            pipeline = kind(unet=calm(build_unet("stage_1")), scheduler=scheduler(1.5, table == "float64"), **parts)
+            pipeline.set_progress_bar_config(disable=True)
+            generator = [torch.Generator().manual_seed(5)]
+            out[f"{name}.{table}"] = pipeline(**given, **more, generator=generator).images
+    walks = {}
+    for steps, jump_length, jump_n_sample in ((250, 10, 10), (10, 2, 2), (34, 10, 3), (20, 5, 1)):
+        made = RePaintScheduler()
+        made.set_timesteps(steps, jump_length, jump_n_sample)
+        walks[f"{steps},{jump_length},{jump_n_sample}"] = (made.timesteps // (1000 // steps)).tolist()
+    save("edits", out, repaint=walks)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +499,7 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for make in (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages):
+    for make in (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages, make_edits):
         make()
     for path in sorted(HERE.iterdir()):
         if path.suffix in (".safetensors", ".json", ".model"):

@@ -1,0 +1,224 @@
+"""Editing: where a walk starts, what it keeps, against closed forms, diffusers' pipelines and RePaint's walk."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from minidiff import components, ddpm, editing, toy
+from minidiff.deepfloyd import stages
+from minidiff.deepfloyd.stages import Stage, Walk
+from minidiff.deepfloyd.unet import UNet, UNetConfig
+from minidiff.guidance import prompted
+from minidiff.sampling import denoise, draw_noise, network_calls, noised, seeded, visits
+from minidiff.schedule import leading, respaced, squaredcos_cap_v2, strided
+from tests.reference.fill import HERE, calm, fill, normal, read, read_json, relative_l2
+
+SCHEDULE = squaredcos_cap_v2()
+PICTURE = normal("edits.picture", 1, 3, 8, 8).tanh()
+MASK = torch.zeros(1, 1, 8, 8)
+MASK[..., 2:6, 3:8] = 1
+ONES, ZEROS = torch.ones_like(MASK), torch.zeros_like(MASK)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    config = UNetConfig.from_dict(read_json("unet")["networks"]["stage_1"]["config"])
+    return Stage(calm(fill(UNet(config))), SCHEDULE, 0.95, 1.5, SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def condition():
+    embeds = [normal(f"stages.{name}", 2, 77, 32)[:1] for name in ("prompt_embeds", "negative_prompt_embeds")]
+    return prompted(*embeds)
+
+
+def draw(stage, condition, walk):
+    return stages.sample_base(stage, condition, walk, seeded(5, 1), size=(8, 8))
+
+
+# --- against diffusers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "skipped"), [("inpaint", 0), ("inpaint_late", 4)])
+def test_clean_is_diffusers_inpainting(stage, condition, name, skipped):
+    """diffusers starts from the noised picture also at strength 1; 0.6 leaves out 4 of 10 steps. Tolerances as for the
+    pipelines without edits: tests/deepfloyd/test_stages.py."""
+    walk = Walk(leading(10)[skipped:], x_start=PICTURE, keep=editing.clean(PICTURE, MASK))
+    x = draw(stage, condition, walk)
+    reference = read("edits")
+    assert relative_l2(x, reference[f"{name}.float64"]) <= 2e-5
+    assert relative_l2(x, reference[f"{name}.released"]) <= 2e-4
+    outside = (MASK == 0).expand_as(x)
+    assert torch.equal(x[outside], PICTURE[outside])
+
+
+def test_starting_from_a_picture_is_diffusers_img2img(stage, condition):
+    """SDEdit Alg. 1 with strength 0.7: the last 7 of 10 steps."""
+    x = draw(stage, condition, Walk(leading(10)[3:], x_start=PICTURE))
+    assert relative_l2(x, read("edits")["img2img.float64"]) <= 2e-5
+
+
+def test_the_walk_of_repaint_is_the_published_schedulers():
+    """diffusers' RePaintScheduler lists indices from the end, without the last move to clean."""
+    with safe_open(HERE / "edits.safetensors", "pt") as f:
+        walks = json.loads(f.metadata()["provenance"])["repaint"]
+    for key, expected in walks.items():
+        steps, jump_length, jump_n_sample = map(int, key.split(","))
+        times = visits(torch.arange(steps - 1, -1, -1), True, (jump_length, jump_n_sample))
+        assert times == expected + [-1]
+
+
+def test_the_walk_of_repaint_by_hand():
+    """Four entries, jumps of 2, twice: down to the first, up 2, down again. Each jump costs its length in calls."""
+    times = visits(torch.tensor([900, 600, 300, 0]), True, (2, 2))
+    assert times == [900, 600, 300, 0, 300, 600, 300, 0, -1]
+    assert network_calls(times) == 4 + 2
+    assert visits(torch.tensor([900, 600]), False) == [900, 600] and network_calls([900, 600]) == 1
+    paper = visits(torch.arange(249, -1, -1), True, (10, 10))  # 24 places, 9 jumps of 10 at each
+    assert network_calls(paper) == 250 + 24 * 9 * 10
+    with pytest.raises(ValueError, match="at least 1, got 0, 3"):
+        visits(torch.tensor([5, 4]), True, (0, 3))
+
+
+# --- what must hold at the ends ---------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_returns_the_picture(stage, condition):
+    """RePaint Eq. 8 with m = 0 (theirs is the opposite of ours) and 1."""
+    plain = draw(stage, condition, Walk(leading(6)))
+    for keep in (editing.renoise(PICTURE, ONES, SCHEDULE, seeded(5, 1, 1)), editing.clean(PICTURE, ONES)):
+        assert torch.equal(draw(stage, condition, Walk(leading(6), keep=keep)), plain)
+    for keep in (editing.renoise(PICTURE, ZEROS, SCHEDULE, seeded(5, 1, 1)), editing.clean(PICTURE, ZEROS)):
+        assert torch.equal(draw(stage, condition, Walk(leading(6), keep=keep)), PICTURE)
+
+
+def test_one_sample_of_jumps_is_no_jumps(stage, condition):
+    def walk(jumps):
+        return Walk(leading(6), keep=editing.renoise(PICTURE, MASK, SCHEDULE, seeded(5, 1, 1)), jumps=jumps)
+
+    assert torch.equal(draw(stage, condition, walk((2, 1))), draw(stage, condition, walk(None)))
+
+
+def test_the_course_walk_leaves_its_known_noise_in_the_known_region(stage, condition):
+    """990 to 0 without the last step: the known region is the picture at t = 0, 0.0064 rms away.
+
+    64 values a channel, 3 channels: 5 standard errors of an rms over n values are 5 / sqrt(2 n)."""
+    keep = editing.renoise(PICTURE, ZEROS, SCHEDULE, seeded(5, 1, 1))
+    x = draw(stage, condition, Walk(strided()[-3:], final_step=False, threshold=False, keep=keep))
+    alpha_bar = SCHEDULE.alphas_cumprod[0]
+    rms = (x - alpha_bar.sqrt() * PICTURE).square().mean().sqrt().item()
+    assert abs(rms / (1 - alpha_bar).sqrt().item() - 1) < 5 / math.sqrt(2 * 192)
+    assert abs((1 - alpha_bar).sqrt().item() - 0.0064) < 1e-4
+
+
+def test_the_known_region_is_noised_to_the_new_time():
+    """RePaint Eq. 8: at t_prev, mean sqrt(alpha_bar) picture and variance 1 - alpha_bar, for 10,000 values."""
+    picture = torch.full((1, 1, 100, 100), 0.5)
+    keep = editing.renoise(picture, torch.zeros(1, 1, 100, 100), SCHEDULE, seeded(0, 1))
+    for t in (700, 30, 0):
+        known, a = keep(torch.zeros(1, 1, 100, 100), t), SCHEDULE.alphas_cumprod[t].item()
+        assert abs(known.mean().item() - 0.5 * a**0.5) < 5 * ((1 - a) / 1e4) ** 0.5
+        assert abs(known.var().item() / (1 - a) - 1) < 5 * (2 / 1e4) ** 0.5
+    assert torch.equal(keep(torch.zeros(1, 1, 100, 100), -1), picture)
+
+
+def test_sdedit_comes_closer_to_the_picture_the_later_it_starts():
+    """Mean distance to the picture over 50 seeds, of a Gaussian model; the last start has no step left to take."""
+    predict, timesteps, distances = toy.gaussian(SCHEDULE, 0.0, 0.5), strided(), []
+    for i in (1, 3, 5, 7, 10, 20, 33):
+        x_t = noised(PICTURE, int(timesteps[i]), SCHEDULE, seeded(0, 50))
+        x = denoise(predict, x_t, timesteps[i:], SCHEDULE, generators=seeded(100, 50), final_step=False)
+        distances.append((x - PICTURE).square().mean().item())
+    assert distances == sorted(distances, reverse=True)
+    assert torch.equal(x, x_t)
+
+
+def test_a_jump_up_has_the_variance_of_the_forward_process():
+    """DDPM Eq. 2, over several steps at once: from x_t = 0.3 at t to later, for 10,000 values; and from clean."""
+    x, z = torch.full((1, 1, 100, 100), 0.3), draw_noise((1, 1, 100, 100), seeded(0, 1))
+    for t, later in ((100, 400), (-1, 250)):
+        up = ddpm.add_more_noise(SCHEDULE, x, torch.tensor([t]), torch.tensor([later]), z)
+        a = (SCHEDULE.alpha_bar(torch.tensor([later])) / SCHEDULE.alpha_bar(torch.tensor([t]))).item()
+        torch.testing.assert_close(up, a**0.5 * x + (1 - a) ** 0.5 * z)
+    one = ddpm.add_more_noise(SCHEDULE, x, torch.tensor([9]), torch.tensor([10]), z)
+    beta = SCHEDULE.betas[10].item()
+    torch.testing.assert_close(one, (1 - beta) ** 0.5 * x + beta**0.5 * z)
+
+
+def test_jumps_bring_both_regions_together():
+    """Two correlated pixels of a Gaussian, one known: the other should come out at rho times the known one. Without
+    jumps it hardly listens; with each further sample it comes nearer (mean over 4000 pairs)."""
+    rho, known = 0.9, 1.0
+    covariance = torch.tensor([[1.0, rho], [rho, 1.0]])
+
+    def predict(x_t, t):
+        a = SCHEDULE.alpha_bar(t)[0].item()
+        values = x_t[0, 0]  # (N, 2)
+        x_start = a**0.5 * values @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(2)) @ covariance
+        return ((values - a**0.5 * x_start) / (1 - a) ** 0.5)[None, None], torch.full_like(x_t, -1)
+
+    mask = torch.zeros(1, 1, 4000, 2)
+    mask[..., 1] = 1
+    picture = torch.full((1, 1, 4000, 2), known)
+    errors = []
+    for n in (1, 3, 10):
+        keep = editing.renoise(picture, mask, SCHEDULE, seeded(7, 1, 1))
+        x = denoise(
+            predict, draw_noise((1, 1, 4000, 2), seeded(1, 1)), respaced(20), SCHEDULE,
+            generators=seeded(2, 1), keep=keep, jumps=(5, n),
+        )  # fmt: skip
+        errors.append(abs(x[..., 1].mean().item() - rho * known))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.5 * errors[0]
+
+
+def test_a_reference_keeps_its_component():
+    """Grey is a projection, so the result has exactly the photograph's grey, whatever the network says of it; a low
+    pass is none, and the formula holds as it stands: the high part of one, the low part of the other."""
+    photo = normal("edits.photo", 1, 3, 64, 64).tanh()
+    keep = editing.reference(photo, components.grey, SCHEDULE, seeded(1, 1, 1))
+    x = denoise(
+        toy.gaussian(SCHEDULE, 0.2, 0.3), draw_noise((1, 3, 64, 64), seeded(0, 1)), respaced(5), SCHEDULE,
+        generators=seeded(0, 1), keep=keep,
+    )  # fmt: skip
+    torch.testing.assert_close(components.grey(x), components.grey(photo), rtol=0, atol=1e-6)
+    assert (components.color(x) - components.color(photo)).abs().mean() > 0.1
+    low, high = components.of_kind("frequency")
+    kept = editing.reference(photo, low, SCHEDULE, seeded(1, 1, 1))(x, -1)
+    torch.testing.assert_close(kept, high(x) + low(photo), rtol=0, atol=1e-6)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_and_feathers():
+    """Corners in pixels of 64: 16..32 is 64..128 at 256. The course's mask: rows 2 to 19, columns 24 to 41, 7.9 %."""
+    assert editing.box((24, 2, 42, 20), 64).mean().item() == pytest.approx(0.0791, abs=1e-4)
+    large = editing.box((16, 0, 32, 64), 256)
+    assert large[..., 64:128].min() == 1 and large.sum() == 64 * 256
+    soft = editing.feather(editing.box((16, 16, 48, 48), 64), 2.0)
+    assert soft.min() >= 0 and soft.max() <= 1 and 0.4 < soft[0, 0, 32, 16] < 0.6 and soft[0, 0, 32, 32] == 1
+    for corners in ((10, 0, 10, 5), (0, 0, 65, 5), (-1, 0, 5, 5)):
+        with pytest.raises(ValueError, match="a box is x0 y0 x1 y1 with 0 <= x0 < x1 <= 64"):
+            editing.box(corners, 64)
+
+
+def test_masks_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"the mask must be \(1, 1, 8, 8\) like its picture, got \(1, 1, 4, 8\)"):
+        editing.clean(PICTURE, MASK[..., :4, :])
+    with pytest.raises(ValueError, match="a mask lies in .0, 1., 1 where new content goes, got -1 to 1"):
+        editing.renoise(PICTURE, 2 * MASK - 1, SCHEDULE, seeded(0, 1))
+
+
+def test_a_picture_of_another_size_cannot_be_the_start(stage, condition):
+    with pytest.raises(ValueError, match=r"the picture to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+        draw(stage, condition, Walk(leading(3), x_start=PICTURE[..., :4, :4]))
+
+
+def test_a_feathered_seam_is_a_mixture():
+    """Half way between, half of each."""
+    half = torch.full_like(MASK, 0.5)
+    x = editing.clean(PICTURE, half)(torch.ones_like(PICTURE), 10)
+    torch.testing.assert_close(x, 0.5 + 0.5 * PICTURE)

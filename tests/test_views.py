@@ -1,0 +1,181 @@
+"""Views are what they claim: permutations that come back bit for bit, the same pixels as elsewhere; and the linter."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import InterpolationMode, rotate
+
+from minidiff import views
+from tests.reference.fill import normal, read_json
+
+FAILING = ["inner_circle_failure", "blur_failure", "white_balance_failure"]
+GOOD = [name for name in views.VIEWS if name not in FAILING]
+PERMUTATIONS = [name for name in GOOD if name != "negate"]
+REFERENCE = read_json("views")["sha256"]
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("size", [64, 256])
+def test_good_views_come_back_bit_for_bit_and_are_linear_and_keep_the_norm(name, size):
+    view = views.named(name)
+    x, y = normal("views.x", 2, 6, size, size).double(), normal("views.y", 2, 6, size, size).double()
+    assert torch.equal(view.inverse_view(view.view(x)), x)
+    assert torch.equal(view.view(view.inverse_view(x)), x)
+    torch.testing.assert_close(view.view(2 * x - 3 * y), 2 * view.view(x) - 3 * view.view(y), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((view.view(x) * view.view(y)).sum(), (x * y).sum(), rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PERMUTATIONS)
+@pytest.mark.parametrize("size", [64, 256])
+def test_orders_are_bijections_and_say_what_view_does(name, size):
+    view = views.named(name)
+    order = view.order(size)
+    assert torch.equal(order.sort().values, torch.arange(size * size))
+    x = normal("views.x", 1, 3, size, size)
+    assert torch.equal(view.view(x).flatten(2), x.flatten(2)[..., order])
+    assert name == "identity" or not torch.equal(view.view(x), x)
+
+
+@pytest.mark.parametrize("name", ["inner_circle", "square_hinge"])
+@pytest.mark.parametrize("size", [64, 256])
+def test_same_pixels_as_visual_anagrams(name, size):
+    order = views.named(name).order(size).numpy().astype("<i8")
+    assert hashlib.sha256(order.tobytes()).hexdigest() == REFERENCE[f"{name}.{size}"]
+
+
+def test_turns_and_mirrors_against_torchvision():
+    x = normal("views.x", 1, 3, 64, 64)
+    for name, angle in (("rotate_180", 180), ("rotate_cw", -90), ("rotate_ccw", 90)):
+        assert torch.equal(views.named(name).view(x), rotate(x, angle, InterpolationMode.NEAREST))
+    assert torch.equal(views.named("flip").view(x)[..., 0, :], x[..., 63, :])
+    assert torch.equal(views.named("flip").view(x)[..., 5], x[..., 5].flip(-1))
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_skews_column_by_column(size):
+    """skew: down by int(1.5 (i - H/2)). skew_by: by round(linspace(-d, d)), d = 50 at 64 pixels and 200 at 256."""
+    x = normal("views.x", 3, size, size)
+    a, b = views.named("skew").view(x), views.named("skew_by").view(x)
+    d = 50 * size // 64
+    for i in range(size):
+        assert torch.equal(a[:, :, i], x[:, :, i].roll(int(1.5 * (i - size // 2)), -1))
+        assert torch.equal(b[:, :, i], x[:, :, i].roll(int(np.linspace(-d, d, size).round()[i]), -1))
+    assert torch.equal(views.named("skew:-1.5").view(a), x)  # int() cuts towards 0, so the opposite skew undoes it
+
+
+def test_patches_move_whole():
+    """Patch k of the view is patch places[k] of the picture; 64 patches of 64 pixels are single pixels."""
+    x = normal("views.x", 3, 64, 64)
+    seen = views.named("patch_permute").view(x)
+    places = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = [x[:, r * 8 : r * 8 + 8, c * 8 : c * 8 + 8] for r in range(8) for c in range(8)]
+    for k, place in enumerate(places):
+        r, c = divmod(k, 8)
+        assert torch.equal(seen[:, r * 8 : r * 8 + 8, c * 8 : c * 8 + 8], cut[place])
+    assert views.named("pixel_permute").order(64).sub(torch.arange(4096)).ne(0).float().mean() > 0.99
+    with pytest.raises(ValueError, match="7 patches do not fit 64 pixels evenly"):
+        views.named("patch_permute:7").view(x)
+
+
+def test_jigsaw_moves_whole_pieces_with_their_like():
+    """At 64 and 256 pixels the same 16 pieces make the same moves: corners to corners, inner to inner, borders to
+    borders, each as a whole."""
+    moves = {}
+    for size in (64, 256):
+        pieces, order = views._pieces(size).flatten(), views.named("jigsaw").order(size)
+        assert pieces.bincount().tolist() == [n for n in pieces.bincount()[[0, 4, 8, 12]].tolist() for _ in range(4)]
+        came = {}  # where the pixels of each place come from
+        for place in range(16):
+            (piece,) = pieces[order[pieces == place]].unique().tolist()
+            came[place] = piece
+            kind = min(place // 4, 2)
+            assert min(piece // 4, 2) == kind
+        moves[size] = came
+    assert moves[64] == moves[256] and sorted(moves[64].values()) == list(range(16))
+    assert any(place != piece for place, piece in moves[64].items())
+
+
+def test_jigsaw_draws_the_published_random_numbers():
+    """Seed 4522: permutations of corners, inner, e and f pieces, then the four swaps, from numpy's legacy stream.
+    A corner goes where its permutation says: the place of corner i shows corner perm[i]."""
+    random = np.random.RandomState(4522)
+    corner = random.permutation(4)
+    pieces, order = views._pieces(64).flatten(), views.named("jigsaw").order(64)
+    for i in range(4):
+        assert pieces[order[pieces == i]].unique().tolist() == [corner[i]]
+
+
+def test_negate_leaves_the_variance_alone_and_turns_move_it():
+    x = normal("views.x", 1, 3, 8, 8)
+    assert torch.equal(views.named("negate").inverse_view(x), -x)
+    assert torch.equal(views.named("negate").inverse_variance(x), x)
+    assert torch.equal(views.named("rotate_cw").inverse_variance(x), x.rot90(1, (-2, -1)))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_linter_passes_good_views(name):
+    report = views.check(views.named(name))
+    assert report.is_good and report.faults == () and abs(report.noise_std - 1) < 0.01
+
+
+def test_the_linter_rejects_the_failing_views_and_says_why():
+    """Each for its own reason, and with the value that the formula gives."""
+    turned, blurred, brighter = (views.check(views.named(name)) for name in FAILING)
+    assert not (turned.is_good or blurred.is_good or brighter.is_good)
+    assert any("inverse does not lead back" in fault for fault in turned.faults)
+    assert any("neighbouring pixels" in fault for fault in turned.faults)
+    assert blurred.noise_correlation > 0.9 and any("what the network sees is lost" in f for f in blurred.faults)
+    assert brighter.inverse_error < 1e-12 and abs(brighter.noise_std - 1.5) < 0.01
+    assert any("noise of strength 1 becomes 1.49" in fault for fault in brighter.faults)
+
+
+def test_the_linter_finds_what_is_not_linear_or_not_the_same_at_both_sizes():
+    nonlinear = views.View("cube", lambda x: x**3, lambda x: x.sign() * x.abs() ** (1 / 3), lambda x: x)
+    assert any("not linear" in fault for fault in views.check(nonlinear).faults)
+    fixed = views.permutation("roll", lambda grid: grid.roll(16, 0))  # 16 pixels of 64, and also of 256
+    assert [fault[:14] for fault in views.check(fixed).faults] == ["at 256 pixels "]
+    half = views.View("half", lambda x: x * math.sqrt(0.5), lambda x: x / math.sqrt(0.5), lambda x: x)
+    assert any("not orthogonal" in fault for fault in views.check(half).faults)
+
+
+@pytest.mark.parametrize("name", ["rotate_180", "flip", "jigsaw", "skew", "square_hinge", "negate"])
+def test_travel_starts_at_the_picture_and_ends_at_the_view(name):
+    x, view = normal("views.x", 3, 64, 64).tanh(), views.named(name)
+    for part, wanted in ((0.0, x), (1.0, view.view(x))):
+        page = views.travel(x, view, part)
+        assert page.shape == (3, 96, 96)
+        torch.testing.assert_close(page[:, 16:80, 16:80], wanted, rtol=0, atol=1e-6)
+    middle = views.travel(x, view, 0.5)
+    assert (middle - views.travel(x, view, 0.0)).abs().max() > 0.1
+
+
+def test_a_turn_travels_on_a_circle():
+    """A quarter of the way of 180 degrees, a picture of one dark pixel right of the centre has it 45 degrees round."""
+    x = torch.ones(3, 64, 64)
+    x[:, 31:33, 61:63] = -1
+    page = views.travel(x, views.named("rotate_180"), 0.25)
+    y, x_ = (page[0] < 0).nonzero().float().mean(0).sub(47.5).tolist()
+    assert abs(math.hypot(x_, y) - 30) < 1 and abs(abs(math.atan2(y, x_)) - math.pi / 4) < 0.05
+
+
+def test_names_that_are_none():
+    with pytest.raises(ValueError, match="no view 'turn'; choose from identity, flip, rotate_180"):
+        views.named("turn")
+    with pytest.raises(ValueError, match="'flip:3': flip takes no number"):
+        views.named("flip:3")
+    with pytest.raises(ValueError, match="views need square pictures"):
+        views.named("flip").view(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match="a side divisible by 4, got 30"):
+        views.named("jigsaw").view(torch.zeros(3, 30, 30))
+
+
+def test_enlarging_commutes_with_patches():
+    """The 64-pixel view of a picture, each pixel made 4x4, is the 256-pixel view of the picture made so."""
+    x = normal("views.x", 1, 3, 64, 64)
+    for name in ("patch_permute", "pixel_permute", "flip", "rotate_cw"):
+        view = views.named(name)
+        assert torch.equal(F.interpolate(view.view(x), scale_factor=4), view.view(F.interpolate(x, scale_factor=4)))
