@@ -30,7 +30,7 @@ from minidiff import cli, images, views
 from minidiff.factorized import Part, alternating, averaged
 from minidiff.guidance import Condition
 
-FRAMES, HOLD = 24, 8  # of the animation: on the way from one view to the next, and standing still between
+FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
 
 
 @cli.command
@@ -76,7 +76,7 @@ def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
         if view.name == "identity":
             continue
         way = [part * part * (3 - 2 * part) for part in (k / (FRAMES - 1) for k in range(FRAMES))]
-        there = [images.to_pil(views.travel(x, view, part)) for part in way]
+        there = [images.to_pil(views.travel(x.cpu(), view, part)) for part in way]
         result += [there[0]] * HOLD + there + [there[-1]] * HOLD + there[::-1]
     return result or [images.to_pil(x)]
 

@@ -244,8 +244,18 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds_per_frame:
     if Path(path).suffix.lower() != ".gif":
         raise ValueError(f"an animation must end in .gif, got {path}")
     duration = round(1000 * seconds_per_frame)
-    rest = list(frames[1:])
-    _write(path, lambda f, kind: frames[0].save(f, kind, save_all=True, append_images=rest, duration=duration, loop=0))
+    colours = _sheet(frames[:: max(1, len(frames) // 8)]).quantize(256)  # one palette for all, or it takes seconds
+    first, *rest = [frame.convert("RGB").quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
+    _write(path, lambda f, kind: first.save(f, kind, save_all=True, append_images=rest, duration=duration, loop=0))
+
+
+def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
+    """All frames in one row."""
+    width, height = frames[0].size
+    sheet = Image.new("RGB", (width * len(frames), height))
+    for i, frame in enumerate(frames):
+        sheet.paste(frame, (i * width, 0))
+    return sheet
 
 
 def _write(path: str | Path, write: Callable[[Path, str], None]) -> None:
