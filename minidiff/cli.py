@@ -129,8 +129,11 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
     p.add_argument("--feather", type=float, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
 
 
-def fill_in(args: argparse.Namespace) -> argparse.Namespace:
-    """Flags left open get what fits the model. Raises ValueError on numbers out of range."""
+def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespace:
+    """Flags left open get what fits the model. Raises ValueError on numbers out of range.
+
+    sweeps: whether the command compares several --steps or --guidance-scale.
+    """
     mini = args.model == "mini"
     if args.stage2 is None:
         args.stage2 = "mini" if mini else "IF-II-M-v1.0" if args.model in hub.RELEASED else "none"
@@ -141,6 +144,8 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
         args.stage2_guidance_scale = 1.0 if args.stage2 == "mini" else 4.0
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    if not sweeps and len(args.steps) * len(args.guidance_scale) > 1:
+        raise ValueError("this command takes one --steps and one --guidance-scale; minidiff.generate compares several")
     for steps in (*args.steps, args.stage2_steps):
         walk_of(steps)
     return args
@@ -162,6 +167,9 @@ class Cascade:
     def __init__(self, args: argparse.Namespace, texts: Sequence[str]):
         """Raises ValueError, hub.WeightsError among them, before anything is loaded if something is missing."""
         self.args = args
+        for name in ("image", "mask", "reference"):
+            if getattr(args, name, None) is not None:
+                images.load(getattr(args, name))  # a broken file is told now, not after minutes of encoding
         device, dtype = choose(args)
         folders = [hub.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     clock = cli.Clock()
     images.check_output(args.out)
-    original = images.load(args.image, 64)
     cascade = cli.Cascade(args, [args.prompt])
+    original = images.load(args.image, cascade.size)
     base, walk = cascade.base, cli.walk_of(args.steps[0])
     if not 0 <= args.i_start < len(walk.timesteps):
         raise ValueError(f"--i-start must lie in 0..{len(walk.timesteps) - 1} for these steps, got {args.i_start}")

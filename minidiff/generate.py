@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cascade = cli.Cascade(args, [args.prompt])
     condition, seen = cascade.prompted(), []
     walks = [cli.walk_of(steps) for steps, _ in plans]
-    small = cascade.draw(condition, walks, [scale for _, scale in plans], lambda *step: seen.append(step))
+    watch = (lambda *step: seen.append(step)) if args.show_steps else None
+    small = cascade.draw(condition, walks, [scale for _, scale in plans], watch)
     # With one --steps it is stage 1 that is compared; with several, stage 2 takes as many steps.
     second = args.steps if len(args.steps) > 1 else [args.stage2_steps]
     large = cascade.enlarge(condition, [cli.walk_of(s) for s in second for _ in args.guidance_scale], small)
@@ -90,7 +91,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("prompt")
     cli.add_cascade_flags(p, "")
     p.add_argument("--show-steps", action="store_true", help="also write a strip of what happens on the way")
-    args = cli.fill_in(p.parse_args(argv))
+    args = cli.fill_in(p.parse_args(argv), sweeps=True)
     if args.show_steps and len(args.steps) * len(args.guidance_scale) > 1:
         raise ValueError("--show-steps looks at one run: pass one --steps and one --guidance-scale")
     return args

@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jumps = (args.jump_length, args.jump_n_sample)
     cascade = cli.Cascade(args, [args.prompt])
     condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
-    walks = [cli.edited(walk, args, 64, cascade.base.schedule, method=m, jumps=jumps) for m in args.method]
+    walks = [cli.edited(walk, args, cascade.size, cascade.base.schedule, method=m, jumps=jumps) for m in args.method]
     small = cascade.draw(condition, walks, args.guidance_scale * len(walks))
-    # Jumps at stage 2 would cost much and change little: repaint puts the known region back there as renoise does.
+    # Jumps at stage 1 only, where it is decided what goes into the hole; at stage 2 repaint is renoise.
     uppers = [cli.upper_walk(cascade, method="renoise" if m == "repaint" else m) for m in args.method]
     results = cascade.enlarge(condition, uppers, small) or [x for x, _ in small]
     size = results[0].shape[-1]
@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--jump-length", type=int, default=editing.JUMPS[0], help="of repaint (default %(default)s)")
     p.add_argument("--jump-n-sample", type=int, default=editing.JUMPS[1], help="of repaint (default %(default)s)")
     cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p, "course")
+    cli.add_cascade_flags(p, "")
     args = cli.fill_in(p.parse_args(argv))
     words = list(args.words)
     if args.mask is None and args.box is None:

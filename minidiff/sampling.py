@@ -138,6 +138,8 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.G
 def seeded(seed: int, num_images: int, stream: int = 0) -> list[torch.Generator]:
     """Generators for num_images pictures, seeded seed, seed + 1, ...: picture i is what seed + i alone would give.
 
-    stream: another number, another independent row of random numbers for the same seeds.
+    stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
+    within 32 bits, all that torch's CPU generator takes of a seed.
     """
-    return [torch.Generator().manual_seed(seed + i + (stream << 32)) for i in range(num_images)]
+    far = stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
+    return [torch.Generator().manual_seed((seed + i + far) % 2**32) for i in range(num_images)]

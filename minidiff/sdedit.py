@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     clock = cli.Clock()
     images.check_output(args.out)
-    original = images.load(args.image, 64)
     cascade = cli.Cascade(args, [args.prompt])
+    original = images.load(args.image, cascade.size)
     condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
     walks = [cli.edited(walk, args, cascade.size, cascade.base.schedule, i_start=i) for i in args.i_start]
     small = cascade.draw(condition, walks, args.guidance_scale * len(walks))

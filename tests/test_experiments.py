@@ -226,6 +226,7 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
         (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..33 for these steps, got 34"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
         (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..33 for these steps, got -1"),
+        (sdedit.main, ["PHOTO", "--steps", "5", "9"], "this command takes one --steps and one --guidance-scale"),
         (generate.main, ["a", "--steps", "2", "3", "--show-steps"], "--show-steps looks at one run"),
     ],
 )  # fmt: skip
