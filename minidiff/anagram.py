@@ -20,9 +20,11 @@ Source: the papers Visual Anagrams and, for the sum over prompts, Factorized Dif
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -76,9 +78,40 @@ def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
         if view.name == "identity":
             continue
         way = [part * part * (3 - 2 * part) for part in (k / (FRAMES - 1) for k in range(FRAMES))]
-        there = [images.to_pil(views.travel(x.cpu(), view, part)) for part in way]
+        there = [images.to_pil(travel(x.cpu(), view, part)) for part in way]
         result += [there[0]] * HOLD + there + [there[-1]] * HOLD + there[::-1]
     return result or [images.to_pil(x)]
+
+
+def travel(x: Tensor, view: views.View, part: float) -> Tensor:
+    """The picture on its way to its view: part 0 is x, 1 is view(x), on a white square half as large again.
+
+    x: (3, H, H) in [-1, 1].  Pixels of a permutation travel straight, or about the view's turning points; other views
+    fade over.  Returns (3, 3H/2, 3H/2).
+    """
+    size = views.side_of(x)
+    margin = size // 4
+    page = x.new_ones(3, size + 2 * margin, size + 2 * margin)
+    if view.order is None:
+        page[:, margin : margin + size, margin : margin + size] = torch.lerp(x, view.view(x), part)
+        return page
+    order, to = view.order(size), views.positions(size)
+    start = to[order]
+    if view.turns is None:
+        where = torch.lerp(start, to, part)
+    else:
+        centre = view.turns(size)
+        a, b = start - centre, to - centre
+        angle = torch.atan2(a[:, 1] * b[:, 0] - a[:, 0] * b[:, 1], (a * b).sum(1))
+        angle = torch.where(angle < 1e-3 - math.pi, angle + 2 * math.pi, angle) * part
+        y = angle.cos() * a[:, 0] + angle.sin() * a[:, 1]
+        where = centre + torch.stack([y, angle.cos() * a[:, 1] - angle.sin() * a[:, 0]], 1)
+    where = where + margin
+    colours = x.flatten(1)[:, order]
+    for corner in ((1, 1), (1, 0), (0, 1), (0, 0)):  # a pixel between places covers all of them, so no gap opens
+        place = (where + 1e-3 + torch.tensor(corner) * (1 - 2e-3)).floor().long().clamp(0, page.shape[-1] - 1)
+        page.view(3, -1)[:, place[:, 0] * page.shape[-1] + place[:, 1]] = colours
+    return page
 
 
 def report(name: str) -> int:

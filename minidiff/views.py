@@ -55,10 +55,10 @@ def permutation(name: str, rearrange: Callable[[Tensor], Tensor], turns: Callabl
         return rearrange(torch.arange(size * size).view(size, size)).flatten()
 
     def view(x: Tensor) -> Tensor:
-        return x.flatten(-2)[..., order(_side(x)).to(x.device)].view(x.shape)
+        return x.flatten(-2)[..., order(side_of(x)).to(x.device)].view(x.shape)
 
     def inverse_view(x: Tensor) -> Tensor:
-        return x.flatten(-2)[..., order(_side(x)).argsort().to(x.device)].view(x.shape)
+        return x.flatten(-2)[..., order(side_of(x)).argsort().to(x.device)].view(x.shape)
 
     return View(name, view, inverse_view, inverse_view, order, turns)
 
@@ -128,7 +128,7 @@ def square_hinge() -> View:
         return grid
 
     def turns(size: int) -> Tensor:
-        centres = _positions(size).view(size, size, 2).clone()
+        centres = positions(size).view(size, size, 2).clone()
         for rows, columns, _ in squares(size):
             centres[rows, columns] = torch.tensor([rows.start + rows.stop - 1, columns.start + columns.stop - 1]) / 2
         return centres.view(-1, 2)
@@ -153,7 +153,7 @@ def jigsaw(seed: int = JIGSAW_SEED) -> View:
     def rearrange(grid: Tensor) -> Tensor:
         size = len(grid)
         piece = _pieces(size).flatten().numpy()
-        yx = _positions(size).numpy() - (size - 1) / 2
+        yx = positions(size).numpy() - (size - 1) / 2
         quarters = (turned[piece] - piece) % 4  # a piece's number modulo 4 is its index
         for _ in range(3):
             y, x = np.where(quarters > 0, yx[:, 1], yx[:, 0]), np.where(quarters > 0, -yx[:, 0], yx[:, 1])
@@ -179,7 +179,7 @@ def _pieces(size: int) -> Tensor:
     # Each knob is a disc that one piece has across a border of its neighbour: (y, x) in pieces, of the first turn.
     knobs = [(0.5, 1.0 + KNOB, 0), (0.5, 2.0 + KNOB, 8), (0.5, 3.0 + KNOB, 12), (1.0 + KNOB, 1.5, 8),
              (1.0 + KNOB, 2.5, 12), (1.5, 2.0 + KNOB, 4)]  # fmt: skip
-    yx = (_positions(size) + 0.5).view(size, size, 2) / s
+    yx = (positions(size) + 0.5).view(size, size, 2) / s
     for y, x, owner in knobs:
         for turn in range(4):
             disc = (yx[..., 0] - y).square() + (yx[..., 1] - x).square() < KNOB_RADIUS**2
@@ -200,7 +200,7 @@ def inner_circle_failure() -> View:
     def turned(x: Tensor, angle: float) -> Tensor:
         flat = x.reshape(-1, *x.shape[-3:])
         inside = rotate(flat, angle, InterpolationMode.BILINEAR).view(x.shape)
-        return torch.where(_disc(_side(x)).to(x.device), inside, x)
+        return torch.where(_disc(side_of(x)).to(x.device), inside, x)
 
     def back(x: Tensor) -> Tensor:
         return turned(x, -135)
@@ -336,48 +336,14 @@ def check(view: View, size: int = 64) -> Report:
 UPSAMPLING_BOUND = 0.3  # rounding along the borders of pieces gives up to 0.18
 
 
-# ---------------------------------------------------------------------------------------------- animation
-
-
-def travel(x: Tensor, view: View, part: float) -> Tensor:
-    """The picture on its way to its view: part 0 is x, 1 is view(x), on a white square half as large again.
-
-    x: (3, H, H) in [-1, 1].  Pixels of a permutation travel straight, or about the view's turning points; other views
-    fade over.  Returns (3, 3H/2, 3H/2).
-    """
-    size = _side(x)
-    margin = size // 4
-    page = x.new_ones(3, size + 2 * margin, size + 2 * margin)
-    if view.order is None:
-        page[:, margin : margin + size, margin : margin + size] = torch.lerp(x, view.view(x), part)
-        return page
-    order, to = view.order(size), _positions(size)
-    start = to[order]
-    if view.turns is None:
-        where = torch.lerp(start, to, part)
-    else:
-        centre = view.turns(size)
-        a, b = start - centre, to - centre
-        angle = torch.atan2(a[:, 1] * b[:, 0] - a[:, 0] * b[:, 1], (a * b).sum(1))
-        angle = torch.where(angle < 1e-3 - math.pi, angle + 2 * math.pi, angle) * part
-        y = angle.cos() * a[:, 0] + angle.sin() * a[:, 1]
-        where = centre + torch.stack([y, angle.cos() * a[:, 1] - angle.sin() * a[:, 0]], 1)
-    where = where + margin
-    colours = x.flatten(1)[:, order]
-    for corner in ((1, 1), (1, 0), (0, 1), (0, 0)):  # a pixel between places covers all of them, so no gap opens
-        place = (where + 1e-3 + torch.tensor(corner) * (1 - 2e-3)).floor().long().clamp(0, page.shape[-1] - 1)
-        page.view(3, -1)[:, place[:, 0] * page.shape[-1] + place[:, 1]] = colours
-    return page
-
-
-def _positions(size: int) -> Tensor:
+def positions(size: int) -> Tensor:
     """(size^2, 2): y and x of every pixel."""
     side = torch.arange(size, dtype=torch.float32)
     return torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).view(-1, 2)
 
 
 def _disc(size: int) -> Tensor:
-    yx = _positions(size).view(size, size, 2) - (size - 1) / 2
+    yx = positions(size).view(size, size, 2) - (size - 1) / 2
     return yx.square().sum(-1) < (3 / 8 * size) ** 2
 
 
@@ -385,7 +351,7 @@ def _roll_columns(grid: Tensor, shifts: list[int]) -> Tensor:
     return torch.stack([grid[:, i].roll(shift) for i, shift in enumerate(shifts)], dim=1)
 
 
-def _side(x: Tensor) -> int:
+def side_of(x: Tensor) -> int:
     if x.ndim < 3 or x.shape[-1] != x.shape[-2]:
         raise ValueError(f"views need square pictures (..., C, H, H), got {tuple(x.shape)}")
     return x.shape[-1]

@@ -1,10 +1,13 @@
 """The experiments as commands: each writes its labelled picture, they combine, and bad input is told in one line."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
 
-from minidiff import anagram, cli, denoise, generate, hybrid, images, inpaint, sdedit, upscale
+from minidiff import anagram, cli, denoise, generate, hybrid, images, inpaint, sdedit, upscale, views
+from tests.reference.fill import normal
 from tests.test_commands import fails
 from tests.tiny import write_cascade
 
@@ -116,6 +119,26 @@ def test_anagram_shows_every_view_of_one_picture_and_an_animation(cascade, tmp_p
         assert animation.n_frames > 20 and animation.size == (384, 384)
     printed = capsys.readouterr().out
     assert "64 px: 4 UNet calls, 6 pictures in each" in printed  # three views, two branches
+
+
+@pytest.mark.parametrize("name", ["rotate_180", "flip", "jigsaw", "skew", "square_hinge", "negate"])
+def test_travel_starts_at_the_picture_and_ends_at_the_view(name):
+    x, view = normal("views.x", 3, 64, 64).tanh(), views.named(name)
+    for part, wanted in ((0.0, x), (1.0, view.view(x))):
+        page = anagram.travel(x, view, part)
+        assert page.shape == (3, 96, 96)
+        torch.testing.assert_close(page[:, 16:80, 16:80], wanted, rtol=0, atol=1e-6)
+    middle = anagram.travel(x, view, 0.5)
+    assert (middle - anagram.travel(x, view, 0.0)).abs().max() > 0.1
+
+
+def test_a_turn_travels_on_a_circle():
+    """A quarter of the way of 180 degrees, a picture of one dark pixel right of the centre has it 45 degrees round."""
+    x = torch.ones(3, 64, 64)
+    x[:, 31:33, 61:63] = -1
+    page = anagram.travel(x, views.named("rotate_180"), 0.25)
+    y, x_ = (page[0] < 0).nonzero().float().mean(0).sub(47.5).tolist()
+    assert abs(math.hypot(x_, y) - 30) < 1 and abs(abs(math.atan2(y, x_)) - math.pi / 4) < 0.05
 
 
 def test_taking_turns_asks_one_view_at_a_time(cascade, tmp_path, capsys):

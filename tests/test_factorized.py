@@ -52,12 +52,12 @@ def test_components_of_one_prompt_are_plain_guidance():
 
 def test_the_formula_term_by_term():
     """Two parts by hand: CFG of each view, turned back, cut to its component, summed; the variance turned, averaged."""
-    parts = [Part(prompt(0), TURN, components.grey), Part(prompt(2), views.named("negate"), components.scaled(0.3))]
+    ramp = torch.linspace(0, 1, 8, dtype=torch.float64)  # a component that a turn does not leave alone
+    parts = [Part(prompt(0), TURN, lambda x: ramp * x), Part(prompt(2), views.named("negate"), components.scaled(0.3))]
     eps, pred_var = factorized(network, parts, EMPTY, 2.5)(X, T)
     one, var_one = guided(network, prompt(0), EMPTY, 2.5)(X.rot90(-1, (-2, -1)), T)
     two, var_two = guided(network, prompt(2), EMPTY, 2.5)(-X, T)
-    grey = one.rot90(1, (-2, -1)).mean(1, keepdim=True).expand_as(X)
-    torch.testing.assert_close(eps, grey - 0.3 * two)
+    torch.testing.assert_close(eps, ramp * one.rot90(1, (-2, -1)) - 0.3 * two)
     torch.testing.assert_close(pred_var, (var_one.rot90(1, (-2, -1)) + var_two) / 2)
 
 

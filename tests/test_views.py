@@ -142,26 +142,6 @@ def test_the_linter_finds_what_is_not_linear_or_not_the_same_at_both_sizes():
     assert any("not orthogonal" in fault for fault in views.check(half).faults)
 
 
-@pytest.mark.parametrize("name", ["rotate_180", "flip", "jigsaw", "skew", "square_hinge", "negate"])
-def test_travel_starts_at_the_picture_and_ends_at_the_view(name):
-    x, view = normal("views.x", 3, 64, 64).tanh(), views.named(name)
-    for part, wanted in ((0.0, x), (1.0, view.view(x))):
-        page = views.travel(x, view, part)
-        assert page.shape == (3, 96, 96)
-        torch.testing.assert_close(page[:, 16:80, 16:80], wanted, rtol=0, atol=1e-6)
-    middle = views.travel(x, view, 0.5)
-    assert (middle - views.travel(x, view, 0.0)).abs().max() > 0.1
-
-
-def test_a_turn_travels_on_a_circle():
-    """A quarter of the way of 180 degrees, a picture of one dark pixel right of the centre has it 45 degrees round."""
-    x = torch.ones(3, 64, 64)
-    x[:, 31:33, 61:63] = -1
-    page = views.travel(x, views.named("rotate_180"), 0.25)
-    y, x_ = (page[0] < 0).nonzero().float().mean(0).sub(47.5).tolist()
-    assert abs(math.hypot(x_, y) - 30) < 1 and abs(abs(math.atan2(y, x_)) - math.pi / 4) < 0.05
-
-
 def test_names_that_are_none():
     with pytest.raises(ValueError, match="no view 'turn'; choose from identity, flip, rotate_180"):
         views.named("turn")
