@@ -15,7 +15,7 @@ from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import prompted
-from minidiff.sampling import draw_noise
+from minidiff.sampling import denoise, draw_noise
 from tests.reference.fill import HERE, calm, fill, normal, read, read_json, relative_l2
 
 REFERENCE, UNETS = read("stages"), read_json("unet")["networks"]
@@ -37,14 +37,14 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 def base(walk: str = "ten", **more: object) -> torch.Tensor:
     condition = prompted(PROMPT, NEGATIVE, more.pop("split_batch", False))
-    walk = Walk(WALKS[walk], **more.pop("walk", {}))
+    walk = Walk(WALKS[walk], **more.pop("walk_more", {}))
     return stages.sample_base(stage("stage_1"), condition, walk, generators(5, 6), **{"size": (8, 8), **more})
 
 
 def super_resolution(**more: object) -> torch.Tensor:
     given = {"low_res": normal("stages.low_res", 2, 3, 4, 4).tanh(), "generators": generators(7, 8), **more}
     condition = prompted(PROMPT, NEGATIVE, given.pop("split_batch", False))
-    walk = Walk(schedule.leading(5), **given.pop("walk", {}))
+    walk = Walk(schedule.leading(5))
     return stages.sample_super_resolution(
         stage("stage_2"), given.pop("low_res"), condition, walk, given.pop("generators"), **given
     )
@@ -118,6 +118,16 @@ def test_splitting_the_batch_changes_nothing():
 def test_guidance_scale_and_noise_level_matter():
     assert relative_l2(base(guidance_scale=2.0), plain()[0]) > 1e-2
     assert relative_l2(super_resolution(noise_level=50), plain()[1]) > 1e-2
+
+
+def test_without_thresholding_it_is_the_bare_loop():
+    """As the course walks: nothing touches the estimate, which then leaves [-1, 1] and leads elsewhere."""
+    bare = base(walk_more={"threshold": False})
+    drawing = generators(5, 6)
+    predict = prompted(PROMPT, NEGATIVE)(stages.base_model(stage("stage_1").unet), 7.0)
+    x_t = draw_noise((2, 3, 8, 8), drawing)
+    assert torch.equal(bare, denoise(predict, x_t, WALKS["ten"], COSINE, generators=drawing))
+    assert relative_l2(bare, plain()[0]) > 1e-2
 
 
 @torch.inference_mode()
