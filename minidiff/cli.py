@@ -151,6 +151,12 @@ def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespac
     return args
 
 
+def neutral_prompt(model: str) -> str:
+    """What to say of any picture: the course's "a high quality photo", or nothing to the miniature, which has never
+    seen a photo and takes the word for one that it knows."""
+    return "" if model == "mini" else "a high quality photo"
+
+
 def walk_of(steps: str) -> Walk:
     """--steps: a count, a name like smart50, sections like 10,10,3,2,2, or course. Raises ValueError as `respaced`.
 

@@ -84,7 +84,7 @@ def _score(what: str, x: Tensor, original: Tensor) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__, "out/denoise.png")
     p.add_argument("image", type=Path)
-    p.add_argument("prompt", nargs="?", default="a high quality photo", help="what it shows (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", help="what it shows (default: nothing; a high quality photo for other models)")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
     p.add_argument("--i-start", type=int, default=10, help="where the walk begins on its steps (default %(default)s)")
     p.add_argument("--blur-sigma", type=float, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
@@ -93,6 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.guidance_scale = args.guidance_scale or [1.0]
     args = cli.fill_in(args)
+    args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
     for t in args.t:
         if not 0 <= t < 1000:
             raise ValueError(f"--t must lie in 0..999, got {t}")

@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.mask = Path(words.pop(0))
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
-    args.prompt = words[0] if words else "a high quality photo"
+    args.prompt = words[0] if words else cli.neutral_prompt(args.model)
     del args.words
     return args
 

@@ -43,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__, "out/sdedit.png")
     p.add_argument("image", type=Path)
-    p.add_argument("prompt", nargs="?", default="a high quality photo", help="what to draw (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", help="what to draw (default: nothing; a high quality photo for other models)")
     p.add_argument("--i-start", type=int, nargs="+", help="where on the steps to begin (default 1 3 5 7 10 20)")
     cli.add_edit_flags(p, image=False)
     cli.add_cascade_flags(p, "course", stage2=False)
     args = cli.fill_in(p.parse_args(argv))
+    args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
     args.i_start = args.i_start or ([1, 2, 3] if args.quick else [1, 3, 5, 7, 10, 20])
     return args
 
