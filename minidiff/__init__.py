@@ -33,5 +33,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     hybrid.py                one picture, several components, several prompts
     upscale.py               any picture four times as large
 
+    flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
+
 Run `python -m minidiff` for the list of commands.
 """
