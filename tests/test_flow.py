@@ -63,8 +63,8 @@ def test_the_error_falls_with_the_solvers_order(method, order):
 
 
 def test_one_step_of_each_solver_by_hand():
-    """dx/dt = t x, x = 2 at t = 1, h = 0.5. Euler: 2 + 0.5 * 2 = 3. Midpoint: x = 2.5 at 1.25, 2 + 0.5 * 3.125 = 3.5625.
-    Heun: x = 3 at 1.5, slope 4.5, 2 + 0.25 * (2 + 4.5) = 3.625."""
+    """dx/dt = t x, x = 2 at t = 1, h = 0.5. Euler: 2 + 0.5 * 2 = 3. Midpoint: x = 2.5 at 1.25, so 2 + 0.5 * 3.125.
+    Heun: x = 3 at 1.5, slope 4.5, so 2 + 0.25 * (2 + 4.5) = 3.625."""
     x, times = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), torch.tensor([1.0, 1.5])
     found = {m: flow.solve(lambda x, t: t.view(-1, 1, 1, 1) * x, x, times, m).item() for m in flow.METHODS}
     assert found == {"euler": 3.0, "midpoint": 3.5625, "heun": 3.625}
@@ -159,7 +159,7 @@ def test_diffusion_can_be_inverted_better_with_more_steps():
 
 
 def test_straightness_is_zero_on_lines_and_known_on_a_circle():
-    """Round a quarter circle v = pi/2 (-sin, cos)(pi t / 2): mean |v|^2 is pi^2 / 4 and the chord's is 2, over 2 values."""
+    """Round a quarter circle v = pi/2 (-sin, cos)(pi t / 2): mean |v|^2 is pi^2 / 4, the chord's 2; 2 values."""
     x_0, x_1 = noise(4), noise(4, seed=1)
     assert flow.straightness(lambda x, time: x_1 - x_0, x_0).max() < 1e-12
 
