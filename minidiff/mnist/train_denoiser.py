@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if preset.sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
         print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
-        title = f"Noise alone: every answer is the mean digit, up to {distance:.3f}, since nothing else can be known"
+        title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
         save_strip(rows, labels, title, out / "mean-image.png", about)
     else:
         table = errors_by_sigma(model, test[:TEST_PICTURES], variances)

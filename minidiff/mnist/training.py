@@ -336,9 +336,9 @@ def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.Argume
 
 
 def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
-    """The preset's plan with what the flags change; one epoch of small batches if --quick."""
+    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick."""
     if args.quick:
-        plan = replace(plan, epochs=1, batch_size=32)
+        plan = Plan(epochs=1, batch_size=16, lr=1e-2)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
     return replace(plan, **given)
 
