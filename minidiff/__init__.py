@@ -33,5 +33,18 @@ The files in reading order; each imports only from files above it (tests/test_la
     hybrid.py                one picture, several components, several prompts
     upscale.py               any picture four times as large
 
+    flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
+
+    mnist/data.py            the digits in memory
+    mnist/unet.py            the small UNet of the course
+    mnist/floors.py          what no network can beat, and what any must
+    mnist/training.py        the loop that every network of digits is trained in
+    mnist/judge.py           a classifier that judges samples
+    mnist/drawing.py         from a trained network to digits and figures of them
+    mnist/train_denoiser.py  noise taken away in one step
+    mnist/train_diffusion.py digits from noise by DDPM
+    mnist/train_flow.py      digits from noise by flow matching
+    mnist/sample.py          digits from the trained networks
+
 Run `python -m minidiff` for the list of commands.
 """

@@ -1,0 +1,226 @@
+"""Flow matching: from noise to data along a velocity field, and the solvers that follow it.
+
+Read `ddpm.py` and `sampling.py` first: this is the other way to make pictures of noise. There is no noise schedule and
+no random step. Noise x_0 and data x_1 (the letters of this field; a clean picture is `x_start` everywhere else) are
+joined by straight lines, a network learns the mean direction of the lines through each point, and sampling follows it:
+
+    path      x_t = (1 - t) x_0 + t x_1                    t from 0, noise, to 1, data
+    target    velocity = x_1 - x_0                         constant along each line
+    sample    dx / dt = velocity(x, t), from t = 0 to 1    solve, dormand_prince
+
+Where lines cross, the mean direction is none of theirs, so the paths that sampling follows are curved. `straightness`
+says how much, and training again on `pairs` that the model itself has joined makes them straighter (rectified flow).
+`from_eps` shows that a noise-predicting diffusion model is a velocity field too, read off another clock.
+
+A velocity is any callable velocity(x, time) -> tensor like x, with x: (B, C, H, W) and time: (B,) float.
+Next: `mnist/data.py`, where both ways are trained and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff import ddpm
+from minidiff.sampling import Prediction
+from minidiff.schedule import Schedule
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
+    """Where the line from noise x_0 to data x_1 is at this time.
+
+        x_t = (1 - t) x_0 + t x_1
+
+    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
+    Source: FM Eq. 22 with sigma_min = 0.
+    """
+    if x_0.shape != x_1.shape:
+        raise ValueError(f"x_0 and x_1 must agree in shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
+    time = time.view(-1, 1, 1, 1).to(x_0)
+    return (1 - time) * x_0 + time * x_1
+
+
+def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
+    """What training minimises, one number per picture: (B,).
+
+        L = mean |velocity - (x_1 - x_0)|^2
+
+    x_0, x_1: (B, C, H, W).  velocity: what the network answered at a point of their `path`.
+    Source: FM Eq. 23 with sigma_min = 0.
+    """
+    return (velocity - (x_1 - x_0)).square().flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- solvers
+
+
+def euler(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
+    """One step of length h along the direction at its start: order 1, one evaluation."""
+    return x + h * velocity(x, time)
+
+
+def midpoint(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
+    """One step along the direction found half-way: order 2, two evaluations."""
+    return x + h * velocity(x + h / 2 * velocity(x, time), time + h / 2)
+
+
+def heun(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
+    """One step along the mean of the directions at its start and its end: order 2, two evaluations."""
+    first = velocity(x, time)
+    return x + h / 2 * (first + velocity(x + h * first, time + h))
+
+
+METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun}
+
+
+@torch.inference_mode()
+def solve(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    method: str = "euler",
+    on_step: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """Follow the velocity through these times, one step from each to the next: x at the last of them.
+
+    x: (B, C, H, W), as it is at times[0].  times: (S + 1,), in either direction: `grid(50)` samples with 50 steps, its
+    flip goes from data back to noise.  method: one of METHODS.  on_step(i, time, x) watches, before each step.
+    Raises ValueError on an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    clock = times.tolist()
+    for i, (now, later) in enumerate(zip(clock, clock[1:])):
+        if on_step is not None:
+            on_step(i, now, x)
+        x = METHODS[method](velocity, x, _all_at(now, x), later - now)
+    return x
+
+
+def grid(steps: int) -> Tensor:
+    """0, 1/steps, ..., 1: (steps + 1,) float64. Raises ValueError if there is no step."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+# Dormand and Prince's coefficients: stage i looks at NODES[i] of the step, having walked there along WEIGHTS[i] of the
+# stages before it. The last stage is the result, of order 5; ERROR is its difference to a result of order 4.
+NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+WEIGHTS = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+@torch.inference_mode()
+def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-3) -> tuple[Tensor, int]:
+    """Follow the velocity from time 0 to 1 with steps as long as the tolerance allows: (x at 1, evaluations made).
+
+        error = root of mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2, of the worst picture
+        step accepted if error <= 1;   next h = 0.9 h error^(-1/5), changed by at most 5 times
+
+    Six evaluations per step tried, since the last of one step is the first of the next. The steps depend on the whole
+    batch: a picture is the same in another batch up to the tolerance only.
+    Raises ValueError if a step would have to be shorter than 1e-6: the velocity jumps or is not finite.
+    Source: Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980.
+    """
+    now, h, evaluations = 0.0, 0.1, 1
+    first = velocity(x, _all_at(now, x))
+    while now < 1:
+        h = min(h, 1 - now)
+        stages = [first]
+        for node, weights in zip(NODES[1:], WEIGHTS[1:]):
+            moved = x + h * sum(w * k for w, k in zip(weights, stages) if w)
+            stages.append(velocity(moved, _all_at(now + node * h, x)))
+        evaluations += 6
+        error = h * sum(e * k for e, k in zip(ERROR, stages) if e)
+        scaled = error / (atol + rtol * torch.maximum(x.abs(), moved.abs()))
+        size = scaled.square().flatten(1).mean(1).sqrt().max().item()
+        if size <= 1:
+            now, x, first = (1.0 if h == 1 - now else now + h), moved, stages[-1]
+        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-10) ** -0.2)) if size < float("inf") else 0.2
+        if h < 1e-6:
+            raise ValueError(f"the solver is stuck at time {now:.4f}: the velocity jumps there or is not finite")
+    return x, evaluations
+
+
+# ---------------------------------------------------------------------------------------------- rectified flow
+
+
+def pairs(
+    velocity_of: Callable[[Tensor], Velocity], x_0: Tensor, labels: Tensor, times: Tensor, batch_size: int = 500
+) -> Tensor:
+    """Where the model leads each noise: x_1 (N, C, H, W), joined to x_0 for a second training.
+
+    velocity_of(labels) is the velocity for these classes.  x_0: (N, C, H, W).  labels: (N,).
+    Paths of one velocity field never cross, so neither do the new lines, nearly.
+    Source: Rectified Flow Sec. 2.1 (reflow).
+    """
+    batches = zip(x_0.split(batch_size), labels.split(batch_size))
+    return torch.cat([solve(velocity_of(c), x, times) for x, c in batches])
+
+
+def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
+    """How far the paths from x_0 are from straight lines, one number per picture: (B,); 0 if one Euler step is exact.
+
+        S = mean over t of |(x_1 - x_0) - velocity(x_t, t)|^2, per value
+
+    With Euler steps x_1 - x_0 is the mean velocity of the path, so S is the variance of the velocity along it.
+    Source: Rectified Flow Sec. 2.2.
+    """
+    seen: list[Tensor] = []
+
+    def note(x: Tensor, time: Tensor) -> Tensor:
+        seen.append(velocity(x, time))
+        return seen[-1]
+
+    solve(note, x_0, grid(steps))
+    return torch.stack(seen).var(0, unbiased=False).flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- the same, by diffusion
+
+
+def clock(schedule: Schedule) -> Tensor:
+    """The flow's time at which signal and noise stand in the proportion of each diffusion time: (T,) descending.
+
+    time / (1 - time) = sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)
+    """
+    signal, noise = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
+    return signal / (signal + noise)
+
+
+def from_eps(predict: Prediction, schedule: Schedule) -> Velocity:
+    """A noise-predicting model as a velocity field: one sampler, two clocks.
+
+        x_t = (sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t)) x        the same mixture, scaled as diffusion has it
+        velocity = x_start - eps                                   since eps is x_0 and x_start is x_1
+
+    Asked at a time between two of the `clock`, it takes the nearer one. Euler steps through `clock`, then to 1, are
+    DDIM with eta = 0.
+    """
+    times = clock(schedule)
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        t = (times - time.double().cpu()[:, None]).abs().argmin(1)
+        alpha_bar_t = schedule.alpha_bar(t).to(x.device)
+        x_t = (alpha_bar_t.sqrt() + (1 - alpha_bar_t).sqrt()).to(x.dtype) * x
+        eps, _ = predict(x_t, t.to(x.device))
+        return ddpm.predict_x_start(x_t, eps, alpha_bar_t) - eps
+
+    return velocity
+
+
+def _all_at(time: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), time, dtype=x.dtype, device=x.device)

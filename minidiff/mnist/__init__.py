@@ -1,0 +1,1 @@
+"""Small diffusion models of digits that one trains oneself."""

@@ -1,0 +1,79 @@
+"""MNIST in memory: the whole set as one tensor, and random sources that make training repeatable.
+
+A digit is (1, 28, 28) float32 in [0, 1], as the course has it. There is no loader and no worker: 60,000 digits are
+188 MB, so they lie on the device that trains, and a batch is a row of indices. Noise is
+never stored: each training step draws its own, from a generator that knows only the seed and the number of the step,
+so a stopped run can go on exactly.
+
+Read `flow.py` first. Next: `mnist/unet.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}  # our name -> torchvision's
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Digits:
+    """images: (N, 1, 28, 28) float32 in [0, 1].  labels: (N,) int64, 0 to 9.  Both on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice) -> Digits:
+        return Digits(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> Digits:
+        return Digits(self.images.to(device), self.labels.to(device))
+
+    def of_each_class(self, n: int) -> Digits:
+        """The first n of class 0, then of class 1, ... Raises ValueError if a class has fewer."""
+        found = [(self.labels == k).nonzero().flatten()[:n] for k in range(CLASSES)]
+        short = [k for k, index in enumerate(found) if len(index) < n]
+        if short:
+            raise ValueError(f"need {n} of each class, but there are fewer of {short}")
+        return self[torch.cat(found)]
+
+
+def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digits:
+    """The 60,000 training or 10,000 test pictures, read from folder, or downloaded into it first.
+
+    Raises ValueError saying what to do if they are neither there nor to be had, or the files are broken.
+    """
+    import torchvision.datasets  # takes a second, so only where it is needed
+
+    name = DATASETS[dataset]
+    try:
+        raw = getattr(torchvision.datasets, name)(str(Path(folder).expanduser()), train=train, download=True)
+    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
+        raise ValueError(
+            f"no readable {name} in {folder}, and downloading it failed ({error}). On a machine with a network run "
+            f"`python -c \"import torchvision; torchvision.datasets.{name}('data', download=True)\"`, copy the folder "
+            "`data` here, and pass --data data"
+        ) from error
+    return Digits(raw.data[:, None].float() / 255, raw.targets.clone())
+
+
+def one_hot(labels: Tensor) -> Tensor:
+    """(B,) int64 to (B, 10) float; a row of zeros, which is no class at all, is what dropping a label leaves."""
+    return torch.nn.functional.one_hot(labels, CLASSES).float()
+
+
+def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A random source for these numbers (seed, purpose, step, ...), unrelated to that for any others.
+
+    It lives on the device: training need not be the same on every machine, only the same again on this one.
+    """
+    mixed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(mixed))  # 32 bits, which is all that CPU generators read

@@ -1,0 +1,117 @@
+"""From a trained network to digits: the network as a prediction or a velocity, and what is seen as a figure.
+
+`sampling.denoise` wants to be told eps at a time t = 0 to T - 1, the solvers of `flow.py` want a velocity at a time
+from 0 to 1. The same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is
+a prompt of one token, (B, 1, 10), and "no class" is a row of zeros, as in training.
+
+Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff import flow, images
+from minidiff.flow import Velocity
+from minidiff.guidance import guided
+from minidiff.mnist import training
+from minidiff.mnist.data import CLASSES, one_hot
+from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import Prediction, denoise, draw_noise
+from minidiff.schedule import Schedule, linear, respaced
+
+T = 300  # times of the course's schedule
+FLOW_STEPS = 50
+DROPOUT = 0.1  # how often the class is kept from the network in training, so that it can draw without one
+GUIDANCE_SCALE = 5.0
+
+
+def course_schedule() -> Schedule:
+    """Betas from 1e-4 to 0.02 in T = 300 steps; the course's t = 0 (clean), 1, ..., T are -1, 0, ..., T - 1 here."""
+    return linear(T, 1e-4, 0.02)
+
+
+def dropped(labels: Tensor, generator: torch.Generator, probability: float = DROPOUT) -> Tensor:
+    """Classes (B,) as the network is told them in training: one-hot (B, 10), some rows zero, which is no class."""
+    keep = torch.rand(len(labels), 1, generator=generator, device=labels.device) >= probability
+    return one_hot(labels) * keep
+
+
+def asked(unet: UNet, labels: Tensor | None, guidance_scale: float) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
+    """The network, waiting only for x and its time in [0, 1].  labels: (B,), guided towards; None for no class."""
+    if not unet.config.num_classes:
+        return lambda x, time: (unet(x, time), None)
+
+    def model(x: Tensor, time: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, None]:
+        return unet(x, time, prompt_embeds[:, 0]), None
+
+    nothing = torch.zeros(1, 1, CLASSES)
+    if labels is None:
+        return guided(model, nothing, nothing, 1.0)
+    return guided(model, one_hot(labels)[:, None], nothing, guidance_scale)
+
+
+def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Prediction:
+    """A DDPM network for `sampling.denoise`: its time is (t + 1) / T, the course's t / T."""
+    predict = asked(unet, labels, guidance_scale)
+    return lambda x_t, t: predict(x_t, (t + 1) / T)
+
+
+def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Velocity:
+    """A flow network for `flow.solve`."""
+    predict = asked(unet, labels, guidance_scale)
+    return lambda x, time: predict(x, time)[0]
+
+
+def draw_ddpm(
+    predict: Prediction, seeds: Sequence[torch.Generator], device: torch.device, steps: int | str = T,
+    on_step: Callable | None = None,
+) -> Tensor:  # fmt: skip
+    """A digit from noise for each generator: (B, 1, 28, 28), on the CPU. Estimates are not clipped."""
+    x_t = draw_noise((len(seeds), 1, 28, 28), seeds).to(device)
+    return denoise(predict, x_t, respaced(steps, T), course_schedule(), generators=seeds, on_step=on_step).cpu()
+
+
+def draw_flow(
+    v: Velocity, seeds: Sequence[torch.Generator], device: torch.device, steps: int = FLOW_STEPS,
+    solver: str = "euler", on_step: Callable | None = None,
+) -> Tensor:  # fmt: skip
+    """The same along a velocity.  solver: one of `flow.METHODS`, or "dormand-prince", which chooses its own steps."""
+    x_0 = draw_noise((len(seeds), 1, 28, 28), seeds).to(device)
+    if solver == "dormand-prince":
+        return flow.dormand_prince(v, x_0)[0].cpu()
+    return flow.solve(v, x_0, flow.grid(steps), solver, on_step).cpu()
+
+
+def load(folder: Path, kind: str, device: torch.device) -> UNet:
+    """A trained network, ready to draw. Raises ValueError as `training.read`."""
+    config, tensors = training.read(folder, kind)
+    unet = UNet(UNetConfig(**config["unet"]))
+    unet.load_state_dict(tensors)
+    return unet.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def save_strip(
+    rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
+) -> None:
+    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
+    texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
+    images.save(images.strip([_pictures(row) for row in rows], texts, title), path, metadata)
+
+
+def save_animation(frames: Sequence[Tensor], path: Path) -> None:
+    """States of a walk, (B, 1, 28, 28) in [0, 1] each, as a GIF, five in a row, that rests on the last."""
+    rows = [[_pictures(row) for row in x.split(5)] for x in frames]
+    pages = [images.strip(page, [[""] * len(row) for row in page]) for page in rows]
+    images.save_gif(pages + [pages[-1]] * 10, path)
+
+
+def _pictures(row: Tensor) -> list[Tensor]:
+    return list(2 * row.cpu() - 1)  # [0, 1] to the [-1, 1] of images.py

@@ -1,0 +1,200 @@
+"""A small classifier that judges samples: are they the digits asked for, and as varied as real ones?
+
+    python -m minidiff.mnist.judge train --out weights/mnist/judge
+    python -m minidiff.mnist.judge score out/digits.safetensors
+
+`score` reads a file that `minidiff.mnist.sample --tensors` wrote (images (N, 1, 28, 28), labels (N,)) and says
+
+    agreement     share of samples that the classifier takes for the class that was asked for
+    balance       share of each class, and the entropy of these shares: ln 10 = 2.303 if all classes are alike
+    Frechet       distance between samples and training digits, both taken as Gaussians in the 64 features that the
+                  classifier decides by; 0 is perfect, but real test digits do not reach it: the floor beside it is
+                  theirs, for as many of them (for more than 10,000 samples, for 10,000)
+
+The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits. Such
+numbers are comparable only if features and N are the same, so both are printed with them.
+
+Read `mnist/training.py` first. Next: `mnist/drawing.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minidiff.cli import Clock, command
+from minidiff.hub import WEIGHTS
+from minidiff.mnist import data, training
+from minidiff.mnist.data import CLASSES, Digits
+from minidiff.mnist.training import Plan, Run
+
+FEATURES = 64
+FLOOR_SIZES = (100, 1000, 5000, 10000)  # how many test digits the floors of `score` are measured on
+PRESETS = {"course": Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01)}
+
+
+class Judge(nn.Module):
+    """Digits to 64 features to 10 scores; about 74,000 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(i: int, o: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+        self.body = nn.Sequential(
+            block(1, 16, 1), block(16, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1), nn.AvgPool2d(7)
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: (B, 1, 28, 28) in [0, 1]. Returns (B, 64)."""
+        return self.body(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
+    """Each picture moved by up to `most` pixels either way, black coming in: another handwriting for nothing."""
+    B, _, H, W = images.shape
+    dy, dx = torch.randint(0, 2 * most + 1, (2, B, 1), generator=generator, device=images.device)
+    rows = dy + torch.arange(H, device=images.device)  # (B, H)
+    columns = dx + torch.arange(W, device=images.device)  # (B, W)
+    index = torch.arange(B, device=images.device)[:, None, None]
+    return F.pad(images, (most,) * 4)[:, 0][index, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
+    """Cross-entropy; in training on shifted pictures."""
+    images = shifted(batch.images, generator) if model.training else batch.images
+    return F.cross_entropy(model(images), batch.labels)
+
+
+@torch.no_grad()
+def look(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """What the judge sees in these: features (N, 64) float64 and its verdicts (N,)."""
+    judge.eval()
+    features = torch.cat([judge.features(x) for x in images.split(batch_size)])
+    return features.double().cpu(), judge.head(features).argmax(1).cpu()
+
+
+def agreement(verdicts: Tensor, labels: Tensor) -> float:
+    """The share of verdicts that are the label."""
+    return (verdicts == labels.cpu()).float().mean().item()
+
+
+def entropy(verdicts: Tensor) -> float:
+    """-sum p ln p of the classes' shares: 0 if all are one class, ln 10 = 2.303 if all are alike."""
+    shares = torch.bincount(verdicts, minlength=CLASSES).double() / len(verdicts)
+    return -(shares * shares.clamp(min=1e-300).log()).sum().item()
+
+
+def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Their mean (D,) and covariance (D, D), float64."""
+    return features.double().mean(0), features.double().T.cov()
+
+
+def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """The Frechet distance between two Gaussians (mean, covariance).
+
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
+
+    The product inside is symmetric, so its root is made of the roots of its eigenvalues, and the trace is their sum.
+    Source: Dowson and Landau, The Frechet distance between multivariate normal distributions, 1982.
+    """
+    (m1, c1), (m2, c2) = first, second
+    values, vectors = torch.linalg.eigh(c1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
+
+
+def load(folder: Path) -> tuple[Judge, dict, tuple[Tensor, Tensor]]:
+    """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features."""
+    config, tensors = training.read(folder, "judge")
+    reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
+    judge = Judge().eval()
+    judge.load_state_dict(tensors)
+    return judge, config, reference
+
+
+def report(folder: Path, images: Tensor, labels: Tensor | None, seed: object) -> list[str]:
+    """What `score` prints about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes asked for, if any were."""
+    judge, config, reference = load(folder)
+    features, verdicts = look(judge, images)
+    shares = torch.bincount(verdicts, minlength=CLASSES) / len(verdicts)
+    lines = [f"N = {len(images)}, seed {seed}; the judge is right about {config['accuracy']:.2%} of test digits"]
+    if labels is not None:
+        lines.append(f"agreement with the class asked for: {agreement(verdicts, labels):.2%}")
+    lines.append("balance: " + ", ".join(f"{k} {s:.1%}" for k, s in enumerate(shares.tolist()))
+                 + f"; entropy {entropy(verdicts):.3f} of 2.303")  # fmt: skip
+    if len(images) > FEATURES:
+        size = max((n for n in FLOOR_SIZES if n <= len(images)), default=FLOOR_SIZES[0])
+        lines.append(f"Frechet distance to the training digits: {frechet(gaussian(features), reference):.3f}; "
+                     f"{size} real test digits: {config['floors'][str(size)]:.3f}")  # fmt: skip
+    else:
+        lines.append(f"no Frechet distance: {FEATURES} features need more than {FEATURES} samples")
+    return lines
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the judge, and keep with it what `score` compares with."""
+    device, clock = training.device(args.device), Clock()
+    digits, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
+    if args.quick:
+        digits, test = digits[:400], test[:100]
+    torch.manual_seed(args.seed)
+    judge = Judge().to(device)
+    run = Run(judge, loss, digits, test, training.chosen(args, PRESETS[args.preset]), args.out, seed=args.seed,
+              compiled=args.compile)  # fmt: skip
+    if not run.train():
+        return
+    features, verdicts = look(judge, test.images)
+    accuracy = agreement(verdicts, test.labels)
+    mean, covariance = gaussian(look(judge, digits.images)[0])
+    sizes = [n for n in FLOOR_SIZES if n <= len(test)]
+    floors = {str(n): frechet(gaussian(features[:n]), (mean, covariance)) for n in sizes}
+    training.write(args.out, judge, {"kind": "judge", "accuracy": accuracy, "floors": floors},
+                   {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
+    print(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
+          + ", ".join(f"{value:.3f} for {n}" for n, value in floors.items()))  # fmt: skip
+    print(f"wrote {args.out}   ({clock})")
+
+
+def score(argv: Sequence[str]) -> None:
+    p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
+    p.add_argument("file", type=Path, help="written by `minidiff.mnist.sample --tensors`")
+    p.add_argument("--judge", type=Path, default=WEIGHTS / "mnist" / "judge", help="default: the embedded one")
+    args = p.parse_args(argv)
+    try:
+        tensors = load_file(args.file)
+        images = tensors["images"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{args.file} holds no images ({error}); write it with sample --tensors") from error
+    print("\n".join(report(args.judge, images, tensors.get("labels"), int(tensors.get("seed", torch.tensor(0))))))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["score"]:
+        score(argv[1:])
+    elif argv[:1] == ["train"]:
+        train(training.parser(__doc__, "out/mnist/judge", PRESETS).parse_args(argv[1:]))
+    elif argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+    else:
+        raise ValueError("say `judge train` or `judge score FILE`; `judge train --help` lists the flags")
+
+
+if __name__ == "__main__":
+    main()

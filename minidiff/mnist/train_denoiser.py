@@ -1,0 +1,170 @@
+"""The one-step denoiser: noise a digit, train a network to take the noise away, see where that stops working.
+
+    python -m minidiff.mnist.train_denoiser --out out/mnist/denoiser                       sigma 0.5, 5 epochs
+    python -m minidiff.mnist.train_denoiser --preset pure-noise --out out/mnist/pure-noise
+
+    z = x + sigma * noise          L = mean |network(z) - x|^2
+
+Pictures in the folder: noising.png, samples/ after every epoch, loss.png, out-of-distribution.png: the same digits and
+the same noise at strengths it was not trained on, with the test error beside that of the best linear denoiser.
+
+`pure-noise` asks for a digit from noise alone. There is nothing in z about x, so the least square error is made by the
+same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below the mean
+picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps: `mnist/train_diffusion.py`.
+
+Read `mnist/training.py` first. Next: `mnist/train_diffusion.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.cli import Clock, command, settings
+from minidiff.mnist import data, floors, training
+from minidiff.mnist.data import Digits, generator
+from minidiff.mnist.drawing import save_strip
+from minidiff.mnist.training import TEST_PICTURES, Plan, Run
+from minidiff.mnist.unet import UNet, UNetConfig
+
+SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
+FIGURE = 9  # purpose of a generator, beside those of training.py
+
+
+@dataclass(frozen=True)
+class Preset:
+    """sigma: strength of the noise; None for noise alone, with no digit in it."""
+
+    plan: Plan
+    sigma: float | None = 0.5
+    hidden: int = 128
+
+
+PRESETS = {
+    "course": Preset(Plan(epochs=5, batch_size=256, lr=1e-4)),
+    "better": Preset(Plan(epochs=10, batch_size=128, lr=1e-3, lr_decay=0.01)),
+    "pure-noise": Preset(Plan(epochs=5, batch_size=256, lr=1e-4), sigma=None),
+}
+
+
+def noised(x: Tensor, sigma: float | None, generator: torch.Generator) -> Tensor:
+    """x + sigma * noise; or the noise alone if sigma is None. x: (B, 1, 28, 28)."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return noise if sigma is None else x + sigma * noise
+
+
+class Denoising:
+    """The loss, for a strength of noise."""
+
+    def __init__(self, sigma: float | None):
+        self.sigma = sigma
+
+    def __call__(self, model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
+        z = noised(batch.images, self.sigma, generator)
+        return F.mse_loss(model(z).float(), batch.images)
+
+
+def noising_figure(digits: Digits) -> tuple[list[Tensor], list[list[str]]]:
+    """A row for each digit: the same noise at every sigma."""
+    rows = []
+    for i in range(len(digits)):
+        x = digits.images[i : i + 1]
+        rows.append(torch.cat([noised(x, s, generator(x.device, FIGURE, i)) for s in SIGMAS]))
+    return rows, [[f"sigma {s}" for s in SIGMAS]] * len(rows)
+
+
+@torch.no_grad()
+def sample_figure(model: nn.Module, digits: Digits, sigma: float | None) -> tuple[list[Tensor], list[str]]:
+    """Rows clean, noisy, denoised; ten columns."""
+    z = noised(digits.images, sigma, generator(digits.images.device, FIGURE))
+    kinds = zip(digits.images.split(10), z.split(10), model(z).split(10))
+    rows = [row for three in kinds for row in three]
+    return rows, ["clean", "noisy", "denoised"] * (len(rows) // 3)
+
+
+@torch.no_grad()
+def errors_by_sigma(model: nn.Module, test: Digits, variances: Tensor) -> list[tuple[float, float, float]]:
+    """(sigma, mean square error, linear optimum) for every sigma, with the same noise at each."""
+    table = []
+    for sigma in SIGMAS:
+        random = generator(test.images.device, FIGURE, 1)
+        sums = [(model(noised(x, sigma, random)) - x).square().sum().item() for x in test.images.split(500)]
+        table.append((sigma, sum(sums) / test.images.numel(), floors.linear_mse(variances, 1, sigma).item()))
+    return table
+
+
+@torch.no_grad()
+def out_of_distribution(model: nn.Module, digits: Digits, table: list[tuple]) -> tuple[list[Tensor], list[list[str]]]:
+    """Two rows for each digit, the same noise at every sigma and what the model makes of it, with errors_by_sigma."""
+    noisy, labels = noising_figure(digits)
+    below = [f"error {error:.4f}, linear {linear:.4f}" for _, error, linear in table]
+    return [row for z in noisy for row in (z, model(z))], [text for row in labels for text in (row, below)]
+
+
+@torch.no_grad()
+def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], list[list[str]], float, float]:
+    """The mean digit beside what the network says to eight noises; their rms distance, and the outputs' own spread."""
+    mean = train.images.mean(0, keepdim=True)
+    z = torch.randn((200, *mean.shape[1:]), generator=generator(mean.device, FIGURE), device=mean.device)
+    out = model(z)
+    distance = (out.mean(0, keepdim=True) - mean).square().mean().sqrt().item()
+    spread = out.std(0).square().mean().sqrt().item()
+    rows = [torch.cat([mean, z[:8]]), torch.cat([mean, out[:8]])]
+    return rows, [["mean digit"] + ["noise"] * 8, ["mean digit"] + ["output"] * 8], distance, spread
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    p = training.parser(__doc__, "out/mnist/denoiser", PRESETS)
+    p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
+    args = p.parse_args(argv)
+    preset = PRESETS[args.preset]
+    if args.quick:
+        preset = replace(preset, hidden=4)
+    device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
+    train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
+    if args.quick:
+        train, test = train[:400], test[:100]
+    about = settings(args, "mnist.train_denoiser")
+
+    variances = floors.spectrum(train.images)
+    levels = {"mean image": floors.mean_image_mse(train.images)}
+    if preset.sigma is not None:
+        levels["linear optimum"] = floors.linear_mse(variances, 1, preset.sigma).item()
+    torch.manual_seed(args.seed)
+    model = UNet(UNetConfig(preset.hidden)).to(device)
+    loss = Denoising(preset.sigma)
+    run = Run(model, loss, train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
+    save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
+    shown = test.of_each_class(4 if args.four else 1)
+
+    def after_epoch(epoch: int) -> None:
+        title = f"epoch {epoch}, " + ("noise alone" if preset.sigma is None else f"sigma {preset.sigma}")
+        save_strip(*sample_figure(model, shown, preset.sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
+
+    if not run.train(after_epoch):
+        return
+    training.write(out, model, {"kind": "denoiser", "sigma": preset.sigma, "unet": asdict(model.config)})
+    print(f"mean square error on {len(test)} test digits: {run.test_loss(len(test)):.5f}; "
+          + ", ".join(f"{name} {level:.4f}" for name, level in levels.items()))  # fmt: skip
+    if preset.sigma is None:
+        rows, labels, distance, spread = pure_noise_figure(model, train)
+        print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
+        title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
+        save_strip(rows, labels, title, out / "mean-image.png", about)
+    else:
+        table = errors_by_sigma(model, test[:TEST_PICTURES], variances)
+        for sigma, error, linear in table:
+            print(f"sigma {sigma}: error {error:.4f}, best linear denoiser {linear:.4f}")
+        title = f"Trained at sigma {preset.sigma}, asked at others (errors on {len(test[:TEST_PICTURES])} test digits)"
+        rows, labels = out_of_distribution(model, test[:3], table)
+        save_strip(rows, labels, title, out / "out-of-distribution.png", about)
+    print(f"wrote {out}   ({clock})")
+
+
+if __name__ == "__main__":
+    main()

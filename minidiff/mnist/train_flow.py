@@ -1,0 +1,188 @@
+"""Flow matching on digits: no schedule, no random steps, one straight line per training example.
+
+    python -m minidiff.mnist.train_flow --out out/mnist/flow-time                           not told the digit
+    python -m minidiff.mnist.train_flow --preset class --out out/mnist/flow                 told the digit
+    python -m minidiff.mnist.train_flow --preset reflow --teacher out/mnist/flow --out out/mnist/reflow
+
+    x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
+
+Presets: `time` and `class` are the course's; `no-scheduler` is `class` with one learning rate to the end; `wide` is
+the course's larger network with its learning rate of 0.05, and `better` is a larger one at a rate that suits it. All
+draw from the same noise, so their pictures can be laid side by side.
+
+`reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
+lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50
+before and after, and both straightnesses are printed.
+
+Pictures in the folder: samples/, loss.png, solvers.png (Euler, midpoint, Heun and Dormand-Prince, with what each cost),
+sampling.gif and, where the digit is told, guidance.png.
+
+Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minidiff import flow, weights
+from minidiff.cli import Clock, command, settings
+from minidiff.flow import Velocity
+from minidiff.hub import WEIGHTS
+from minidiff.mnist import data, floors, training
+from minidiff.mnist.data import CLASSES, Digits, generator
+from minidiff.mnist.drawing import (
+    FLOW_STEPS,
+    GUIDANCE_SCALE,
+    dropped,
+    load,
+    save_animation,
+    save_strip,
+    velocity,
+)
+from minidiff.mnist.training import Plan, Run
+from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import draw_noise, seeded
+
+PAIRS = 10  # purpose of a generator, beside those of training.py
+
+
+@dataclass(frozen=True)
+class Preset:
+    """unet: what is trained; None for a copy of the teacher.  sampled: after these epochs, and the last, it draws."""
+
+    plan: Plan
+    unet: UNetConfig | None
+    sampled: tuple[int, ...] = (1, 5, 10, 15, 20, 30, 40, 50)
+
+
+COURSE = Plan(epochs=10, batch_size=64, lr=1e-2, lr_decay=0.1)
+TOLD = UNetConfig(64, time=True, num_classes=CLASSES)
+PRESETS = {
+    "time": Preset(COURSE, UNetConfig(64, time=True, modulate="mul")),
+    "class": Preset(COURSE, TOLD),
+    "no-scheduler": Preset(Plan(epochs=15, batch_size=64, lr=5e-3), TOLD),
+    "wide": Preset(replace(COURSE, epochs=50, lr=5e-2), UNetConfig(128, time=True, modulate="mul")),
+    "better": Preset(Plan(epochs=20, batch_size=128, lr=2e-3, lr_decay=0.01), TOLD),
+    "reflow": Preset(Plan(epochs=10, batch_size=64, lr=1e-3, lr_decay=0.01), None),
+}
+
+
+class FlowMatching:
+    """The loss. Pictures of one channel are joined to new noise each time, those of two to the noise in the second."""
+
+    def __call__(self, model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
+        x_1 = batch.images[:, :1]
+        time = torch.rand(len(x_1), generator=generator, device=x_1.device)
+        if batch.images.shape[1] == 2:
+            x_0 = batch.images[:, 1:]
+        else:
+            x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device)
+        c = dropped(batch.labels, generator) if model.config.num_classes else None
+        return flow.loss(x_0, x_1, model(flow.path(x_0, x_1, time), time, c).float()).mean()
+
+
+def make_pairs(teacher: UNet, count: int, seed: int, device: torch.device, steps: int) -> Digits:
+    """Digits of the teacher in channel 0, the noises they came from in channel 1, and the class they were told."""
+    x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, PAIRS), device=device)
+    labels = torch.arange(count, device=device) % CLASSES
+    x_1 = flow.pairs(lambda c: velocity(teacher, c), x_0, labels, flow.grid(steps))
+    return Digits(torch.cat([x_1, x_0], dim=1), labels)
+
+
+def kept_pairs(path: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
+    """`make_pairs`, or what it wrote to path in an earlier run."""
+    device = next(teacher.parameters()).device
+    if path.is_file():
+        kept = load_file(path, device=str(device))
+        return Digits(kept["images"], kept["labels"])
+    print(f"the teacher makes {count} digits in {steps} steps each")
+    made = make_pairs(teacher, count, seed, device, steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.save({"images": made.images, "labels": made.labels}, path)
+    return made
+
+
+def by_solver(v: Velocity, x_0: Tensor, steps: int) -> tuple[list[Tensor], list[str]]:
+    """The same noises by every solver, a row each, named with its number of evaluations."""
+    few = max(1, steps // 5)
+    rows = [flow.solve(v, x_0, flow.grid(n)) for n in (few, steps)]
+    rows += [flow.solve(v, x_0, flow.grid(few), name) for name in ("midpoint", "heun")]
+    x, evaluations = flow.dormand_prince(v, x_0)
+    names = [f"Euler, {few}", f"Euler, {steps}", f"midpoint, {2 * few}", f"Heun, {2 * few}"]
+    return [*rows, x], [*names, f"Dormand-Prince, {evaluations}"]
+
+
+def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list[Tensor], list[str]]:
+    """1, 2, 4 and many Euler steps of each model from the same noises, a row each."""
+    runs = [(name, n) for name in models for n in (1, 2, 4, many)]
+    return [flow.solve(models[name], x_0, flow.grid(n)) for name, n in runs], [f"{name}, {n}" for name, n in runs]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    p = training.parser(__doc__, "out/mnist/flow", PRESETS)
+    p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
+    p.add_argument("--teacher", type=Path, default=WEIGHTS / "mnist" / "flow", help="of reflow (default: the embedded)")
+    p.add_argument("--pairs", type=int, default=20000, help="how many lines reflow learns (default %(default)s)")
+    args = p.parse_args(argv)
+    preset, quick = PRESETS[args.preset], args.quick
+    device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
+    steps, count = (3, 1) if quick else (FLOW_STEPS, 4)
+    about = settings(args, "mnist.train_flow")
+
+    torch.manual_seed(args.seed)
+    if preset.unet is None:
+        teacher, model, levels = load(args.teacher, "flow", device), load(args.teacher, "flow", device), {}
+        pairs = kept_pairs(out / "pairs.safetensors", teacher, 200 if quick else args.pairs, args.seed, steps)
+        train, test = pairs[len(pairs) // 10 :], pairs[: len(pairs) // 10]
+    else:
+        teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
+        train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
+        if quick:
+            train, test = train[:400], test[:100]
+        levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
+                  "memorisation": floors.memorised_flow_loss(train.images)}  # fmt: skip
+    run = Run(model, FlowMatching(), train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
+    labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
+    x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
+    told = f", guidance {args.guidance_scale:g}" if labels is not None else ", not told the digit"
+
+    def after_epoch(epoch: int) -> None:
+        if epoch in preset.sampled or epoch == plan.epochs:
+            x = flow.solve(velocity(model, labels, args.guidance_scale), x_0, flow.grid(steps))
+            save_strip(x.split(CLASSES), [""] * count, f"Flow after epoch {epoch}{told}",
+                       out / "samples" / f"epoch-{epoch:02d}.png", about)  # fmt: skip
+
+    if not run.train(after_epoch):
+        return
+    training.write(out, model, {"kind": "flow", "preset": args.preset, "unet": asdict(model.config)})
+    print(f"loss on {len(test)} test digits: {run.test_loss(len(test)):.5f}"
+          + "".join(f"; {name} {level:.4f}" for name, level in levels.items()))  # fmt: skip
+    labels, x_0 = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
+    plain = {"this model": velocity(model, labels)}
+    if teacher is not None:
+        plain["its teacher"] = velocity(teacher, labels)
+        save_strip(*few_steps(plain, x_0, steps), "Euler steps before and after reflow", out / "reflow.png", about)
+    straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in plain.items()}
+    print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
+    strong = velocity(model, labels, args.guidance_scale)
+    save_strip(*by_solver(strong, x_0, steps), f"Solvers and their evaluations{told}", out / "solvers.png", about)
+    frames: list[Tensor] = []
+    end = flow.solve(strong, x_0, flow.grid(steps), on_step=lambda i, time, x: frames.append(x))
+    save_animation([*frames, end], out / "sampling.gif")
+    if labels is not None:
+        scales = (0.0, 1.0, 5.0, 10.0)
+        rows = [flow.solve(velocity(model, labels, s), x_0, flow.grid(steps)) for s in scales]
+        save_strip(rows, [f"scale {s:g}" for s in scales], "Guidance: 0 ignores the class, 1 is none",
+                   out / "guidance.png", about)  # fmt: skip
+    print(f"wrote {out}   ({clock})")
+
+
+if __name__ == "__main__":
+    main()

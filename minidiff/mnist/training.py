@@ -1,0 +1,354 @@
+"""The training loop that the denoiser, the diffusion models, the flows and the judge share.
+
+A trainer gives it a network, the pictures, a plan, and its loss:
+
+    loss(model, batch, generator) -> one number            batch: Digits; generator: for the noise of this step
+
+What lies in the run's folder afterwards:
+
+    checkpoint.pt   network, optimizer, step, all losses: written every epoch and on Ctrl-C, first under another name
+    loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
+    loss.png        whole run, first and last epoch, with the floors as lines, if matplotlib is installed
+    config.json, model.fp16.safetensors     the trained network, for `read`
+
+The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
+step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not.
+
+How to compute is measured, not assumed: `measure` tries float32 and bfloat16, both memory layouts, and takes the
+fastest; the checkpoint remembers which.
+
+Read `mnist/floors.py` first. Next: `mnist/judge.py`, the smallest trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidiff import weights
+from minidiff.mnist.data import DATASETS, Digits, generator
+
+Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
+ORDER, STEP, TEST = range(3)  # what a generator is for
+TEST_PICTURES = 2000  # on which the loss is measured after each epoch
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast. lr_decay: the factor by which lr has fallen after all epochs; it falls once per epoch.
+
+    The last pictures of an epoch that would not fill a batch wait for another epoch: all batches are alike.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    lr_decay: float = 1.0
+
+    def lr_at(self, epoch: int) -> float:
+        """lr * lr_decay^(epoch / epochs): with lr_decay 0.1 the course's ExponentialLR of gamma 0.1^(1 / epochs)."""
+        return self.lr * self.lr_decay ** (epoch / self.epochs)
+
+
+class Run:
+    """One training run: what the checkpoint holds, and the step."""
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, train: Digits, test: Digits, plan: Plan, folder: Path, *,
+        seed: int = 0, floors: Mapping[str, float] | None = None, compiled: bool = False,
+    ):  # fmt: skip
+        """model, train and test on the device to train on.  floors: name -> level, lines in the plot.
+
+        Goes on from folder/checkpoint.pt if there is one. Raises ValueError if that is of another plan or network, if
+        a batch is larger than the training set, or the folder cannot be written.
+        """
+        if not 1 <= plan.batch_size <= len(train):
+            raise ValueError(f"batch_size must lie in 1..{len(train)}, the pictures there are, got {plan.batch_size}")
+        self.model, self.loss, self.train_set, self.test_set = model, loss, train, test
+        self.plan, self.folder, self.seed, self.floors = plan, folder, seed, dict(floors or {})
+        self.device = train.images.device
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=self.device.type in ("cpu", "cuda"))
+        self.steps_per_epoch = len(train) // plan.batch_size
+        self.losses: list[float] = []  # of every step
+        self.test_losses: list[float] = []  # of every epoch
+        self.checkpoint = folder / "checkpoint.pt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
+        if self.checkpoint.is_file():
+            self.resume()
+        else:
+            self.way = measure(model, loss, train[: plan.batch_size])
+            self.save()
+        self.dtype, self.layout = DTYPES[self.way[0]], LAYOUTS[self.way[1]]
+        self.model.to(memory_format=self.layout)
+        if compiled:
+            self.model.compile()
+
+    def resume(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        known = {"plan": asdict(self.plan), "seed": self.seed}
+        for name, value in known.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"{self.checkpoint} is of a run with another {name} ({state[name]}, now {value}); "
+                    "pass its settings to go on with it, or another --out"
+                )
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.checkpoint} is of another network; pass another --out") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.test_losses, self.way = state["losses"], state["test_losses"], tuple(state["way"])
+        print(f"going on from step {len(self.losses)} of {self.checkpoint}")
+
+    def save(self) -> None:
+        """The checkpoint and the curves, each complete or not there."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
+                 "test_losses": self.test_losses, "plan": asdict(self.plan), "seed": self.seed,
+                 "way": list(self.way)}  # fmt: skip
+        torch.save(state, self.checkpoint.with_suffix(".tmp"))
+        os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
+        _write_csv(self.folder / "loss.csv", ("step", "loss"), enumerate(self.losses, 1))
+        _write_csv(self.folder / "test.csv", ("epoch", "loss"), enumerate(self.test_losses, 1))
+        plot(self.folder / "loss.png", self.losses, self.test_losses, self.steps_per_epoch, self.floors)
+
+    def one_step(self, batch: Digits, step: int) -> Tensor:
+        """Loss, gradient, Adam. Returns the loss, still on the device, so that nothing waits for it."""
+        images = batch.images.to(memory_format=self.layout)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(self.model, Digits(images, batch.labels), generator(self.device, self.seed, STEP, step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def train(self, after_epoch: Callable[[int], None] | None = None) -> bool:
+        """To the plan's end, or until Ctrl-C: was the end reached? after_epoch(epoch) is called with 1, 2, ..."""
+        n, total = self.steps_per_epoch, self.plan.epochs * self.steps_per_epoch
+        with stopped_between_steps() as stopped:
+            while len(self.losses) < total and not stopped():
+                self.one_epoch(len(self.losses) // n, stopped)
+                if len(self.losses) % n == 0 and after_epoch is not None:
+                    after_epoch(len(self.losses) // n)
+        if len(self.losses) < total:
+            print(f"stopped after step {len(self.losses)}; the same command goes on from there")
+        return len(self.losses) == total
+
+    def one_epoch(self, epoch: int, stopped: Callable[[], bool]) -> None:
+        """The steps of an epoch that are still to be made, and the checkpoint."""
+        n, size, what = self.steps_per_epoch, self.plan.batch_size, f"epoch {epoch + 1}/{self.plan.epochs}"
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr_at(epoch)
+        random = generator(self.device, self.seed, ORDER, epoch)
+        order = torch.randperm(len(self.train_set), generator=random, device=self.device)
+        self.model.train()
+        pending, first, start = [], len(self.losses) - epoch * n, time.perf_counter()
+        bar = tqdm(range(first, n), desc=what, initial=first, total=n, mininterval=2, leave=False)
+        for i in bar:
+            pending.append(self.one_step(self.train_set[order[i * size : (i + 1) * size]], epoch * n + i))
+            if len(pending) == 50 or i + 1 == n or stopped():
+                self.take_down(pending)
+                bar.set_postfix(loss=f"{self.losses[-1]:.4f}")
+            if stopped():
+                bar.close()
+                break
+        per_second = (len(self.losses) - epoch * n - first) * size / (time.perf_counter() - start)
+        self.model.eval()
+        if len(self.losses) == (epoch + 1) * n:
+            self.test_losses.append(self.test_loss(TEST_PICTURES))
+            print(f"{what}: loss {sum(self.losses[-n:]) / n:.5f}, on test pictures {self.test_losses[-1]:.5f}, "
+                  f"{per_second:.0f} images/s")  # fmt: skip
+        self.save()
+
+    def take_down(self, pending: list[Tensor]) -> None:
+        """Move losses from the device to the list. Raises FloatingPointError if one is not finite."""
+        for loss in torch.stack(pending).tolist():
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss is {loss} at step {len(self.losses) + 1}; the last good checkpoint is {self.checkpoint}: "
+                    "train with a smaller --lr into another --out"
+                )
+            self.losses.append(loss)
+        pending.clear()
+
+    @torch.no_grad()
+    def test_loss(self, pictures: int) -> float:
+        """The loss on the first test pictures, with the same noise every time; for a model in eval mode."""
+        random, test = generator(self.device, self.seed, TEST), self.test_set[:pictures]
+        parts = [test[i : i + 500] for i in range(0, len(test), 500)]
+        return sum(self.loss(self.model, part, random).item() * len(part) for part in parts) / len(test)
+
+
+@contextlib.contextmanager
+def stopped_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside only sets a flag, so that no step is torn apart; a second one interrupts at once."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:
+    """Which precision and memory layout trains fastest here: names of DTYPES and LAYOUTS. Prints what it found.
+
+    A copy of the model makes a few steps in each; on a CPU with 32 pictures, which is enough to see a difference, and
+    counting the time of this process alone, whatever else the machine does.
+    """
+    device = batch.images.device
+    batch = batch if device.type == "cuda" else batch[:32]
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds: dict[tuple[str, str], float] = {}
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+        trial = copy.deepcopy(model).to(memory_format=LAYOUTS[layout]).train()
+        digits = Digits(batch.images.to(memory_format=LAYOUTS[layout]), batch.labels)
+        runs: list[float] = []
+        while len(runs) < 2 or sum(runs) < 0.3:
+            start = clock()
+            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+                value = loss(trial, digits, generator(device, 0))
+            value.backward()
+            value.item()  # waits for the device
+            runs.append(clock() - start)
+            if device.type == "cpu" and runs[0] > 3 * min([*seconds.values(), math.inf]):
+                break  # no warming up will make that good
+        seconds[dtype, layout] = min(runs)
+    best = min(seconds, key=seconds.get)
+    print(", ".join(f"{dtype} {layout} {len(batch) / s:.0f}" for (dtype, layout), s in seconds.items()), "images/s")
+    print(f"training in {best[0]}, {best[1]}")
+    return best
+
+
+def plot(path: Path, losses: list[float], test_losses: list[float], n: int, floors: Mapping[str, float]) -> None:
+    """The whole run, its first and its last epoch of n steps; floors as lines. Nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not losses:
+        return
+    steps, last = range(1, len(losses) + 1), (len(losses) - 1) // n * n
+    axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3)
+    for ax, part, title in zip(axes, (slice(None), slice(n), slice(last, None)),
+                               ("whole run", "first epoch", f"epoch {last // n + 1}")):  # fmt: skip
+        ax.semilogy(steps[part], losses[part], linewidth=0.6, label="training, each step")
+        for i, (name, level) in enumerate(floors.items()):
+            ax.axhline(level, color=f"C{i + 2}", linestyle="--", linewidth=1, label=f"{name}: {level:.4f}")
+        ax.set(title=title, xlabel="step", ylabel="loss")
+    ends = [n * (i + 1) for i in range(len(test_losses))]
+    axes[0].semilogy(ends, test_losses, "o-", color="C1", markersize=3, label="test pictures, each epoch")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path.with_suffix(".tmp"), format="png")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, float]]) -> None:
+    with path.with_suffix(".tmp").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(header)
+        writer.writerows((i, f"{value:.9g}") for i, value in rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------------------------------------- trained networks
+
+
+def write(
+    folder: Path, model: nn.Module, config: Mapping[str, object], more: Mapping[str, Tensor] | None = None
+) -> None:
+    """config.json and model.fp16.safetensors. Matrices become float16; vectors (norms, biases) and `more` do not.
+
+    config: what `read` needs to build the network again, its "kind" first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
+    weights.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """What `write` wrote: the config, and tensors as float32.
+
+    Raises ValueError naming the command that trains one if there is none, or what is wrong with it.
+    """
+    maker = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion", "flow": "train_flow"}
+    how = f"train one with `python -m minidiff.mnist.{maker[kind]} --out {folder}`"
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no trained {kind} in {folder}; {how}")
+    try:
+        config = json.loads(path.read_text())
+        tensors = load_file(folder / "model.fp16.safetensors")
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} cannot be read ({error}); {how}") from error
+    if config["kind"] != kind:
+        raise ValueError(f"{folder} holds a {config['kind']}, not a {kind}; {how}")
+    return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.ArgumentParser:
+    """The flags that every trainer has; the first preset is the default."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = next(iter(presets))
+    p.add_argument("--preset", choices=list(presets), default=first, help="default %(default)s")
+    for f in fields(Plan):
+        p.add_argument(f"--{f.name.replace('_', '-')}", type={"int": int, "float": float}[f.type],
+                       help="instead of the preset's")  # fmt: skip
+    p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
+    p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
+    p.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, then faster")
+    p.add_argument("--quick", action="store_true", help="a tiny network on few pictures: a smoke test, in seconds")
+    return p
+
+
+def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
+    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick."""
+    if args.quick:
+        plan = Plan(epochs=1, batch_size=16, lr=1e-2)
+    given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
+    return replace(plan, **given)
+
+
+def device(name: str) -> torch.device:
+    """The one of this name, or the best of this machine if auto. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
+    return torch.device(name)

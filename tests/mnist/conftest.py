@@ -1,0 +1,23 @@
+"""Shared by the tests of the small models: real digits, and no seconds spent on measuring or plotting."""
+
+import pytest
+
+from minidiff.mnist import training
+from tests.mnist import real
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return real.digits()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return real.write_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Trainers do not measure what is fastest here, and draw no curves."""
+    monkeypatch.setattr(training, "measure", lambda *args: ("float32", "contiguous"))
+    monkeypatch.setattr(training, "plot", lambda *args: None)

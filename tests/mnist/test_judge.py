@@ -1,0 +1,132 @@
+"""The judge: its distances against closed forms, its shifts by hand, and what it says about good and bad samples."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from minidiff.mnist import judge, training
+from minidiff.mnist.judge import Judge
+
+
+def gaussian(mean, covariance):
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64)
+
+
+def test_the_frechet_distance_by_hand():
+    """One dimension: (3 - 1)^2 + (2 - 5)^2 = 13. Diagonal: variances 4, 9 against 1, 1: (2-1)^2 + (3-1)^2 = 5."""
+    assert judge.frechet(gaussian([3.0], [[4.0]]), gaussian([1.0], [[25.0]])) == pytest.approx(13, abs=1e-10)
+    a, b = gaussian([0.0, 1.0], [[4.0, 0], [0, 9]]), gaussian([0.0, 1.0], [[1.0, 0], [0, 1]])
+    assert judge.frechet(a, b) == pytest.approx(5, abs=1e-10)
+
+
+def test_the_frechet_distance_uses_the_whole_covariance():
+    """Against the root found by Denman and Beavers' iteration on the product itself; symmetric; 0 for equals."""
+    x, y = torch.randn(2, 50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = judge.gaussian(x), judge.gaussian(y @ torch.randn(6, 6, dtype=torch.float64) + 1)
+    root, inverse = a[1] @ b[1], torch.eye(6, dtype=torch.float64)
+    for _ in range(60):
+        root, inverse = (root + inverse.inverse()) / 2, (inverse + root.inverse()) / 2
+    expected = (a[0] - b[0]).square().sum() + (a[1] + b[1] - 2 * root).trace()
+    assert judge.frechet(a, b) == pytest.approx(expected.item(), rel=1e-8)
+    assert judge.frechet(b, a) == pytest.approx(expected.item(), rel=1e-8)
+    assert judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    singular = judge.gaussian(x[:3])  # fewer samples than features
+    assert judge.frechet(singular, singular) == pytest.approx(0, abs=1e-6)
+
+
+def test_agreement_and_entropy_by_hand():
+    verdicts = torch.tensor([0, 0, 1, 1])
+    assert judge.agreement(verdicts, torch.tensor([0, 1, 1, 1])) == 0.75
+    assert judge.entropy(verdicts) == pytest.approx(math.log(2))
+    assert judge.entropy(torch.zeros(4, dtype=torch.long)) == 0
+    assert judge.entropy(torch.arange(10)) == pytest.approx(math.log(10))
+
+
+def test_shifting_moves_each_picture_by_itself_and_brings_in_black():
+    x = torch.zeros(300, 1, 28, 28)
+    x[:, 0, 10, 20] = 1
+    moved = judge.shifted(x, torch.Generator().manual_seed(0))
+    places = {tuple((p - torch.tensor([10, 20])).tolist()) for p in moved[:, 0].nonzero()[:, 1:]}
+    assert places == {(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)} and (moved.sum((1, 2, 3)) == 1).all()
+    assert judge.shifted(torch.ones(50, 1, 28, 28), torch.Generator().manual_seed(0)).amin((1, 2, 3)).min() == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits):
+    """A few steps on 500 digits: enough to tell most of them apart."""
+    torch.manual_seed(0)
+    net = Judge()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3  # so that averages follow so short a training
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for i in range(60):
+        part = digits[torch.arange(50 * i, 50 * i + 50) % 500]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(part.images), part.labels).backward()
+        optimizer.step()
+    features, verdicts = judge.look(net, digits.images)
+    mean, covariance = judge.gaussian(features)
+    folder = tmp_path_factory.mktemp("judge")
+    training.write(folder, net, {"kind": "judge", "accuracy": judge.agreement(verdicts, digits.labels),
+                                 "floors": {"100": 0.5}},
+                   {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
+    return folder
+
+
+def test_noise_blur_and_missing_classes_raise_the_distance_step_by_step(trained, digits):
+    net, config, reference = judge.load(trained)
+    assert config["accuracy"] > 0.8
+
+    def distance(images):
+        return judge.frechet(judge.gaussian(judge.look(net, images)[0]), reference)
+
+    x, noise = digits.images, torch.randn(digits.images.shape, generator=torch.Generator().manual_seed(0))
+    ladders = [[x + s * noise for s in (0, 0.1, 0.2, 0.4)],
+               [nn.functional.avg_pool2d(x, k, 1, k // 2) for k in (1, 3, 5, 7)],
+               [x[digits.labels < k] for k in (10, 7, 4)]]  # fmt: skip
+    for ladder in ladders:
+        found = [distance(images) for images in ladder]
+        assert found == sorted(found) and found[0] < 1e-3 < 10 * found[1], found
+
+
+def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digits, tmp_path, capsys):
+    some = digits[:100]
+    save_file(
+        {"images": some.images, "labels": (some.labels + 1) % 10, "seed": torch.tensor(7)}, tmp_path / "s.safetensors"
+    )
+    judge.main(["score", str(tmp_path / "s.safetensors"), "--judge", str(trained)])
+    shown = capsys.readouterr().out
+    verdicts = judge.look(judge.load(trained)[0], some.images)[1]
+    wrong = judge.agreement(verdicts, (some.labels + 1) % 10)
+    assert "N = 100, seed 7; the judge is right about" in shown and wrong < 0.2
+    assert f"agreement with the class asked for: {wrong:.2%}" in shown and "entropy 2.2" in shown
+    assert "Frechet distance to the training digits:" in shown and "100 real test digits: 0.500" in shown
+    assert "no Frechet distance: 64 features need more than 64" in "".join(
+        judge.report(trained, some.images[:5], None, 0)
+    )
+
+
+def test_training_keeps_weights_accuracy_and_floors(folder, tmp_path, fast, capsys):
+    judge.main(["train", "--quick", "--data", str(folder), "--out", str(tmp_path / "j")])
+    _, config, (mean, covariance) = judge.load(tmp_path / "j")
+    assert 0 <= config["accuracy"] <= 1 and list(config["floors"]) == ["100"]
+    assert mean.shape == (64,) and mean.dtype == torch.float64 and (covariance - covariance.T).abs().max() < 1e-12
+    assert "of 100 test digits; Frechet distance of test to training digits" in capsys.readouterr().out
+
+
+def test_bad_input_is_told(tmp_path, trained, capsys):
+    def fails(*argv):
+        with pytest.raises(SystemExit):
+            judge.main(list(argv))
+        return capsys.readouterr().err
+
+    assert "say `judge train` or `judge score FILE`" in fails("what")
+    assert "holds no images" in fails("score", str(tmp_path / "none.safetensors"))
+    save_file({"pictures": torch.zeros(1)}, tmp_path / "s.safetensors")
+    assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
+    save_file({"images": torch.zeros(1, 1, 28, 28)}, tmp_path / "s.safetensors")
+    assert "no trained judge in" in fails("score", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path))

@@ -1,0 +1,273 @@
+"""The shared loop: it follows its plan, resumes to the last bit, stops at a NaN, and measures before it trains."""
+
+import csv
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.mnist import training
+from minidiff.mnist.data import Digits
+from minidiff.mnist.training import Plan, Run
+
+PLAN = Plan(epochs=3, batch_size=40, lr=1e-2, lr_decay=0.1)  # 400 digits: 10 steps an epoch
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 1, 3, 1, 1))
+
+
+def loss(net, batch, generator):
+    noise = torch.randn(len(batch), 1, 28, 28, generator=generator)
+    return (net(batch.images + 0.5 * noise) - batch.images[:, :1]).square().mean()
+
+
+@pytest.fixture
+def start(digits, tmp_path, fast):
+    def start(name="run", loss=loss, net=None, plan=PLAN, **more):
+        return Run(net or model(), loss, digits[:400], digits[400:], plan, tmp_path / name, **more)
+
+    return start
+
+
+def numbers(path):
+    with path.open() as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+def weights_of(run):
+    return {k: v.clone() for k, v in run.model.state_dict().items()}
+
+
+def test_it_learns_and_writes_down_every_step(start, capsys):
+    run = start(floors={"mean image": 0.0673})
+    epochs = []
+    assert run.train(epochs.append) and epochs == [1, 2, 3]
+    written = numbers(run.folder / "loss.csv")
+    assert len(written) == 30 and written == pytest.approx(run.losses, rel=1e-8)
+    assert numbers(run.folder / "test.csv") == pytest.approx(run.test_losses, rel=1e-8)
+    assert run.test_losses[-1] < run.test_losses[0] < 0.3 and len(run.test_losses) == 3
+    assert "epoch 3/3: loss 0.0" in capsys.readouterr().out
+
+
+def test_the_curve_has_three_parts_and_the_floors(tmp_path, monkeypatch):
+    Axes = pytest.importorskip("matplotlib.axes").Axes
+    lines, curves = [], []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **more: lines.append((y, more["label"])))
+    original = Axes.semilogy
+
+    def note(self, x, y, *args, **more):
+        curves.append((list(x), list(y)))
+        return original(self, x, y, *args, **more)
+
+    monkeypatch.setattr(Axes, "semilogy", note)
+    training.plot(tmp_path / "loss.png", [5.0, 4.0, 3.0, 2.0, 1.0], [4.5, 2.5], 2, {"mean image": 0.067251})
+    assert curves == [([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]), ([1, 2], [5, 4]), ([5], [1]), ([2, 4], [4.5, 2.5])]
+    assert lines == [(0.067251, "mean image: 0.0673")] * 3 and (tmp_path / "loss.png").is_file()
+
+
+def test_an_epoch_sees_every_digit_once_in_an_order_of_its_own(start):
+    seen = []
+    run = start(loss=lambda net, batch, g: seen.append(batch.labels) or loss(net, batch, g))
+    run.train()
+    at_train = [x for x in seen if len(x) == 40]
+    first, second = torch.cat(at_train[:10]), torch.cat(at_train[10:20])
+    assert torch.equal(first.bincount(), run.train_set.labels.bincount()) and torch.equal(
+        first.bincount(), second.bincount()
+    )
+    assert not torch.equal(first, second)
+
+
+def test_the_same_digit_gets_new_noise_in_every_step(start):
+    drawn = []
+
+    def note(net, batch, generator):
+        if net.training:
+            drawn.append(torch.randn(5, generator=generator).tolist())
+        return loss(net, batch, generator)
+
+    start(loss=note).train()
+    assert len({tuple(x) for x in drawn}) == 30
+
+
+def test_the_learning_rate_is_the_courses_exponential_schedule():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1 ** (1.0 / 20))
+    plan = Plan(epochs=20, batch_size=1, lr=1e-2, lr_decay=0.1)
+    for epoch in range(20):
+        assert plan.lr_at(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert Plan(epochs=20, batch_size=1, lr=5e-3).lr_at(13) == 5e-3
+
+
+def test_the_optimizer_uses_the_rate_of_the_epoch(start):
+    rates = []
+    run = start()
+    original = run.optimizer.step
+    run.optimizer.step = lambda: rates.append(run.optimizer.param_groups[0]["lr"]) or original()
+    run.train()
+    assert rates == [PLAN.lr_at(e) for e in range(3) for _ in range(10)]
+
+
+@pytest.mark.parametrize("at", [3, 17])
+def test_a_run_that_is_killed_resumes_exactly(start, at):
+    """Killed in step `at`, between checkpoints: the torn epoch is made again, bit for bit."""
+    whole = start("whole")
+    whole.train()
+
+    def dies(net, batch, generator):
+        if net.training:
+            dies.calls += 1
+        if dies.calls == at:
+            raise MemoryError("killed")
+        return loss(net, batch, generator)
+
+    dies.calls = 0
+    with pytest.raises(MemoryError):
+        start("parts", loss=dies).train()
+    torch.manual_seed(99)
+    resumed = start("parts")
+    assert len(resumed.losses) == at // 10 * 10
+    resumed.train()
+    assert resumed.losses == whole.losses and resumed.test_losses == whole.test_losses
+    assert all(torch.equal(weights_of(whole)[k], v) for k, v in weights_of(resumed).items())
+    assert (whole.folder / "loss.csv").read_text() == (resumed.folder / "loss.csv").read_text()
+
+
+def test_ctrl_c_saves_at_once_and_the_next_run_goes_on_from_there(start, capsys):
+    whole = start("whole")
+    whole.train()
+
+    def interrupted(net, batch, generator):
+        if net.training:
+            interrupted.calls += 1
+        if interrupted.calls == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(net, batch, generator)
+
+    interrupted.calls = 0
+    before = signal.getsignal(signal.SIGINT)
+    run = start("parts", loss=interrupted)
+    assert not run.train() and signal.getsignal(signal.SIGINT) is before
+    assert "stopped after step 14; the same command goes on from there" in capsys.readouterr().out
+    resumed = start("parts")
+    assert len(resumed.losses) == 14 and "going on from step 14" in capsys.readouterr().out
+    assert resumed.train() and resumed.losses == whole.losses and resumed.test_losses == whole.test_losses
+    assert all(torch.equal(weights_of(whole)[k], v) for k, v in weights_of(resumed).items())
+
+
+def test_a_finished_run_trains_no_further(start):
+    start().train()
+    again = start(loss=lambda *args: pytest.fail("a step was made"))
+    assert again.train() and len(again.losses) == 30
+
+
+def test_a_nan_stops_with_the_last_good_checkpoint_named(start):
+    def breaks(net, batch, generator):
+        breaks.calls += net.training
+        return loss(net, batch, generator) * (torch.nan if breaks.calls == 14 else 1)
+
+    breaks.calls = 0
+    run = start(loss=breaks)
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 14; the last good checkpoint is .*checkpoint\.pt"
+    ):
+        run.train()
+    kept = start()
+    assert len(kept.losses) == 10 and all(v.isfinite().all() for v in weights_of(kept).values())
+
+
+def test_a_checkpoint_is_never_half_written(start, monkeypatch):
+    start().train()
+    before = (path := start().checkpoint).read_bytes()
+
+    def full(state, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training.torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        start().save()
+    assert path.read_bytes() == before
+
+
+def test_other_settings_do_not_continue_a_run(start, tmp_path):
+    start().train()
+    with pytest.raises(ValueError, match=r"of a run with another plan .*'lr': 0.01.*now .*'lr': 0.5.*another --out"):
+        start(plan=Plan(3, 40, 0.5, 0.1))
+    with pytest.raises(ValueError, match="of a run with another seed"):
+        start(seed=1)
+    with pytest.raises(ValueError, match="of another network"):
+        start(net=nn.Conv2d(1, 1, 1))
+
+
+def test_bad_input_is_told(start, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size must lie in 1\.\.400, the pictures there are, got 500"):
+        start(plan=Plan(1, 500, 1e-3))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to .*file.*pass another --out"):
+        start("file/run")
+    with pytest.raises(ValueError, match="no device 'tpu9' here"):
+        training.device("tpu9")
+
+
+def test_the_fastest_way_is_measured_and_leaves_the_model_alone(digits, capsys):
+    """A loss that works harder in bfloat16, and in the contiguous layout."""
+    net = nn.Sequential(nn.Conv2d(3, 1, 1), *model())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def uneven(trial, batch, generator):
+        x = torch.ones(1000, 1000)
+        for _ in range(100 * (torch.is_autocast_enabled("cpu") + (batch.images.stride(1) != 1))):
+            x = x + 1
+        return loss(trial, batch, generator)
+
+    images = digits.images[:40].repeat(1, 3, 1, 1)  # with one channel both layouts are the same
+    found = training.measure(net, uneven, Digits(images, digits.labels[:40]))
+    assert found == ("float32", "channels_last")
+    assert "float32 channels_last" in (shown := capsys.readouterr().out) and "training in float32" in shown
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_way_that_was_chosen_is_kept_on_resuming(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "measure", lambda *args: ("float32", "channels_last"))
+    Run(model(), loss, digits[:400], digits[400:], PLAN, tmp_path / "run")
+    monkeypatch.setattr(training, "measure", lambda *args: pytest.fail("measured again"))
+    run = Run(model(), loss, digits[:400], digits[400:], PLAN, tmp_path / "run")
+    assert run.layout is torch.channels_last and run.dtype is torch.float32
+
+
+def test_networks_are_written_in_half_precision_and_read_back(tmp_path):
+    net = model()
+    with torch.no_grad():
+        net[1].running_var.fill_(1e-9)  # float16 would make it 0
+    training.write(tmp_path / "n", net, {"kind": "flow", "more": 3}, {"extra": torch.ones(2, 2)})
+    config, tensors = training.read(tmp_path / "n", "flow")
+    assert config == {"kind": "flow", "more": 3} and torch.equal(tensors.pop("extra"), torch.ones(2, 2))
+    assert tensors["1.running_var"].tolist() == [pytest.approx(1e-9)] * 4
+    assert torch.equal(tensors["0.weight"], net[0].weight.half().float())
+    net.load_state_dict(tensors)
+
+
+def test_missing_and_wrong_networks_are_told(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no trained ddpm in .*none; train one with `python -m minidiff.mnist.train_diff"
+    ):
+        training.read(tmp_path / "none", "ddpm")
+    training.write(tmp_path / "n", model(), {"kind": "flow"})
+    with pytest.raises(ValueError, match="holds a flow, not a judge; train one with .*judge train"):
+        training.read(tmp_path / "n", "judge")
+    (tmp_path / "n" / "model.fp16.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="n cannot be read .*train one with"):
+        training.read(tmp_path / "n", "flow")
+
+
+def test_without_matplotlib_there_is_only_no_curve(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    training.plot(tmp_path / "loss.png", [1.0], [], 1, {})
+    assert not (tmp_path / "loss.png").exists()

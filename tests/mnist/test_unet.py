@@ -1,0 +1,105 @@
+"""The course's network: its parameter counts, its shapes on the way, and what time and class do to it."""
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.mnist.unet import UNet, UNetConfig
+
+PLAIN, TIME, CLASS = {}, {"time": True}, {"time": True, "num_classes": 10}
+
+
+def small(**kind):
+    torch.manual_seed(0)
+    return UNet(UNetConfig(4, **kind)).eval()
+
+
+def inputs(n=2):
+    torch.manual_seed(1)
+    return torch.randn(n, 1, 28, 28), torch.tensor([0.2, 0.9][:n]), torch.eye(10)[[3, 7][:n]]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kind", "count"),
+    [(64, PLAIN, 1_975_361), (64, TIME, 1_996_417), (64, CLASS, 2_019_201),
+     (128, PLAIN, 7_891_073), (128, TIME, 7_974_145), (128, CLASS, 8_060_673)],
+)  # fmt: skip
+def test_parameter_counts_are_the_courses(hidden, kind, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet(UNetConfig(hidden, **kind)).parameters()) == count
+
+
+def test_sizes_go_from_28_to_1_and_back():
+    seen = []
+    unet = small()
+    for name in ("in_block", "down1", "down2", "flatten", "unflatten", "up1", "up2", "out_block", "out"):
+        getattr(unet, name).register_forward_hook(
+            lambda m, i, o, name=name: seen.append((name, *i[0].shape[1:3], *o.shape[1:3]))
+        )
+    unet(inputs()[0])
+    assert seen == [
+        ("in_block", 1, 28, 4, 28), ("down1", 4, 28, 4, 14), ("down2", 4, 14, 8, 7), ("flatten", 8, 7, 8, 1),
+        ("unflatten", 8, 1, 8, 7), ("up1", 16, 7, 4, 14), ("up2", 8, 14, 4, 28), ("out_block", 8, 28, 4, 28),
+        ("out", 4, 28, 1, 28),
+    ]  # fmt: skip
+
+
+def test_blocks_are_convolution_norm_and_exact_gelu():
+    unet = small()
+    assert [type(m) for m in unet.in_block[0]] == [nn.Conv2d, nn.BatchNorm2d, nn.GELU]
+    assert all(m.approximate == "none" for m in unet.modules() if isinstance(m, nn.GELU))
+    assert unet.down1[0][0].stride == (2, 2) and unet.up1[0][0].kernel_size == (4, 4)
+
+
+def last_layers(unet, value):
+    """Every FCBlock answers `value` to anything."""
+    for name, block in unet.named_children():
+        if name.startswith("fc"):
+            nn.init.zeros_(block[2].weight)
+            nn.init.constant_(block[2].bias, value[name[-1]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(TIME, {"t": 0.0}), (TIME | {"modulate": "mul"}, {"t": 1.0}), (CLASS, {"t": 0.0, "c": 1.0})],
+)
+def test_a_network_whose_time_and_class_say_nothing_is_the_plain_one(kind, value):
+    plain, told = small(), small(**kind)
+    told.load_state_dict(plain.state_dict(), strict=False)
+    last_layers(told, value)
+    x, time, c = inputs()
+    torch.testing.assert_close(told(x, time, c if "c" in value else None), plain(x), rtol=0, atol=0)
+
+
+def test_modulation_by_hand():
+    """u = 2, t = 3, c = 5: add 2 + 3, mul 2 * 3, with class 5 * 2 + 3."""
+    u, t, c = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1), 3.0), torch.full((1, 1), 5.0)
+    assert small(**TIME).modulated(u, t, None).item() == 5
+    assert small(**TIME, modulate="mul").modulated(u, t, None).item() == 6
+    assert small(**CLASS).modulated(u, t, c).item() == 13
+
+
+def test_both_places_listen_to_time_and_class():
+    """Each FCBlock alone changes the answer: in float64, since a random network passes little of it on."""
+    x, time, c = (v.double() for v in inputs(1))
+    for kind, names in ((TIME, ["fc1_t", "fc2_t"]), (CLASS, ["fc1_t", "fc2_t", "fc1_c", "fc2_c"])):
+        unet = small(**kind).double()
+        args = (x, time, c if kind is CLASS else None)
+        for name in names:
+            before = unet(*args)
+            getattr(unet, name)[2].bias.data += 1
+            assert (unet(*args) - before).abs().max() > 1e-9, name
+
+
+def test_bad_input_is_told():
+    x, time, c = inputs()
+    with pytest.raises(ValueError, match="told time: True, classes: 0; got time: False, class: False"):
+        small(**TIME)(x)
+    with pytest.raises(ValueError, match="told time: True, classes: 10; got time: True, class: False"):
+        small(**CLASS)(x, time)
+    with pytest.raises(ValueError, match="told time: False"):
+        small()(x, time)
+    with pytest.raises(ValueError, match="modulate must be one of add, mul, got 'film'"):
+        UNetConfig(4, time=True, modulate="film")
+    with pytest.raises(ValueError, match="told the class must be told the time"):
+        UNetConfig(4, num_classes=10)
