@@ -45,6 +45,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     mnist/train_diffusion.py digits from noise by DDPM
     mnist/train_flow.py      digits from noise by flow matching
     mnist/sample.py          digits from the trained networks
+    mnist/anagram.py         one digit that is two, and how often that succeeds
 
 Run `python -m minidiff` for the list of commands.
 """

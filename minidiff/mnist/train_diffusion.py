@@ -61,6 +61,7 @@ TOLD = UNetConfig(64, time=True, num_classes=CLASSES)
 PRESETS = {
     "time": Preset(COURSE, UNetConfig(64, time=True)),
     "class": Preset(COURSE, TOLD),
+    "small": Preset(replace(COURSE, epochs=8), replace(TOLD, hidden=32), (1, 4)),  # a tenth of the arithmetic
     "better": Preset(replace(COURSE, epochs=40, lr_decay=0.01), replace(TOLD, hidden=128), (1, 5, 10, 20)),
 }
 

@@ -1,0 +1,58 @@
+"""Digit anagrams: the formula with classes for prompts, what counts as a success, and the command."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from minidiff import views
+from minidiff.mnist import anagram, drawing, judge, training
+from minidiff.mnist.unet import UNet, UNetConfig
+from tests.mnist.test_drawing import LABELS, X, net
+from tests.test_commands import fails
+
+TURN = [views.named("identity"), views.named("rotate_180")]
+
+
+def test_it_is_the_mean_of_both_classes_seen_through_their_views():
+    """By hand: eps of a 6 as it is, and of a 9 in the turned picture, turned back, each with guidance 5."""
+    unet, t = net(), torch.full((3,), 120)
+    found, _ = anagram.prediction(unet, [6, 9], TURN, 5.0)(X, t)
+    six, _ = drawing.prediction(unet, torch.full_like(LABELS, 6), 5.0)(X, t)
+    nine, _ = drawing.prediction(unet, torch.full_like(LABELS, 9), 5.0)(X.rot90(2, (-2, -1)), t)
+    torch.testing.assert_close(found, (six + nine.rot90(2, (-2, -1))) / 2, rtol=0, atol=1e-5)
+
+
+def test_a_success_is_right_in_every_view(monkeypatch):
+    """The judge here reads the digit off the upper left pixel; turned, it sees the lower right one."""
+    monkeypatch.setattr(judge, "look", lambda _, x: (None, x[:, 0, 0, 0].long()))
+    x = torch.zeros(3, 1, 28, 28)
+    x[:, 0, 0, 0], x[:, 0, -1, -1] = torch.tensor([6.0, 6, 9]), torch.tensor([9.0, 6, 9])
+    assert anagram.aligned(None, x, [6, 9], TURN).tolist() == [True, False, False]
+
+
+def test_the_command_draws_and_counts(tmp_path, capsys):
+    torch.manual_seed(0)
+    unet, judge_of = UNet(UNetConfig(4, time=True, num_classes=10)), judge.Judge()
+    training.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "unet": asdict(unet.config)})
+    zeros = {"feature_mean": torch.zeros(64), "feature_covariance": torch.eye(64)}
+    training.write(tmp_path / "judge", judge_of, {"kind": "judge", "accuracy": 0.5, "floors": {}}, zeros)
+    flags = ["--model", str(tmp_path / "ddpm"), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "a.png")]
+    anagram.main(["6", "9", *flags, "--quick"])
+    printed = capsys.readouterr().out
+    assert "of 5 are 6 and 9 through identity, rotate_180; of plain samples of 6:" in printed
+    assert (tmp_path / "a.png").is_file()
+    message = fails(capsys, anagram.main, "6", "9", "8", *flags)
+    assert "need one digit 0..9 for each view" in message
+    assert "need one digit 0..9" in fails(capsys, anagram.main, "6", "10", *flags)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "judge"])
+def test_missing_models_say_how_to_train_them(tmp_path, capsys, kind):
+    flags = ["--model", tmp_path / "ddpm", "--judge", tmp_path / "judge", "--out", tmp_path / "a.png"]
+    if kind == "judge":
+        unet = UNet(UNetConfig(4, time=True, num_classes=10))
+        training.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "unet": asdict(unet.config)})
+    message = fails(capsys, anagram.main, "6", "9", *flags)
+    maker = {"ddpm": "train_diffusion", "judge": "judge train"}[kind]
+    assert f"no trained {kind} in" in message and f"python -m minidiff.mnist.{maker}" in message
