@@ -213,9 +213,9 @@ def from_eps(predict: Prediction, schedule: Schedule) -> Velocity:
     times = clock(schedule)
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
-        t = (times - time.double().cpu()[:, None]).abs().argmin(1)
-        alpha_bar_t = schedule.alpha_bar(t).to(x.device)
-        x_t = (alpha_bar_t.sqrt() + (1 - alpha_bar_t).sqrt()).to(x.dtype) * x
+        t = (times - time.cpu().double()[:, None]).abs().argmin(1)
+        alpha_bar_t = schedule.alpha_bar(t)
+        x_t = (alpha_bar_t.sqrt() + (1 - alpha_bar_t).sqrt()).to(x) * x
         eps, _ = predict(x_t, t.to(x.device))
         return ddpm.predict_x_start(x_t, eps, alpha_bar_t) - eps
 

@@ -26,12 +26,12 @@ from minidiff.schedule import Schedule
 
 def mean_image_mse(images: Tensor) -> float:
     """Mean over pictures and pixels of |x - mean image|^2. images: (N, 1, 28, 28)."""
-    return images.flatten(1).double().var(0, unbiased=False).mean().item()
+    return images.cpu().flatten(1).double().var(0, unbiased=False).mean().item()
 
 
 def spectrum(images: Tensor) -> Tensor:
     """Variances of the pictures along their principal directions, the covariance's eigenvalues: (784,) float64."""
-    x = images.flatten(1).double()
+    x = images.cpu().flatten(1).double()
     x = x - x.mean(0)
     return torch.linalg.eigvalsh(x.T @ x / len(x)).clamp(min=0)
 
@@ -44,8 +44,9 @@ def linear_mse(variances: Tensor, a: Tensor | float, b: Tensor | float) -> Tenso
     variances: (N,), of `spectrum`.  a, b: numbers or (K,).  Returns () or (K,).
     """
     a, b = (torch.as_tensor(k, dtype=torch.float64)[..., None] for k in (a, b))
-    v = variances.cpu()
-    return (v * b**2 / (a**2 * v + b**2).clamp(min=1e-300)).mean(-1)  # 0 / 0 is an unvarying pixel, and no error
+    return (variances * b**2 / (a**2 * variances + b**2).clamp(min=1e-300)).mean(
+        -1
+    )  # 0 / 0 is an unvarying pixel, and no error
 
 
 def linear_eps_loss(variances: Tensor, schedule: Schedule) -> float:

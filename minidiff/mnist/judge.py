@@ -84,7 +84,7 @@ def look(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, T
     """What the judge sees in these: features (N, 64) float64 and its verdicts (N,)."""
     judge.eval()
     features = torch.cat([judge.features(x) for x in images.split(batch_size)])
-    return features.double().cpu(), judge.head(features).argmax(1).cpu()
+    return features.cpu().double(), judge.head(features).argmax(1).cpu()
 
 
 def agreement(verdicts: Tensor, labels: Tensor) -> float:

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, texts = [], []
     for folder in folders:
         unet = drawing.load(folder, args.kind, device)
+        told = labels if unet.config.num_classes else None
         for scale in args.guidance_scale:
             what = f"{folder.name}, scale {scale:g}"
             parts = []
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.tensors and not rows:
                 weights.save({"images": x, "labels": labels, "seed": torch.tensor(args.seed)}, args.tensors)
             if (args.judge / "config.json").is_file():
-                print("\n  ".join([f"{what}:", *judge.report(args.judge, x, labels, args.seed)]))
+                print("\n  ".join([f"{what}:", *judge.report(args.judge, x, told, args.seed)]))
             for i, row in enumerate(x[:SHOWN].split(10)):
                 rows.append(row)
                 texts.append("" if i else what)

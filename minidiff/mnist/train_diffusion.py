@@ -76,7 +76,7 @@ class Diffusion:
         x, T = batch.images, self.schedule.num_train_timesteps
         t = torch.randint(T, (len(x),), generator=generator, device=x.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        x_t = ddpm.add_noise(x, noise, self.schedule.alpha_bar(t).to(x.device))
+        x_t = ddpm.add_noise(x, noise, self.schedule.alpha_bar(t))
         c = dropped(batch.labels, generator) if model.config.num_classes else None
         eps = model(x_t, (t + 1) / T, c).float()
         return ddpm.loss(self.schedule, x, noise, t, eps, None).mean()

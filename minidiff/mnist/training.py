@@ -12,7 +12,8 @@ What lies in the run's folder afterwards:
     config.json, model.fp16.safetensors     the trained network, for `read`
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
-step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not.
+step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
+CPU to the last bit; a GPU may round otherwise from run to run).
 
 How to compute is measured, not assumed: `measure` tries float32 and bfloat16, both memory layouts, and takes the
 fastest; the checkpoint remembers which.
