@@ -47,4 +47,4 @@ def test_every_command_of_the_walkthrough_runs(line, tmp_path, monkeypatch):
     argv[argv.index("--out") + 1] = str(tmp_path / "out.png")
     importlib.import_module(module).main([*argv, "--quick"])
     with Image.open(tmp_path / "out.png") as opened:
-        assert opened.width > 300
+        assert opened.width > 200
