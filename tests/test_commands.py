@@ -131,11 +131,11 @@ def test_weights_readme_names_every_file_with_its_size_and_sha256():
     rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
     on_disk = {
         p.relative_to(hub.WEIGHTS).as_posix(): p
-        for name in hub.MINI.values()
+        for name in (*hub.MINI.values(), "mnist")
         for p in (hub.WEIGHTS / name).rglob("*")
         if p.is_file() and "training" not in p.parts
     }
-    assert {name for name, _, _ in rows if name.startswith("mini-IF")} == set(on_disk)
+    assert {name for name, _, _ in rows} == set(on_disk)
     for name, size, digest in rows:
         content = (hub.WEIGHTS / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (int(size.replace(",", "")), digest), name

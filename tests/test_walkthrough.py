@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import minidiff
+from minidiff import images
 
 ROOT = Path(minidiff.__file__).parents[1]
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "walkthrough.md")}
@@ -48,3 +49,20 @@ def test_every_command_of_the_walkthrough_runs(line, tmp_path, monkeypatch):
     importlib.import_module(module).main([*argv, "--quick"])
     with Image.open(tmp_path / "out.png") as opened:
         assert opened.width > 200
+
+
+def test_the_python_of_the_walkthrough_draws_what_its_command_draws(tmp_path, monkeypatch):
+    """With three steps each instead of 27 and 20; inside the box and outside, up to rounding."""
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["walkthrough.md"], re.DOTALL)
+    code = code.replace("respaced(steps)", "respaced(3)").replace("out/together", f"{tmp_path}/together")
+    drawn = {}
+    exec(code, drawn)
+    strips = []
+    monkeypatch.setattr(images, "strip", lambda rows, *_: strips.append(rows) or Image.new("RGB", (8, 8)))
+    (line,) = [line for line in commands() if "together" in line]
+    _, _, module, *argv = shlex.split(line)
+    argv[argv.index("--out") + 1] = str(tmp_path / "out.png")
+    importlib.import_module(module).main([*argv, "--steps", "3", "--stage2-steps", "3", "--dtype", "float32"])
+    assert (drawn["x"][0] - strips[0][0][0]).abs().mean() < 0.01
+    assert (tmp_path / "together-python.png").is_file()
