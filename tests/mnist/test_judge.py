@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from minidiff.hub import WEIGHTS
 from minidiff.mnist import judge, training
 from minidiff.mnist.judge import Judge
 
@@ -130,3 +131,14 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
     save_file({"images": torch.zeros(1, 1, 28, 28)}, tmp_path / "s.safetensors")
     assert "no trained judge in" in fails("score", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path))
+
+
+def test_the_embedded_judge_knows_real_digits(digits):
+    """Its config says 99.3 % of 10,000 test digits; on 500 of the training set it is right about at least 97.4 %, five
+    standard errors less. Digits cut off at the side it takes for others."""
+    loaded, config, (mean, covariance) = judge.load(WEIGHTS / "mnist" / "judge")
+    assert config["accuracy"] >= 0.993 and mean.shape == (64,) and covariance.shape == (64, 64)
+    features, verdicts = judge.look(loaded, digits.images)
+    assert judge.agreement(verdicts, digits.labels) > 0.974
+    _, shifted = judge.look(loaded, digits.images.roll(9, -1))
+    assert judge.agreement(shifted, digits.labels) < 0.9
