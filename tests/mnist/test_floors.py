@@ -78,3 +78,21 @@ def test_two_pictures_known_by_heart_by_brute_force():
     density = (-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5
     answer = ((1 - ((1 + 1.5 * z) / 2.25).tanh()).square() * density).sum() * (z[1] - z[0])
     assert found == pytest.approx(3 * answer.item(), rel=0.05)  # 20,000 draws: standard error about 1 %
+
+
+def test_the_memorised_losses_of_two_pictures_by_quadrature():
+    """A pixel that is 1 or -1, x_t = a x + b n: E[x | x_t] = tanh(a x_t / b^2). Error in eps: a / b times that in x;
+    in the velocity: 1 / b times, with a = t, b = 1 - t."""
+    images = torch.tensor([1.0, -1.0], dtype=torch.float64).view(2, 1, 1, 1).repeat(2000, 1, 1, 1)
+    z = torch.linspace(-8, 8, 1601, dtype=torch.float64)[:, None]
+    density = (-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5 * 0.01
+
+    def mse(a, b):
+        return ((1 - (a * (a + b * z) / b**2).tanh()).square() * density).sum(0)
+
+    t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    alpha_bar = linear(300).alphas_cumprod
+    flow = (mse(t, 1 - t) / (1 - t) ** 2).mean().item()
+    eps = (alpha_bar / (1 - alpha_bar) * mse(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())).mean().item()
+    assert floors.memorised_flow_loss(images, 4000) == pytest.approx(flow, rel=0.1)
+    assert floors.memorised_eps_loss(images, linear(300), 4000) == pytest.approx(eps, rel=0.1)

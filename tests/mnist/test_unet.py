@@ -89,6 +89,20 @@ def test_both_places_listen_to_time_and_class():
             before = unet(*args)
             getattr(unet, name)[2].bias.data += 1
             assert (unet(*args) - before).abs().max() > 1e-9, name
+    for kind, alone in (
+        (TIME, "fc1_t"),
+        (TIME, "fc2_t"),
+        (CLASS, "fc1_t"),
+        (CLASS, "fc2_t"),
+        (CLASS, "fc1_c"),
+        (CLASS, "fc2_c"),
+    ):
+        unet = small(**kind).double()
+        last_layers(unet, {"t": 0.0, "c": 1.0})
+        nn.init.ones_(getattr(unet, alone)[2].weight)
+        told = c if kind is CLASS else None
+        other = (x, time, c.roll(1, 1)) if alone.endswith("c") else (x, time / 2, told)
+        assert (unet(*other) - unet(x, time, told)).abs().max() > 1e-9, alone
 
 
 def test_bad_input_is_told():
