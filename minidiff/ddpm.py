@@ -1,7 +1,7 @@
 """The mathematics of DDPM: noise a picture forward, estimate it back, take one reverse step, and the losses.
 
 Read `schedule.py` first. Every function is pure and works on float tensors of any shape (B, C, H, W); alpha-bars come
-in as (B, 1, 1, 1) float64 and are cast only after the coefficient is formed.
+in as (B, 1, 1, 1) float64 on the CPU, and are cast and moved only after the coefficient is formed.
 
     forward   x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise                          add_noise
               the same from x_t to a later time                                                      add_more_noise
@@ -46,7 +46,7 @@ def add_more_noise(schedule: Schedule, x_t: Tensor, t: Tensor, t_later: Tensor, 
     x_t, noise: (B, C, H, W), noise ~ N(0, I).  t, t_later: (B,) int64, t_later > t >= -1.
     Source: DDPM Eq. 2, over several steps at once.
     """
-    return add_noise(x_t, noise, schedule.alpha_bar(t_later).to(x_t.device) / schedule.alpha_bar(t).to(x_t.device))
+    return add_noise(x_t, noise, schedule.alpha_bar(t_later) / schedule.alpha_bar(t))
 
 
 def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def step(
     (DDPM Sec. 3.2's first choice).  Returns (x_prev, pred_x_start).    Source: DDPM Alg. 2 with DDPM Eq. 7.
     """
     _same_shape(x_t=x_t, eps=eps, noise=noise)
-    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_t.device) for s in (t, t_prev))
+    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t_prev))
     pred_x_start = predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         pred_x_start = fix_x_start(pred_x_start)
@@ -168,7 +168,7 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
     x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).
     Source: DDPM Eq. 5, DDPM Eq. 13, iDDPM Eq. 5, iDDPM Eq. 6.
     """
-    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).to(x_start.device) for s in (t, t - 1))
+    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t - 1))
     x_t = add_noise(x_start, noise, alpha_bar_t)
     true_mean = posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev)
     true_log_var = _cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
@@ -191,7 +191,8 @@ def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
-    return coefficient.to(device=like.device, dtype=like.dtype)
+    """To the type first and the device second: tables are float64 on the CPU, which Apple's GPUs do not have."""
+    return coefficient.to(like.dtype).to(like.device)
 
 
 def _same_shape(**tensors: Tensor) -> None:

@@ -81,7 +81,7 @@ def one_step(predict: Prediction, x_t: Tensor, t: int, schedule: Schedule) -> Te
     """The clean picture as one look at x_t (B, C, H, W) suggests it, not clipped.    Source: DDPM Eq. 15."""
     t_batch = torch.full((len(x_t),), t, device=x_t.device)
     eps, _ = predict(x_t, t_batch)
-    return ddpm.predict_x_start(x_t, eps.float(), schedule.alpha_bar(t_batch).to(x_t.device))
+    return ddpm.predict_x_start(x_t, eps.float(), schedule.alpha_bar(t_batch))
 
 
 def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | None = None) -> list[int]:

@@ -31,7 +31,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
     """
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = schedule.alpha_bar(t).to(x_t)
+        alpha_bar = schedule.alpha_bar(t).to(x_t.dtype).to(x_t.device)
         x_start = mean + alpha_bar.sqrt() * std**2 / _variance(alpha_bar, std) * (x_t - alpha_bar.sqrt() * mean)
         eps = (x_t - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
         return eps, torch.full_like(eps, -1)
@@ -66,7 +66,7 @@ class Mixture:
 
         p(k | x_t) is proportional to prompt_k N(x_t; sqrt(alpha_bar) mean_k, alpha_bar std^2 + 1 - alpha_bar)
         """
-        alpha_bar = self.schedule.alpha_bar(t).to(x_t)  # (B, 1, 1, 1)
+        alpha_bar = self.schedule.alpha_bar(t).to(x_t.dtype).to(x_t.device)  # (B, 1, 1, 1)
         distance = (x_t[:, None] - alpha_bar.sqrt()[:, None] * self.means.to(x_t)).square().flatten(2).sum(2)  # (B, K)
         log_weight = prompt_embeds[:, 0].to(x_t).log() - 0.5 * distance / _variance(alpha_bar, self.std).flatten(1)
         share = log_weight.softmax(1)  # (B, K)

@@ -120,7 +120,7 @@ class Trainee(nn.Module):
         if self.stage == 2:
             x_start, low_res, labels = self.crop(x_start, random)
         t, noise = random["t"], random["noise"]
-        alpha_bar = self.schedule.alpha_bar(t).to(x_start.device)
+        alpha_bar = self.schedule.alpha_bar(t)
         x_t = ddpm.add_noise(x_start, noise, alpha_bar)
         with torch.autocast(x_start.device.type, dtype, enabled=dtype != torch.float32):
             prompt_embeds = (self.text_encoder or self.frozen[0])(ids, mask)
@@ -129,13 +129,13 @@ class Trainee(nn.Module):
         eps, pred_var = out.float().chunk(2, dim=1)
         # Where nearly all is noise, a small error in eps is a large one in the picture, and what the prompt says is
         # decided there: weighed by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
-        weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float()
+        weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float().to(x_start.device)
         return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight)
 
     def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small picture, and its noise level."""
         low_res = stages.upsample(F.avg_pool2d(x_start, 4), x_start.shape[2:])
-        alpha_bar = self.schedule.alpha_bar(random["level"]).to(x_start.device)
+        alpha_bar = self.schedule.alpha_bar(random["level"])
         low_res = ddpm.add_noise(low_res, random["low_noise"], alpha_bar)
         both = torch.cat([x_start, low_res], dim=1)
         corners = zip(random["top"].tolist(), random["left"].tolist())
