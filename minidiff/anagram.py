@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     if args.check:
         sys.exit(report(args.check))
-    clock = cli.Clock()
-    images.check_output(args.out)
+    animation = cli.animation_beside(args.out)
     chosen = [views.named(name) for name in args.view]
     for view in chosen:
         for fault in views.check(view).faults:
@@ -58,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         [f"{view.name}: {prompt}, seed {args.seed + i}" for view, prompt in zip(chosen, args.prompts)]
         for i in range(args.num_images)
     ]
-    animation = args.out.with_suffix(".gif")
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
-    cli.finish(args, "anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]", clock)
+    cascade.finish("anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]")
 
 
 def _condition(cascade: cli.Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
@@ -152,6 +150,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.view = ["identity", "rotate_180"]
     if len(args.view or []) != len(args.prompts):
         raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view or [])}: pass --view")
+    cli.check_optional_image(args)
     return cli.fill_in(args)
 
 

@@ -171,11 +171,10 @@ class Cascade:
     """What a command draws with: both stages and the prompts' states, found, checked and loaded."""
 
     def __init__(self, args: argparse.Namespace, texts: Sequence[str]):
-        """Raises ValueError, hub.WeightsError among them, before anything is loaded if something is missing."""
-        self.args = args
-        for name in ("image", "mask", "reference"):
-            if getattr(args, name, None) is not None:
-                images.load(getattr(args, name))  # a broken file is told now, not after minutes of encoding
+        """Raises ValueError, hub.WeightsError among them, before loading anything if something is wrong or missing."""
+        self.args, self.clock = args, Clock()
+        images.check_output(args.out)
+        check_pictures(args, args.steps[0])
         device, dtype = choose(args)
         folders = [hub.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":
@@ -227,6 +226,44 @@ class Cascade:
             pictures.append(x.cpu())
         return pictures
 
+    def finish(self, name: str, rows: list[list[Tensor]], labels: list[list[str]], title: str) -> None:
+        """Write the labelled strip with its settings, and say where it is and what it took."""
+        finish(self.args, name, rows, labels, title, self.clock)
+
+
+def check_pictures(args: argparse.Namespace, steps: str) -> None:
+    """Before minutes of encoding: can the pictures be read, is there a mask as its flags say, are starts on the walk?
+
+    Raises ValueError.
+    """
+    for name in ("image", "mask", "reference"):
+        if getattr(args, name, None) is not None:
+            images.load(getattr(args, name))
+    if hasattr(args, "mask"):
+        load_mask(args, 64)
+    start, last = getattr(args, "i_start", None), len(walk_of(steps).timesteps) - 1
+    for i in start if isinstance(start, list) else [] if start is None else [start]:
+        if not 0 <= i <= last:
+            raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {i}")
+
+
+def check_optional_image(args: argparse.Namespace) -> None:
+    """Raises ValueError if flags need an --image and there is none, or there is one and nothing to do with it."""
+    used = args.mask or args.box or args.i_start is not None
+    if used and args.image is None:
+        raise ValueError("a mask or a start needs a picture: pass --image FILE")
+    if args.image and not used:
+        raise ValueError("what is to happen to --image? pass --mask, --box or --i-start")
+
+
+def animation_beside(out: Path) -> Path:
+    """Where the animation that goes with a picture is written. Raises ValueError if that is the picture itself."""
+    if out.suffix.lower() == ".gif":
+        raise ValueError(
+            f"the animation goes to {out}; pass another name for the picture: --out {out.with_suffix('.png')}"
+        )
+    return out.with_suffix(".gif")
+
 
 def check_widths(folders: Sequence[Path], prompt_embeds: Tensor) -> None:
     """Before hours of work: do all stages read states of the width that the text encoder (or file) gives?"""
@@ -254,20 +291,14 @@ def edited(
 ) -> Walk:  # fmt: skip
     """The walk as the edit flags want it at this size: starting at its i_start-th time, keeping what is not masked.
 
-    The known region is noised with random numbers of its own (stream 1 at stage 1, 2 at larger sizes).
-    Raises ValueError if flags need a picture and there is none, or i_start is not on the walk.
+    The known region is noised with random numbers of its own (stream 1 at stage 1, 2 at larger sizes). The flags have
+    passed `check_pictures` and, where a picture is optional, `check_optional_image`.
     """
     mask = load_mask(args, size)
     if args.image is None:
-        if mask is not None or i_start is not None:
-            raise ValueError("a mask or a start needs a picture: pass --image FILE")
         return walk
     picture = images.load(args.image, size)
-    if i_start is None and mask is None:
-        raise ValueError("what is to happen to --image? pass --mask, --box or --i-start")
     if i_start is not None:
-        if not 0 <= i_start < len(walk.timesteps):
-            raise ValueError(f"--i-start must lie in 0..{len(walk.timesteps) - 1} for these steps, got {i_start}")
         walk = replace(walk, timesteps=walk.timesteps[i_start:], x_start=picture)
     if mask is None:
         return walk
@@ -280,10 +311,10 @@ def edited(
 
 def upper_walk(cascade: Cascade, method: str = "renoise") -> Walk:
     """Stage 2's walk, keeping at its size what --mask or --box keep at stage 1's."""
-    walk, size = walk_of(cascade.args.stage2_steps), 4 * cascade.size
-    if cascade.upper is None or load_mask(cascade.args, size) is None:
+    walk = walk_of(cascade.args.stage2_steps)
+    if cascade.upper is None:
         return walk
-    return edited(walk, cascade.args, size, cascade.upper.schedule, method=method)
+    return edited(walk, cascade.args, 4 * cascade.size, cascade.upper.schedule, method=method)
 
 
 def progress(walk: Walk, what: str, watch: Callable | None = None) -> Callable[..., None]:

@@ -19,6 +19,7 @@ visual_anagrams/views/view_hybrid.py@75c092e.    Next: `factorized.py`, the one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,8 +43,11 @@ def blur(x: Tensor, sigma: float = SIGMA, kernel: int = KERNEL) -> Tensor:
 
     sigma, kernel: in pixels of 64, scaled with the height, the kernel kept odd.
 
-    x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the picture is too small.
+    x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the picture is too small,
+    sigma negative or kernel below 1.
     """
+    if not 0 <= sigma < math.inf or kernel < 1:
+        raise ValueError(f"a blur needs a sigma of at least 0 and a kernel of at least 1, got {sigma:g} and {kernel}")
     factor = x.shape[-2] / 64
     taps = int(kernel * factor)
     taps += (taps + 1) % 2

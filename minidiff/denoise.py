@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from minidiff import cli, components, images
 from minidiff.deepfloyd import stages
-from minidiff.sampling import denoise, noised, one_step, seeded
+from minidiff.sampling import noised, one_step, seeded
 
 BLUR_SIGMA, BLUR_KERNEL = 2.0, 13
 SHOWN_EVERY = 5
@@ -42,13 +43,9 @@ def psnr(error: float) -> float:
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
     cascade = cli.Cascade(args, [args.prompt])
     original = images.load(args.image, cascade.size)
     base, walk = cascade.base, cli.walk_of(args.steps[0])
-    if not 0 <= args.i_start < len(walk.timesteps):
-        raise ValueError(f"--i-start must lie in 0..{len(walk.timesteps) - 1} for these steps, got {args.i_start}")
     start = int(walk.timesteps[args.i_start])
     predict = cascade.prompted()(stages.base_model(base.unet), args.guidance_scale[0])
 
@@ -62,18 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels.append(["original", f"noised, t = {t}", *scores])
 
     shown: list[tuple[int, Tensor]] = []
-    walk = stages.Walk(walk.timesteps[args.i_start :], walk.final_step, walk.threshold)
-    result = denoise(
-        predict, x_t.to(base.device), walk.timesteps, base.schedule, generators=seeded(args.seed, 1, stream=1),
-        fix_x_start=base.fix_x_start if walk.threshold else None, final_step=walk.final_step,
-        on_step=cli.progress(walk, "iterative", lambda i, t, x, *_: shown.append((t, x[0].cpu()))),
-    ).cpu()  # fmt: skip
+    walk = replace(walk, timesteps=walk.timesteps[args.i_start :], x_start=original)
+    [(result, _)] = cascade.draw(cascade.prompted(), [walk], args.guidance_scale,
+                                 lambda i, t, x, *_: shown.append((t, x[0].cpu())))  # fmt: skip
     rows.append([x for _, x in shown[::SHOWN_EVERY]])
     labels.append([f"t = {t}" for t, _ in shown[::SHOWN_EVERY]])
     rows.append([original[0], result[0], estimate[0], blurred[0]])
     labels.append(["original", _score("iterative", result, original), *scores[::-1]])
     title = f"{args.image.name}, {args.prompt!r}: noise and four ways to take it away"
-    cli.finish(args, "denoise", rows, labels, title, clock)
+    cascade.finish("denoise", rows, labels, title)
 
 
 def _score(what: str, x: Tensor, original: Tensor) -> str:
@@ -93,6 +87,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.guidance_scale = args.guidance_scale or [1.0]
     args = cli.fill_in(args)
+    if args.stage2 != "none" or args.num_images > 1:
+        raise ValueError("denoise looks at one picture of 64 pixels: leave out --stage2 and --num-images")
     args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
     for t in args.t:
         if not 0 <= t < 1000:

@@ -97,7 +97,12 @@ def box(corners: Sequence[float], size: int) -> Tensor:
 
 
 def feather(mask: Tensor, width: float) -> Tensor:
-    """Soften the seam of a mask: a blur of that many pixels of 64 (its sigma); 0 leaves it hard."""
+    """Soften the seam of a mask: a blur of that many pixels of 64 (its sigma); 0 leaves it hard.
+
+    Raises ValueError unless 0 <= width <= 20.
+    """
+    if not 0 <= width <= 20:
+        raise ValueError(f"the feather's width must lie in 0..20 pixels, got {width:g}")
     return blur(mask, width, kernel=2 * int(3 * width) + 3).clamp(0, 1) if width else mask
 
 

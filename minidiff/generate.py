@@ -32,8 +32,6 @@ SHOWN_STEPS = 8
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
     plans = [(steps, scale) for steps in args.steps for scale in args.guidance_scale]
     cascade = cli.Cascade(args, [args.prompt])
     condition, seen = cascade.prompted(), []
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows_of_steps = show_steps(seen, walks[0].timesteps, walks[0].final_step, cascade.base.schedule)
         images.save(images.strip(*rows_of_steps, title), steps_out, cli.settings(args, "generate"))
         print(f"wrote {steps_out}")
-    cli.finish(args, "generate", rows, labels, title, clock)
+    cascade.finish("generate", rows, labels, title)
 
 
 def show_steps(

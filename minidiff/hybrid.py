@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, components, editing, images
+from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.factorized import Part
 from minidiff.sampling import seeded
 
@@ -39,8 +40,7 @@ FRAMES = 30
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
+    animation = cli.animation_beside(args.out)
     chosen = components.of_kind(args.kind, args.sigma, args.weights)
     cascade = cli.Cascade(args, args.prompts)
     # A given component needs no prompt; what the network says of it is replaced, so the first prompt may say it.
@@ -49,11 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     walk = cli.edited(cli.walk_of(args.steps[0]), args, cascade.size, cascade.base.schedule, i_start=args.i_start)
     upper = cli.upper_walk(cascade)
     if args.reference:
-        walk, upper = (
-            replace(w, keep=editing.reference(images.load(args.reference, size), chosen[0], cascade.base.schedule,
-                                              seeded(args.seed, args.num_images, stream)))
-            for w, size, stream in ((walk, cascade.size, 1), (upper, 4 * cascade.size, 2))
-        )  # fmt: skip
+        walk = _with_reference(walk, args, chosen[0], cascade.base, cascade.size, stream=1)
+        if cascade.upper is not None:
+            upper = _with_reference(upper, args, chosen[0], cascade.upper, 4 * cascade.size, stream=2)
     small = cascade.draw(condition, [walk], args.guidance_scale)
     results = (cascade.enlarge(condition, [upper], small) or [x for x, _ in small])[0]
     rows, labels = [], []
@@ -68,11 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             parts = [component(x[None])[0] for component in chosen]
             rows[-1] += parts
             labels[-1] += [f"component {k + 1}: {name}" for k, name in enumerate(names)]
-    animation = args.out.with_suffix(".gif")
     images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
     print(f"wrote {animation}")
     title = f"{' / '.join(names)}   [{args.kind}, {args.model}, guidance {args.guidance_scale[0]:g}]"
-    cli.finish(args, "hybrid", rows, labels, title, clock)
+    cascade.finish("hybrid", rows, labels, title)
+
+
+def _with_reference(
+    walk: Walk, args: argparse.Namespace, component: components.Component, stage: Stage, size: int, stream: int
+) -> Walk:
+    """The walk keeping this component of --reference, noised with random numbers of its own."""
+    own = seeded(args.seed, args.num_images, stream)
+    return replace(walk, keep=editing.reference(images.load(args.reference, size), component, stage.schedule, own))
 
 
 def _from_afar(x: Tensor, size: int) -> Tensor:
@@ -110,6 +115,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_edit_flags(p)
     cli.add_cascade_flags(p, "")
     args = cli.fill_in(p.parse_args(argv))
+    cli.check_optional_image(args)
+    if args.weights and args.kind != "scale":
+        raise ValueError(f"--weights go with --kind scale, not {args.kind}")
     if args.sigma < 0:
         raise ValueError(f"--sigma must be at least 0, got {args.sigma:g}")
     needed = len(components.of_kind(args.kind, args.sigma, args.weights)) - (args.reference is not None)

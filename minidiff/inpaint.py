@@ -26,8 +26,6 @@ from minidiff import cli, editing, images
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
     jumps = (args.jump_length, args.jump_n_sample)
     cascade = cli.Cascade(args, [args.prompt])
     condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [rows[0][:3], list(results[0])]
         labels = [labels[0][:3], [f"seed {args.seed + i}" for i in range(args.num_images)]]
     title = f"{args.image.name}: {args.prompt or '(empty prompt)'}   [{', '.join(args.method)}]"
-    cli.finish(args, "inpaint", rows, labels, title, clock)
+    cascade.finish("inpaint", rows, labels, title)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

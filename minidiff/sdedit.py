@@ -25,8 +25,6 @@ from minidiff import cli, images
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
     cascade = cli.Cascade(args, [args.prompt])
     original = images.load(args.image, cascade.size)
     condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
@@ -37,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [[x[i] for x in results] + [original[0]] for i in range(args.num_images)]
     labels = [[f"i_start = {i}, t = {int(w.timesteps[0])}" for i, w in zip(args.i_start, walks)] + ["original"]]
     title = f"{args.image.name}: {args.prompt or '(empty prompt)'}   [guidance {args.guidance_scale[0]:g}]"
-    cli.finish(args, "sdedit", rows, labels * args.num_images, title, clock)
+    cascade.finish("sdedit", rows, labels * args.num_images, title)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     clock = cli.Clock()
     images.check_output(args.out)
+    cli.check_pictures(args, args.steps)
     low_res = images.load(args.image, 64)
     chosen = [views.named(name) for name in args.view]
     device, dtype = cli.choose(args)
@@ -36,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.check_widths([folder], embeds)
     stage = stages.load_stage(folder, dtype, device)
     walk = cli.walk_of(args.steps)
-    if args.i_start is not None or args.mask or args.box:
-        walk = cli.edited(walk, args, 256, stage.schedule, i_start=args.i_start)
+    walk = cli.edited(walk, args, 256, stage.schedule, i_start=args.i_start)
     parts = averaged([Part(e, view) for e, view in zip(embeds[1:], chosen)])
     x = stages.sample_super_resolution(
         stage, low_res, lambda model, scale: factorized(model, parts, embeds[0], scale, args.split_batch),

@@ -240,14 +240,20 @@ VIEWS: dict[str, Callable[..., View]] = {
     "negate": negate,
     "skew": skew,
     "skew_by": skew_by,
-    "patch_permute": lambda n=8: patch_permute(int(n)),
+    "patch_permute": patch_permute,
     "pixel_permute": lambda: patch_permute(64),
-    "jigsaw": lambda seed=JIGSAW_SEED: jigsaw(int(seed)),
+    "jigsaw": jigsaw,
     "inner_circle": inner_circle,
     "square_hinge": square_hinge,
     "inner_circle_failure": inner_circle_failure,
     "blur_failure": blur_failure,
     "white_balance_failure": white_balance_failure,
+}
+NUMBERS = {  # what may stand behind the colon: its type, and from where to where
+    "skew": (float, -64, 64),
+    "skew_by": (float, -64, 64),
+    "patch_permute": (int, 1, 64),
+    "jigsaw": (int, 0, 2**32 - 1),
 }
 IDENTITY = VIEWS["identity"]()
 
@@ -255,16 +261,24 @@ IDENTITY = VIEWS["identity"]()
 def named(text: str) -> View:
     """The view called `text`: a name of VIEWS, with its number behind a colon where it has one (`skew:1.5`).
 
-    Raises ValueError that lists the names.
+    Raises ValueError that lists the names, or says what number it takes.
     """
     name, _, number = text.partition(":")
     if name not in VIEWS:
         raise ValueError(f"no view {name!r}; choose from {', '.join(VIEWS)}")
+    if not number:
+        return VIEWS[name]()
+    if name not in NUMBERS:
+        raise ValueError(f"{text!r}: {name} takes no number; those that do: {', '.join(NUMBERS)}")
+    kind, low, high = NUMBERS[name]
     try:
-        return VIEWS[name](float(number)) if number else VIEWS[name]()
-    except (TypeError, ValueError):
-        raise ValueError(f"{text!r}: {name} takes {'no' if number else 'a'} number; write {name} alone, or see "
-                         "python -m minidiff.anagram --help") from None  # fmt: skip
+        value = kind(number)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{text!r}: {name} takes {what} from {low} to {high}, such as {VIEWS[name]().name}")
+    return VIEWS[name](value)
 
 
 # ---------------------------------------------------------------------------------------------- the linter

@@ -1,5 +1,7 @@
 """Components add up to the whole, and blurs are torchvision's and the course's."""
 
+import math
+
 import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
@@ -36,6 +38,9 @@ def test_blur_is_torchvisions_and_grows_with_the_picture():
     assert torch.equal(components.blur(X, 0), X)
     with pytest.raises(ValueError, match=r"\(64, 8\) pixels is too small for a blur with 33 taps"):
         components.blur(X[..., :8])
+    for sigma, kernel in ((-1.0, 3), (math.nan, 3), (1.0, 0)):
+        with pytest.raises(ValueError, match="a sigma of at least 0 and a kernel of at least 1"):
+            components.blur(torch.zeros(3, 64, 64), sigma, kernel)
 
 
 def test_blur_commutes_with_turning():

@@ -236,6 +236,10 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
         (anagram.main, ["--check", "turn"], "no view 'turn'; choose from identity"),
         (anagram.main, ["a", "b", "--box", "0", "0", "9", "9"], "a mask or a start needs a picture: pass --image FILE"),
         (anagram.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
+        (anagram.main, ["a", "b", "--out", "OUT.gif"], "OUT.gif; pass another name for the picture: --out OUT.png"),
+        (hybrid.main, ["a", "b", "--out", "OUT.GIF"], "the animation goes to OUT.GIF"),
+        (hybrid.main, ["a", "b", "--weights", "1", "1"], "--weights go with --kind scale, not frequency"),
+        (hybrid.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
         (hybrid.main, ["a"], "frequency needs 2 prompts, got 1"),
         (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with --reference needs 1 prompts, got 2"),
         (hybrid.main, ["a", "b", "--kind", "scale"], "scale needs one weight per prompt"),
@@ -244,10 +248,13 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of a picture file"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
         (inpaint.main, ["PHOTO", "--box", "9", "0", "9", "9"], "a box is x0 y0 x1 y1"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "the feather's width must lie in 0..20 pixels, got -1"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "at least 1, got 0, 3"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
         (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..33 for these steps, got 34"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
+        (denoise.main, ["PHOTO", "--num-images", "2"], "one picture of 64 pixels: leave out --stage2 and --num-images"),
+        (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
         (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..33 for these steps, got -1"),
         (sdedit.main, ["PHOTO", "--steps", "5", "9"], "this command takes one --steps and one --guidance-scale"),
         (generate.main, ["a", "--steps", "2", "3", "--show-steps"], "--show-steps looks at one run"),
@@ -256,9 +263,20 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
 def test_bad_input_is_told_in_one_line(cascade, photo, tmp_path, capsys, main, argv, message):
     argv = [str(photo) if a == "PHOTO" else a for a in argv]
     if "--check" not in argv:
-        argv += ["--model", str(cascade[0]), "--stage2", "none", "--out", str(tmp_path / "o.png")]
+        argv += ["--model", str(cascade[0]), "--stage2", "none"]
+        argv += [] if "--out" in argv else ["--out", str(tmp_path / "o.png")]
     assert message in fails(capsys, main, *argv)
     assert not (tmp_path / "o.png").exists()
+
+
+def test_pictures_are_looked_at_before_the_prompt_is_encoded(cascade, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "encode", lambda *_: pytest.fail("encoded"))
+    model = ["--model", cascade[0], "--out", tmp_path / "o.png"]
+    for main, argv in ((sdedit.main, [photo, "--i-start", "34"]), (denoise.main, [photo, "--i-start", "99"]),
+                       (inpaint.main, [photo, "--box", "9", "0", "9", "9"]),
+                       (anagram.main, ["a", "b", "--image", photo, "--mask", "nowhere.png"]),
+                       (upscale.main, [photo, "--i-start", "20", "--steps", "20"])):  # fmt: skip
+        assert "error: " in fails(capsys, main, *argv, *model)
 
 
 def test_a_broken_picture_is_named(cascade, tmp_path, capsys):

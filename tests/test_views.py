@@ -147,6 +147,12 @@ def test_names_that_are_none():
         views.named("turn")
     with pytest.raises(ValueError, match="'flip:3': flip takes no number"):
         views.named("flip:3")
+    for text, message in (("patch_permute:0", "a whole number from 1 to 64, such as patch_permute:8"),
+                          ("patch_permute:2.5", "a whole number"), ("jigsaw:x", "a whole number from 0 to 4294967295"),
+                          ("skew:inf", "a number from -64 to 64, such as skew:1.5"),
+                          ("skew:nan", "a number from")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"'{text}': {text.split(':')[0]} takes {message}"):
+            views.named(text)
     with pytest.raises(ValueError, match="views need square pictures"):
         views.named("flip").view(torch.zeros(3, 4, 5))
     with pytest.raises(ValueError, match="a side divisible by 4, got 30"):
