@@ -14,8 +14,8 @@ the other two, and all three combine.
 
     reference    the same, for a component instead of a region: coarse shapes of a photograph, say, with new details
 
-Source: SDEdit Alg. 1 (`sampling.noised` starts it); RePaint Eq. 8, checked against code; the Factorized Diffusion
-paper.
+Source: SDEdit Alg. 1 (`sampling.noised` starts it); RePaint Eq. 8, as in diffusers'
+schedulers/scheduling_repaint.py@v0.42.1 (their mask is 1 where we have 0); the Factorized Diffusion paper.
 Next: the plumbing, `images.py`, `hub.py`, `weights.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
 

@@ -11,8 +11,9 @@ Every permutation of pixels qualifies, and so does the negative. `check` measure
     python -m minidiff.anagram --check rotate_180
     python -m minidiff.anagram --check blur_failure
 
-Source: the Visual Anagrams paper; definitions checked against dangeng/visual_anagrams visual_anagrams/views@1d06220.
-Of the jigsaw the moves are theirs, and the outlines of the pieces our own.    Next: `components.py`.
+Source: the Visual Anagrams paper. Permutations checked against dangeng/visual_anagrams
+visual_anagrams/views/permutations.py@1d06220; skew and the views that fail are built from their descriptions, and of
+the jigsaw the moves are theirs, the outlines of the pieces our own.    Next: `components.py`.
 """
 
 from __future__ import annotations
