@@ -34,13 +34,9 @@ SHOWN = 20  # samples in the picture
 
 def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], guidance_scale: float) -> Prediction:
     """The anagram of these digits, each seen through its view, for `sampling.denoise`."""
-
-    def model(x: Tensor, time: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, None]:
-        return unet(x, time, prompt_embeds[:, 0]), None
-
     parts = [Part(one_hot(torch.tensor([digit]))[:, None], view) for digit, view in zip(digits, chosen)]
-    predict = factorized(model, averaged(parts), torch.zeros(1, 1, CLASSES), guidance_scale)
-    return lambda x_t, t: predict(x_t, (t + 1) / drawing.T)
+    nothing = torch.zeros(1, 1, CLASSES)
+    return drawing.counted(factorized(drawing.as_model(unet), averaged(parts), nothing, guidance_scale))
 
 
 def aligned(judge_of: judge.Judge, x: Tensor, digits: Sequence[int], chosen: Sequence[views.View]) -> Tensor:

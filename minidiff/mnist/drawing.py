@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff import flow, images
 from minidiff.flow import Velocity
-from minidiff.guidance import guided
+from minidiff.guidance import Model, guided
 from minidiff.mnist import training
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -41,24 +41,29 @@ def dropped(labels: Tensor, generator: torch.Generator, probability: float = DRO
     return one_hot(labels) * keep
 
 
+def as_model(unet: UNet) -> Model:
+    """A network told the class as a model of `guidance.py`, whose prompts are classes: (B, 1, 10)."""
+    return lambda x, time, prompt_embeds: (unet(x, time, prompt_embeds[:, 0]), None)
+
+
 def asked(unet: UNet, labels: Tensor | None, guidance_scale: float) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
     """The network, waiting only for x and its time in [0, 1].  labels: (B,), guided towards; None for no class."""
     if not unet.config.num_classes:
         return lambda x, time: (unet(x, time), None)
-
-    def model(x: Tensor, time: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, None]:
-        return unet(x, time, prompt_embeds[:, 0]), None
-
     nothing = torch.zeros(1, 1, CLASSES)
     if labels is None:
-        return guided(model, nothing, nothing, 1.0)
-    return guided(model, one_hot(labels)[:, None], nothing, guidance_scale)
+        return guided(as_model(unet), nothing, nothing, 1.0)
+    return guided(as_model(unet), one_hot(labels)[:, None], nothing, guidance_scale)
+
+
+def counted(predict: Prediction) -> Prediction:
+    """What waits for a time in [0, 1], for `sampling.denoise`: it is told (t + 1) / T, the course's t / T."""
+    return lambda x_t, t: predict(x_t, (t + 1) / T)
 
 
 def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Prediction:
-    """A DDPM network for `sampling.denoise`: its time is (t + 1) / T, the course's t / T."""
-    predict = asked(unet, labels, guidance_scale)
-    return lambda x_t, t: predict(x_t, (t + 1) / T)
+    """A DDPM network for `sampling.denoise`."""
+    return counted(asked(unet, labels, guidance_scale))
 
 
 def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Velocity:
@@ -104,6 +109,20 @@ def save_strip(
     """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
     texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
     images.save(images.strip([_pictures(row) for row in rows], texts, title), path, metadata)
+
+
+def save_samples(x: Tensor, kind: str, guidance_scale: float | None, epoch: int, out: Path, metadata: dict) -> None:
+    """Samples (B, 1, 28, 28) of an epoch, ten in a row, as OUT/samples/epoch-NN.png.  None: not told the digit."""
+    rows, path = x.split(CLASSES), out / "samples" / f"epoch-{epoch:02d}.png"
+    told = "not told the digit" if guidance_scale is None else f"guidance {guidance_scale:g}"
+    save_strip(rows, [""] * len(rows), f"{kind} after epoch {epoch}, {told}", path, metadata)
+
+
+def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) -> None:
+    """The digits 0 to 9 at several scales, the same noise in each, as OUT/guidance.png.  draw(scale) makes them."""
+    scales = (0.0, 1.0, 5.0, 10.0)
+    save_strip([draw(s)[:CLASSES] for s in scales], [f"scale {s:g}" for s in scales],
+               "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", metadata)  # fmt: skip
 
 
 def save_animation(frames: Sequence[Tensor], path: Path) -> None:

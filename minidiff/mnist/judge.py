@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minidiff.cli import Clock, command
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import data, training
+from minidiff.mnist import training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.training import Plan, Run
 
@@ -149,9 +149,7 @@ def report(folder: Path, images: Tensor, labels: Tensor | None, seed: object) ->
 def train(args: argparse.Namespace) -> None:
     """Train the judge, and keep with it what `score` compares with."""
     device, clock = training.device(args.device), Clock()
-    digits, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
-    if args.quick:
-        digits, test = digits[:400], test[:100]
+    digits, test = training.pictures(args, device)
     torch.manual_seed(args.seed)
     judge = Judge().to(device)
     run = Run(judge, loss, digits, test, training.chosen(args, PRESETS[args.preset]), args.out, seed=args.seed,

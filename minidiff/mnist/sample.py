@@ -1,8 +1,8 @@
 """Digits from the trained networks, in as few lines as it takes.
 
-    python -m minidiff.mnist.sample                                        ten digits from the embedded flow model
-    python -m minidiff.mnist.sample --kind ddpm --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
-    python -m minidiff.mnist.sample --model out/mnist/flow weights/mnist/flow          two models, the same noise
+    python -m minidiff.mnist.sample                                        ten digits from the embedded DDPM
+    python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
+    python -m minidiff.mnist.sample --kind flow --model out/mnist/flow out/mnist/reflow    two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model and guidance scale; image i of a row comes from seed + i in all of them. A scale of 0 ignores
@@ -45,7 +45,7 @@ def parse_digits(text: str) -> list[int]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kind", choices=list(STEPS), default="flow", help="default %(default)s")
+    p.add_argument("--kind", choices=list(STEPS), default="ddpm", help="default %(default)s")
     p.add_argument("--model", type=Path, nargs="+", help="folders of trained networks (default: the embedded one)")
     p.add_argument("--digits", default="0-9", help="like 0-9, 3,7 or 0-2,9 (default %(default)s)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, settings
-from minidiff.mnist import data, floors, training
+from minidiff.mnist import floors, training
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.drawing import save_strip
 from minidiff.mnist.training import TEST_PICTURES, Plan, Run
@@ -126,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         preset = replace(preset, hidden=4)
     device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
-    if args.quick:
-        train, test = train[:400], test[:100]
+    train, test = training.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
 
     variances = floors.spectrum(train.images)
@@ -149,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not run.train(after_epoch):
         return
     training.write(out, model, {"kind": "denoiser", "sigma": preset.sigma, "unet": asdict(model.config)})
-    print(f"mean square error on {len(test)} test digits: {run.test_loss(len(test)):.5f}; "
-          + ", ".join(f"{name} {level:.4f}" for name, level in levels.items()))  # fmt: skip
+    run.report()
     if preset.sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
         print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minidiff import ddpm
 from minidiff.cli import Clock, command, settings
-from minidiff.mnist import data, floors, training
+from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.drawing import (
     GUIDANCE_SCALE,
@@ -39,6 +40,8 @@ from minidiff.mnist.drawing import (
     dropped,
     prediction,
     save_animation,
+    save_guidance,
+    save_samples,
     save_strip,
 )
 from minidiff.mnist.training import Plan, Run
@@ -64,6 +67,9 @@ PRESETS = {
     "small": Preset(replace(COURSE, epochs=8), replace(TOLD, hidden=32), (1, 4)),  # a tenth of the arithmetic
     "better": Preset(replace(COURSE, epochs=40, lr_decay=0.01), replace(TOLD, hidden=128), (1, 5, 10, 20)),
 }
+
+
+Draw = Callable[..., Tensor]  # draw(labels, guidance_scale, on_step): samples of the network in training
 
 
 class Diffusion:
@@ -96,66 +102,56 @@ def cleaned(
     return rows, names
 
 
+def animate(draw: Draw, labels: Tensor | None, guidance_scale: float, steps: int, path: Path) -> None:
+    """The walk of the first ten digits as a GIF of some thirty pictures."""
+    frames: list[Tensor] = []
+    every = max(1, steps // 30)
+    end = draw(labels, guidance_scale, lambda i, t, x_t, *_: i % every or frames.append(x_t[:CLASSES]))
+    save_animation([*frames, end[:CLASSES]], path)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "out/mnist/ddpm", PRESETS)
     p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
     args = p.parse_args(argv)
-    preset = PRESETS[args.preset]
-    if args.quick:
-        preset = replace(preset, unet=replace(preset.unet, hidden=4))
-    device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    steps, count = (6, 1) if args.quick else (T, 4)
-    train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
-    if args.quick:
-        train, test = train[:400], test[:100]
-    about = settings(args, "mnist.train_diffusion")
-
+    preset, quick, out, clock = PRESETS[args.preset], args.quick, args.out, Clock()
+    device, plan = training.device(args.device), training.chosen(args, preset.plan)
+    about, steps, count = settings(args, "mnist.train_diffusion"), *((6, 1) if quick else (T, 4))
+    train, test = training.pictures(args, device)
     schedule = course_schedule()
-    last = schedule.alphas_cumprod[-1].item()
-    print(
-        f"alpha_bar at the last of {T} times: {last:.4f}, so {last**0.5:.1%} of the picture's amplitude are left there"
-    )
+    left = schedule.alphas_cumprod[-1].item()
+    print(f"alpha_bar at the last of {T} times: {left:.4f}; {left**0.5:.1%} of the picture's amplitude are left there")
     levels = {
         "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
         "memorisation": floors.memorised_eps_loss(train.images, schedule),
     }
     torch.manual_seed(args.seed)
-    model = UNet(preset.unet).to(device)
+    model = UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
     run = Run(model, Diffusion(schedule), train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
-    labels = torch.arange(CLASSES).repeat(count) if preset.unet.num_classes else None
+    labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
 
-    def samples(guidance_scale: float, labels: Tensor | None, on_step: Callable | None = None) -> Tensor:
+    def draw(labels: Tensor | None, guidance_scale: float, on_step: Callable | None = None) -> Tensor:
         predict = prediction(model, labels, guidance_scale)
         return draw_ddpm(predict, seeded(args.seed, count * CLASSES), device, steps, on_step)
 
-    def animate(guidance_scale: float, labels: Tensor | None, name: str) -> None:
-        frames: list[Tensor] = []
-        every = max(1, steps // 30)
-        end = samples(guidance_scale, labels, lambda i, t, x_t, *_: i % every or frames.append(x_t[:CLASSES]))
-        save_animation([*frames, end[:CLASSES]], out / name)
+    told = None if labels is None else args.guidance_scale
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            rows = samples(args.guidance_scale, labels).split(CLASSES)
-            told = f", guidance {args.guidance_scale:g}" if labels is not None else ", not told the digit"
-            save_strip(rows, [""] * count, f"DDPM after epoch {epoch}{told}",
-                       out / "samples" / f"epoch-{epoch:02d}.png", about)  # fmt: skip
+            save_samples(draw(labels, args.guidance_scale), "DDPM", told, epoch, out, about)
 
     if not run.train(after_epoch):
         return
     training.write(out, model, {"kind": "ddpm", "preset": args.preset, "unet": asdict(model.config)})
-    print(f"loss on {len(test)} test digits: {run.test_loss(len(test)):.5f}; "
-          + ", ".join(f"{name} {level:.4f}" for name, level in levels.items()))  # fmt: skip
-    animate(args.guidance_scale, labels, "sampling.gif")
+    run.report()
+    animate(draw, labels, args.guidance_scale, steps, out / "sampling.gif")
     if labels is not None:
-        animate(1.0, None, "unconditional.gif")
-        scales = (0.0, 1.0, 5.0, 10.0)
-        save_strip([samples(s, labels)[:CLASSES] for s in scales], [f"scale {s:g}" for s in scales],
-                   "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", about)  # fmt: skip
-    save_strip(*cleaned(lambda c: prediction(model, None if labels is None else c), test.of_each_class(1),
-                        (4, 8) if args.quick else (60, 120, 200)),
-               "Noisy test digits, cleaned by the rest of the walk", out / "cleaned.png", about)  # fmt: skip
+        animate(draw, None, 1.0, steps, out / "unconditional.gif")
+        save_guidance(lambda scale: draw(labels, scale), out, about)
+    rows = cleaned(lambda c: prediction(model, None if labels is None else c), test.of_each_class(1),
+                   (4, 8) if quick else (60, 120, 200))  # fmt: skip
+    save_strip(*rows, "Noisy test digits, cleaned by the rest of the walk", out / "cleaned.png", about)
     print(f"wrote {out}   ({clock})")
 
 

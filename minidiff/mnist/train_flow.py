@@ -34,7 +34,7 @@ from minidiff import flow, weights
 from minidiff.cli import Clock, command, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import data, floors, training
+from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
     FLOW_STEPS,
@@ -42,6 +42,8 @@ from minidiff.mnist.drawing import (
     dropped,
     load,
     save_animation,
+    save_guidance,
+    save_samples,
     save_strip,
     velocity,
 )
@@ -128,14 +130,12 @@ def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "out/mnist/flow", PRESETS)
     p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
-    p.add_argument("--teacher", type=Path, default=WEIGHTS / "mnist" / "flow", help="of reflow (default: the embedded)")
+    p.add_argument("--teacher", type=Path, default=WEIGHTS / "mnist" / "flow", help="of reflow (default: embedded)")
     p.add_argument("--pairs", type=int, default=20000, help="how many lines reflow learns (default %(default)s)")
     args = p.parse_args(argv)
     preset, quick = PRESETS[args.preset], args.quick
     device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    steps, count = (3, 1) if quick else (FLOW_STEPS, 4)
-    about = settings(args, "mnist.train_flow")
-
+    about, steps, count = settings(args, "mnist.train_flow"), *((3, 1) if quick else (FLOW_STEPS, 4))
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model, levels = load(args.teacher, "flow", device), load(args.teacher, "flow", device), {}
@@ -143,27 +143,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, test = pairs[len(pairs) // 10 :], pairs[: len(pairs) // 10]
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
-        train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
-        if quick:
-            train, test = train[:400], test[:100]
+        train, test = training.pictures(args, device)
         levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
                   "memorisation": floors.memorised_flow_loss(train.images)}  # fmt: skip
     run = Run(model, FlowMatching(), train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
     labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
-    told = f", guidance {args.guidance_scale:g}" if labels is not None else ", not told the digit"
+
+    def draw(guidance_scale: float) -> Tensor:
+        return flow.solve(velocity(model, labels, guidance_scale), x_0, flow.grid(steps))
+
+    told = None if labels is None else args.guidance_scale
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            x = flow.solve(velocity(model, labels, args.guidance_scale), x_0, flow.grid(steps))
-            save_strip(x.split(CLASSES), [""] * count, f"Flow after epoch {epoch}{told}",
-                       out / "samples" / f"epoch-{epoch:02d}.png", about)  # fmt: skip
+            save_samples(draw(args.guidance_scale), "Flow", told, epoch, out, about)
 
     if not run.train(after_epoch):
         return
     training.write(out, model, {"kind": "flow", "preset": args.preset, "unet": asdict(model.config)})
-    print(f"loss on {len(test)} test digits: {run.test_loss(len(test)):.5f}"
-          + "".join(f"; {name} {level:.4f}" for name, level in levels.items()))  # fmt: skip
+    run.report()
+    if labels is not None:
+        save_guidance(draw, out, about)
     labels, x_0 = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
     plain = {"this model": velocity(model, labels)}
     if teacher is not None:
@@ -171,16 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_strip(*few_steps(plain, x_0, steps), "Euler steps before and after reflow", out / "reflow.png", about)
     straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in plain.items()}
     print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
-    strong = velocity(model, labels, args.guidance_scale)
-    save_strip(*by_solver(strong, x_0, steps), f"Solvers and their evaluations{told}", out / "solvers.png", about)
-    frames: list[Tensor] = []
+    strong, frames = velocity(model, labels, args.guidance_scale), []
+    save_strip(*by_solver(strong, x_0, steps), "Solvers and their evaluations", out / "solvers.png", about)
     end = flow.solve(strong, x_0, flow.grid(steps), on_step=lambda i, time, x: frames.append(x))
     save_animation([*frames, end], out / "sampling.gif")
-    if labels is not None:
-        scales = (0.0, 1.0, 5.0, 10.0)
-        rows = [flow.solve(velocity(model, labels, s), x_0, flow.grid(steps)) for s in scales]
-        save_strip(rows, [f"scale {s:g}" for s in scales], "Guidance: 0 ignores the class, 1 is none",
-                   out / "guidance.png", about)  # fmt: skip
     print(f"wrote {out}   ({clock})")
 
 

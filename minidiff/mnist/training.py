@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import weights
-from minidiff.mnist.data import DATASETS, Digits, generator
+from minidiff.mnist.data import DATASETS, Digits, generator, load
 
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
 ORDER, STEP, TEST = range(3)  # what a generator is for
@@ -200,6 +200,11 @@ class Run:
         parts = [test[i : i + 500] for i in range(0, len(test), 500)]
         return sum(self.loss(self.model, part, random).item() * len(part) for part in parts) / len(test)
 
+    def report(self) -> None:
+        """Print the loss on all test pictures, beside the floors."""
+        print(f"loss on {len(self.test_set)} test pictures: {self.test_loss(len(self.test_set)):.5f}"
+              + "".join(f"; {name} {level:.4f}" for name, level in self.floors.items()))  # fmt: skip
+
 
 @contextlib.contextmanager
 def stopped_between_steps() -> Iterator[Callable[[], bool]]:
@@ -342,6 +347,12 @@ def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
         plan = Plan(epochs=1, batch_size=16, lr=1e-2)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
     return replace(plan, **given)
+
+
+def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
+    """The training and the test pictures on the device; a few of each if --quick. Raises ValueError as `data.load`."""
+    train, test = (load(args.data, args.dataset, part).to(device) for part in (True, False))
+    return (train[:400], test[:100]) if args.quick else (train, test)
 
 
 def device(name: str) -> torch.device:

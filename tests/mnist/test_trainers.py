@@ -93,11 +93,8 @@ def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row
     assert labels[0] == [f"sigma {s}" for s in (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)]
     assert not torch.equal(rows[0][-1] - rows[0][0], rows[1][-1] - rows[1][0])
     table = train_denoiser.errors_by_sigma(lambda z: z, digits, torch.ones(3))
-    for (
-        sigma,
-        error,
-        linear,
-    ) in table:  # doing nothing leaves sigma^2; of variance 1 the best is sigma^2 / (1 + sigma^2)
+    # Doing nothing leaves sigma^2; of variance 1 the best is sigma^2 / (1 + sigma^2).
+    for sigma, error, linear in table:
         assert error == pytest.approx(sigma**2, rel=0.02) and linear == pytest.approx(sigma**2 / (1 + sigma**2))
 
 
@@ -136,7 +133,7 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     made = run(train_denoiser, tmp_path / "d", folder, "--four")
     assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png"]
     shown = capsys.readouterr().out
-    assert "mean square error on 100 test digits: 0." in shown and "sigma 0.8: error 0." in shown
+    assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
     config, tensors = training.read(tmp_path / "d", "denoiser")
     UNet(UNetConfig(**config["unet"])).load_state_dict(tensors)
@@ -149,7 +146,7 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
 def test_train_diffusion_makes_its_pictures(folder, tmp_path, capsys):
     made = run(train_diffusion, tmp_path / "d", folder, "--preset", "class")
     assert made == ["cleaned.png", "guidance.png", "samples/epoch-01.png", "sampling.gif", "unconditional.gif"]
-    assert "alpha_bar at the last of 300 times: 0.0481, so 21.9%" in capsys.readouterr().out
+    assert "alpha_bar at the last of 300 times: 0.0481; 21.9%" in capsys.readouterr().out
     assert Image.open(tmp_path / "d" / "sampling.gif").n_frames >= 6
     assert run(train_diffusion, tmp_path / "t", folder) == ["cleaned.png", "samples/epoch-01.png", "sampling.gif"]
 
@@ -161,8 +158,8 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert "reflow.png" in made and "its teacher" in capsys.readouterr().out
     student, teacher = (training.read(tmp_path / name, "flow")[1] for name in ("r", "f"))
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
-    sample.main(["--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8", "--num-images", "2",
-                 "--quick", "--guidance-scale", "1", "5", "--tensors", str(tmp_path / "s.safetensors"),
+    sample.main(["--kind", "flow", "--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
+                 "--num-images", "2", "--quick", "--guidance-scale", "1", "5", "--tensors", str(tmp_path / "s.safetensors"),
                  "--judge", str(tmp_path), "--out", str(tmp_path / "s.png")])  # fmt: skip
     kept = training.load_file(tmp_path / "s.safetensors")
     assert kept["labels"].tolist() == [3, 7, 8, 3, 7, 8] and kept["images"].shape == (6, 1, 28, 28)
@@ -180,7 +177,10 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
         (["--digits", "7-3"], "--digits must be like 0-9, 3,7 or 0-2,9, got '7-3'"),
         (["--digits", "ten"], "got 'ten'"),
         (["--num-images", "0"], "--num-images must be at least 1, got 0"),
-        (["--model", "nowhere"], "no trained flow in nowhere; train one with `python -m minidiff.mnist.train_flow"),
+        (
+            ["--model", "nowhere"],
+            "no trained ddpm in nowhere; train one with `python -m minidiff.mnist.train_d",
+        ),
         (["--out", "digits.xyz"], "must end in one of"),
         (["--tensors", "digits.pt"], "must end in one of .safetensors"),
     ],

@@ -1,6 +1,7 @@
 """The shared loop: it follows its plan, resumes to the last bit, stops at a NaN, and measures before it trains."""
 
 import csv
+import itertools
 import os
 import signal
 import sys
@@ -114,22 +115,29 @@ def test_the_optimizer_uses_the_rate_of_the_epoch(start):
     assert rates == [PLAN.lr_at(e) for e in range(3) for _ in range(10)]
 
 
+def with_accident(step, accident):
+    """The loss, and in that training step, counted from 1, an accident."""
+    steps = itertools.count(1)
+
+    def accidental(net, batch, generator):
+        if net.training and next(steps) == step:
+            accident()
+        return loss(net, batch, generator)
+
+    return accidental
+
+
 @pytest.mark.parametrize("at", [3, 17])
 def test_a_run_that_is_killed_resumes_exactly(start, at):
     """Killed in step `at`, between checkpoints: the torn epoch is made again, bit for bit."""
     whole = start("whole")
     whole.train()
 
-    def dies(net, batch, generator):
-        if net.training:
-            dies.calls += 1
-        if dies.calls == at:
-            raise MemoryError("killed")
-        return loss(net, batch, generator)
+    def die():
+        raise MemoryError("killed")
 
-    dies.calls = 0
     with pytest.raises(MemoryError):
-        start("parts", loss=dies).train()
+        start("parts", loss=with_accident(at, die)).train()
     torch.manual_seed(99)
     resumed = start("parts")
     assert len(resumed.losses) == at // 10 * 10
@@ -143,16 +151,8 @@ def test_ctrl_c_saves_at_once_and_the_next_run_goes_on_from_there(start, capsys)
     whole = start("whole")
     whole.train()
 
-    def interrupted(net, batch, generator):
-        if net.training:
-            interrupted.calls += 1
-        if interrupted.calls == 14:
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss(net, batch, generator)
-
-    interrupted.calls = 0
     before = signal.getsignal(signal.SIGINT)
-    run = start("parts", loss=interrupted)
+    run = start("parts", loss=with_accident(14, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert not run.train() and signal.getsignal(signal.SIGINT) is before
     assert "stopped after step 14; the same command goes on from there" in capsys.readouterr().out
     resumed = start("parts")

@@ -3,10 +3,10 @@
     git clone https://github.com/dangeng/visual_anagrams && git -C visual_anagrams checkout 1d06220
     python tests/reference/views.py visual_anagrams
 
-Needs torch, torchvision, einops and pillow. (The committed views.json was recorded from the two functions below typed
-over from that commit, as its recorded_from says; run from a checkout this drops that line.) Writes views.json beside itself: the SHA-256 of each permutation as
-little-endian int64, for 64 and 256 pixels. The jigsaw there has outlines drawn by hand, ours are drawn by a formula;
-tests check its moves piece by piece instead.
+Needs torch, torchvision, einops and pillow. Writes views.json beside itself: the SHA-256 of each permutation as
+little-endian int64, for 64 and 256 pixels. (The committed one was recorded from the two functions below typed over from
+that commit, as its recorded_from says; run from a checkout, this drops that line.) The jigsaw there has outlines drawn
+by hand, ours are drawn by a formula; tests check its moves piece by piece instead.
 """
 
 import hashlib
