@@ -21,6 +21,8 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/prompts.py     prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy picture, time and text to noise and variance
     deepfloyd/stages.py      prompts, weights and UNets become predictions
+    deepfloyd/pictures.py    captioned pictures to train on
+    deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned pictures
 
     cli.py                   plumbing: the flags every command shares

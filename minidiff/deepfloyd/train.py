@@ -14,6 +14,7 @@ packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions
 
 Training state goes to --out/training: checkpoint.pt (every --save-every steps and on Ctrl-C), loss.csv, loss.png,
 samples/. Each batch is drawn from a generator seeded by (seed, step, process), so a resumed run continues exactly.
+Read `deepfloyd/pictures.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
 Progressive Distillation Sec. 4 (loss weight SNR + 1).
 """
@@ -30,7 +31,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +39,11 @@ from tqdm import tqdm
 
 from minidiff import ddpm, hub, images, weights
 from minidiff.deepfloyd import prompts, stages
-from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Config, T5Encoder
-from minidiff.deepfloyd.tokenizer import Tokenizer, clean
-from minidiff.deepfloyd.unet import FIXED, MIRROR, Attention, ResnetBlock, UNet, UNetConfig
+from minidiff.deepfloyd.initial import initialise, pass_through
+from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
+from minidiff.deepfloyd.t5 import T5Config, T5Encoder
+from minidiff.deepfloyd.tokenizer import Tokenizer
+from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
 from minidiff.guidance import prompted
 from minidiff.sampling import seeded
 from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
@@ -60,7 +62,6 @@ MINI_2 = UNetConfig(
     time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
     resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
 )  # fmt: skip
-CAPTION_DROPOUT = 0.1  # how often a picture is shown with the empty prompt, for classifier-free guidance
 MAX_NOISE_LEVEL = 500  # stage 2 sees its small picture noised to 0..499
 CROP = 64
 EMA_DECAY = 0.999
@@ -68,39 +69,6 @@ MIN_SNR_GAMMA = 5.0
 MAX_WEIGHT = 100.0
 PREVIEW = ["a rocket ship", "a castle", "a volcano", "an old man", "a snowy mountain village", "a dog", "a campfire",
            "an oil painting of a skull"]  # fmt: skip
-
-
-class Pictures:
-    """The training set in memory: `size` pixels a side, uint8, and the captions of each picture."""
-
-    def __init__(self, folder: Path, size: int):
-        """Raises ValueError naming the folder and what it should hold."""
-        packed = folder / f"images_{size}.npy"
-        if packed.is_file():
-            self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
-            rows = json.loads((folder / "captions.json").read_text())
-            self.captions = [row["captions"] for row in rows]
-            self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
-        else:
-            files = sorted(p for p in folder.glob("*") if p.suffix in images.KNOWN and p.with_suffix(".txt").is_file())
-            if not files:
-                raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
-            self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
-            self.captions = [p.with_suffix(".txt").read_text().strip().splitlines() for p in files]
-            self.weights = torch.ones(len(files))
-        if len(self.pixels) != len(self.captions) or not all(self.captions):
-            raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} captions; each needs one")
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each picture with one of its captions."""
-        picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks.tolist()]))
-        x_start = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        mirror = torch.rand(batch_size, generator=generator) < 0.5
-        x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
-        choice = torch.rand(batch_size, 2, generator=generator).tolist()
-        texts = [self.captions[i][int(c * len(self.captions[i]))] for i, (c, _) in zip(picks.tolist(), choice)]
-        return x_start, ["" if drop < CAPTION_DROPOUT else text for text, (_, drop) in zip(texts, choice)]
 
 
 class Trainee(nn.Module):
@@ -143,71 +111,12 @@ class Trainee(nn.Module):
         return both[:, :3], both[:, 3:], random["level"]
 
 
-def initialise(module: nn.Module) -> None:
-    """T5's own scales, as its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
-    for m in module.modules():
-        if isinstance(m, SelfAttention):
-            inner, width = m.q.weight.shape
-            nn.init.normal_(m.q.weight, std=(width * inner // m.heads) ** -0.5)
-            for f in (m.k, m.v):
-                nn.init.normal_(f.weight, std=width**-0.5)
-            nn.init.normal_(m.o.weight, std=inner**-0.5)
-        elif isinstance(m, GatedFeedForward):
-            for f in (m.wi_0, m.wi_1, m.wo):
-                nn.init.normal_(f.weight, std=f.in_features**-0.5)
-        elif isinstance(m, ResnetBlock):
-            nn.init.zeros_(m.conv2.weight)
-        elif isinstance(m, Attention):
-            nn.init.zeros_(m.to_out[0].weight)
-        elif isinstance(m, RMSNorm):
-            nn.init.ones_(m.weight)
-
-
-@torch.no_grad()
-def pass_through(unet: UNet) -> None:
-    """Let eps begin as x_t itself at unit variance, which is right where all is noise.
-
-    There, an error in eps is many times as large in the picture, and the mean colour of x_t (a 64th of its deviation)
-    must come out unharmed, which random layers take very long to learn. A pair of channels +x and -x does it: the
-    outermost skip connection carries it past all layers, the last norm only divides it by a known factor, since the
-    mean of a pair is 0, and the last activation leaves it whole, since gelu(x) - gelu(-x) = x.
-    """
-    last = unet.up_blocks[-1].resnets[-1]
-    size = len(unet.conv_in.weight) // unet.config.norm_num_groups  # channels that one norm shares: +x, -x and zeros
-    from_skip = last.conv_shortcut.in_channels - len(unet.conv_in.weight)
-    for module in (unet.conv_out, last.conv_shortcut, unet.conv_in, last.conv2):
-        module.bias[: 3 * size] = 0
-    unet.conv_out.weight[:3] = 0
-    for colour in range(3):
-        plus, minus, group = colour * size, colour * size + 1, slice(colour * size, (colour + 1) * size)
-        for layer in (unet.conv_in, last.conv2, last.conv_shortcut):
-            layer.weight[group] = 0
-        unet.conv_in.weight[plus, colour, 1, 1], unet.conv_in.weight[minus, colour, 1, 1] = 1, -1
-        last.conv_shortcut.weight[plus, from_skip + plus] = last.conv_shortcut.weight[minus, from_skip + minus] = 1
-        unet.conv_norm_out.weight[group], unet.conv_norm_out.bias[group] = 1, 0
-        unet.conv_out.weight[colour, plus, 1, 1] = (2 / size) ** 0.5
-        unet.conv_out.weight[colour, minus, 1, 1] = -((2 / size) ** 0.5)
-
-
 def load_into(module: nn.Module, checkpoint: weights.Checkpoint) -> None:
     """The weights of a released-layout folder as float32 to train on. Raises hub.WeightsError if they do not fit."""
     report = weights.compare(module, checkpoint)
     if report:
         raise hub.WeightsError(report)
     module.load_state_dict({key: tensor.float() for key, tensor in checkpoint.tensors().items()})
-
-
-def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
-    """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = sorted({clean(c) for row in captions for c in row}) + ["a high quality photo", "a high quality picture"] * 5
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        pad_piece="<pad>", normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    path.with_suffix(".vocab").unlink()
-    path.with_suffix(".model").replace(path)
 
 
 def random_numbers(

@@ -16,6 +16,8 @@ from PIL import Image
 from minidiff import hub, weights
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import prompts, stages, train
+from minidiff.deepfloyd.initial import initialise, pass_through
+from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
 from minidiff.schedule import squaredcos_cap_v2
@@ -146,7 +148,7 @@ def test_packed_pictures_are_drawn_by_weight_and_mirrored(tmp_path):
     pixels[1, :, :32] = 255
     np.save(tmp_path / "images_64.npy", pixels)
     (tmp_path / "captions.json").write_text(json.dumps([{"captions": ["never"], "weight": 0}, {"captions": ["half"]}]))
-    x_start, texts = train.Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
+    x_start, texts = Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
     assert set(texts) == {"half", ""} and 5 <= texts.count("") <= 40  # 10 % of 200, 5 sigma
     left, right = x_start[:, 0, 0, 0], x_start[:, 0, 0, -1]
     assert set(left.tolist()) == {-1.0, 1.0} and torch.equal(left, -right)
@@ -183,8 +185,8 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
 def test_eps_begins_as_x_t_at_unit_variance(stage):
     """Also with a tint a hundred times smaller than the noise."""
     unet = UNet(TINY[stage])
-    train.initialise(unet)
-    train.pass_through(unet)
+    initialise(unet)
+    pass_through(unet)
     x = 3 * torch.randn(2, TINY[stage].in_channels, 32, 32) + torch.tensor([0.03, -0.01]).view(2, 1, 1, 1)
     t = torch.tensor([999, 3])
     eps = unet(x, t, torch.randn(2, 77, 32), t if stage == 2 else None)[:, :3]

@@ -159,8 +159,9 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     student, teacher = (training.read(tmp_path / name, "flow")[1] for name in ("r", "f"))
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
     sample.main(["--kind", "flow", "--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
-                 "--num-images", "2", "--quick", "--guidance-scale", "1", "5", "--tensors", str(tmp_path / "s.safetensors"),
-                 "--judge", str(tmp_path), "--out", str(tmp_path / "s.png")])  # fmt: skip
+                 "--num-images", "2", "--quick", "--guidance-scale", "1", "5",
+                 "--tensors", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path),
+                 "--out", str(tmp_path / "s.png")])  # fmt: skip
     kept = training.load_file(tmp_path / "s.safetensors")
     assert kept["labels"].tolist() == [3, 7, 8, 3, 7, 8] and kept["images"].shape == (6, 1, 28, 28)
     net = drawing.load(tmp_path / "f", "flow", torch.device("cpu"))
