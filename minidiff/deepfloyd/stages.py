@@ -5,7 +5,7 @@ Read `prompts.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the
 text, and `sampling.denoise` walks. `sample_base` and `sample_super_resolution` do just that, with IF's settings, from
 noise or from a given picture.
 
-Next: `train.py`, how such a cascade is made; or `minidiff/generate.py`, which runs it.
+Next: `pictures.py`, where making such a cascade begins; or `minidiff/generate.py`, which runs it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from minidiff.mnist import training
@@ -56,7 +57,6 @@ def test_it_learns_and_writes_down_every_step(start, capsys):
 
 
 def test_the_curve_has_three_parts_and_the_floors(tmp_path, monkeypatch):
-    Axes = pytest.importorskip("matplotlib.axes").Axes
     lines, curves = [], []
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **more: lines.append((y, more["label"])))
     original = Axes.semilogy
