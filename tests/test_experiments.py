@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from minidiff import anagram, cli, denoise, generate, hybrid, images, inpaint, sdedit, upscale, views
+from minidiff.sampling import noised, seeded
 from tests.reference.fill import normal
 from tests.test_commands import fails
 from tests.tiny import write_cascade
@@ -221,6 +222,26 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
         "--stage2-steps", 3)  # fmt: skip
     run(generate.main, cascade, tmp_path / "h.png", PROMPT, "--steps", 3, "--stage2-steps", 3, "--seed", 5)
     same(shown[1][0][0][3], shown[0][0][0][1], shown[2][0][0][1])
+
+
+def test_what_is_kept_has_noise_of_its_own(cascade, photo):
+    """Stage 1 keeps the picture with the noises of stream 1 of each seed, stage 2 with those of stream 2."""
+    args = cli.fill_in(cli_args(cascade, photo))
+    schedule = cli.stages.load_stage(cascade[0], torch.float32, "cpu").schedule
+    for size, stream in ((64, 1), (256, 2)):
+        walk = cli.edited(cli.walk_of("4"), args, size, schedule)
+        kept = walk.keep(torch.zeros(2, 3, size, size), 500)
+        expected = noised(images.load(photo, size), 500, schedule, seeded(7, 2, stream))
+        assert torch.equal(kept[:, :, : size // 4], expected[:, :, : size // 4])
+
+
+def cli_args(cascade, photo):
+    """What a command would parse from an image and a box, two pictures, seed 7."""
+    p = cli.parser("", "out.png")
+    cli.add_edit_flags(p)
+    cli.add_cascade_flags(p, "")
+    return p.parse_args(["--image", str(photo), "--box", "16", "16", "48", "48", "--seed", "7", "--num-images", "2",
+                         "--model", str(cascade[0])])  # fmt: skip
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
