@@ -180,6 +180,33 @@ def test_pairs_are_what_solve_gives_in_order_and_by_class():
     assert torch.equal(x_1, flow.solve(velocity_of(labels), x_0, flow.grid(3)))
 
 
+def test_the_likelihood_of_a_gaussian_is_its_closed_form():
+    """Sampling turns noise into N(MEAN, STD^2), so log p = -sum((x - MEAN)^2 / 2 STD^2) - 6 log(...)."""
+    x_1 = MEAN + 1.5 * STD * noise(20)
+    expected = -0.5 * ((x_1 - MEAN) / STD).square().flatten(1).sum(1) - 6 * math.log(STD * math.sqrt(2 * math.pi))
+    found = flow.log_likelihood(gaussian, x_1, flow.grid(200))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    sign = noise(20, seed=5).sign()  # this J is a multiple of 1, so that any probe is exact
+    torch.testing.assert_close(flow.log_likelihood(gaussian, x_1, flow.grid(200), sign), found, rtol=0, atol=1e-9)
+
+
+def test_the_divergence_is_the_trace_and_probes_estimate_it_without_bias():
+    """v = J x has divergence tr J everywhere; 20,000 probes agree in the mean, by 5 standard errors."""
+    J = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def linear_field(x, time):
+        return (x.flatten(1) @ J.T).view(x.shape)
+
+    x = noise(4)
+    v, exact = flow.divergence(linear_field, x, torch.zeros(4))
+    torch.testing.assert_close(v, linear_field(x, None))
+    torch.testing.assert_close(exact, torch.trace(J).expand(4))
+    many = noise(20000)
+    _, estimates = flow.divergence(linear_field, many, torch.zeros(20000), noise(20000, seed=1).sign())
+    assert abs(estimates.mean() - torch.trace(J)) < 5 * estimates.std() / 20000**0.5
+    assert estimates.std() > 0.1
+
+
 def test_on_step_sees_every_time_and_state_before_the_step():
     seen = []
     x = torch.zeros(1, 1, 1, 1)

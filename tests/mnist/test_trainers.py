@@ -1,5 +1,7 @@
 """The three trainers and the sampler: what their losses ask for, and that every command makes its pictures."""
 
+import functools
+
 import pytest
 import torch
 from PIL import Image
@@ -82,6 +84,19 @@ def test_classes_are_told_and_a_tenth_of_them_dropped(digits, loss):
     c = net.seen[0][2]
     kept = c.sum(1) == 1
     assert torch.equal(c.argmax(1)[kept], digits.labels[kept]) and 20 <= (~kept).sum() <= 84  # 50 +- 5 sigma of 500
+
+
+def test_what_is_always_dropped_is_never_learned(digits, monkeypatch):
+    """Dropped with probability 1, classes are zeros: nothing that reads them has a gradient, all else has."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(4, time=True, num_classes=10))
+    drop = train_flow.dropped
+    for probability, told in ((1.0, False), (0.0, True)):
+        monkeypatch.setattr(train_flow, "dropped", functools.partial(drop, probability=probability))
+        net.zero_grad()
+        train_flow.FlowMatching()(net, digits[:50], generator("cpu", 0)).backward()
+        for name, p in net.named_parameters():
+            assert bool(p.grad.any()) is (told or name not in ("fc1_c.0.weight", "fc2_c.0.weight")), name
 
 
 def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row(digits):
