@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks unet IF-I-M --dtype float32 --batch 2     one forward, random weights at released size
     python -m tests.benchmarks t5 --layers 24                            T5-XXL streamed from a random file
+    python -m tests.benchmarks digits --hidden 128                       training the denoiser against the plain loop
     python -m tests.benchmarks picture                                   the README's picture, cold, in its own process
 
 Weights are random, so only time and memory mean anything. Run on an idle machine; compare only numbers of one run.
@@ -16,13 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from minidiff import weights
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.unet import UNet, UNetConfig
+from minidiff.mnist import training
+from minidiff.mnist.data import Digits
+from minidiff.mnist.train_denoiser import Denoising
+from minidiff.mnist.training import Plan
+from minidiff.mnist.unet import UNet as UNetOfDigits
+from minidiff.mnist.unet import UNetConfig as UNetConfigOfDigits
 from tests.deepfloyd.test_unet import RELEASED
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,6 +94,50 @@ def t5(layers: int) -> None:
         subprocess.run([sys.executable, "-c", script, folder], check=True)
 
 
+def digits(hidden: int, batch: int) -> None:
+    """Pictures a second of `mnist.training` and of the plain loop in float32, in turns, and the share of a conv's."""
+    images = torch.rand(batch, 1, 28, 28)
+    both = {"plain": UNetOfDigits(UNetConfigOfDigits(hidden)).train(), "ours": UNetOfDigits(UNetConfigOfDigits(hidden))}
+    optimizer = torch.optim.Adam(both["plain"].parameters(), lr=1e-4)
+
+    def plain() -> None:
+        loss = F.mse_loss(both["plain"](images + 0.5 * torch.randn_like(images)), images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    with FlopCounterMode(display=False) as counter:
+        plain()
+    with tempfile.TemporaryDirectory() as folder:
+        some = Digits(images, torch.zeros(batch, dtype=torch.int64))
+        run = training.Run(both["ours"], Denoising(0.5), some, some, Plan(1, batch, 1e-4), Path(folder) / "run")
+        both["ours"].train()
+        steps = {"plain": plain, "ours": lambda: run.one_step(some, 0).item()}
+        found = {name: min(times) for name, times in in_turns(steps).items()}
+    x = torch.rand(batch, hidden, 28, 28, dtype=run.dtype)
+    weight = torch.rand(hidden, hidden, 3, 3, dtype=run.dtype)
+    layouts = [(x.to(memory_format=m), weight.to(memory_format=m)) for m in training.LAYOUTS.values()]
+    times = in_turns({str(i): lambda xw=xw: F.conv2d(*xw, padding=1) for i, xw in enumerate(layouts)})
+    best = 2 * 9 * hidden * x.numel() / min(t for ts in times.values() for t in ts)
+    share, speeds = counter.get_total_flops() / found["ours"] / best, {k: batch / t for k, t in found.items()}
+    print(f"D = {hidden}, batch {batch}: plain {speeds['plain']:.1f}, ours {speeds['ours']:.1f} pictures/s, "
+          f"ratio {speeds['ours'] / speeds['plain']:.2f}; "
+          f"{share:.0%} of a lone convolution's {best / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+
+def in_turns(jobs: dict[str, Callable[[], object]], repetitions: int = 4) -> dict[str, list[float]]:
+    """Seconds of each job, taking turns, the first round left out."""
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(repetitions + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if i:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
 def picture() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "minidiff.generate", "a snowy mountain village", "--out", f"{folder}/p.png"]
@@ -100,6 +154,9 @@ def main() -> None:
     one.add_argument("--dtype", choices=list(DTYPES), default="float32")
     one.add_argument("--batch", type=int, default=2)
     parts.add_parser("t5").add_argument("--layers", type=int, default=24)
+    two = parts.add_parser("digits")
+    two.add_argument("--hidden", type=int, default=128)
+    two.add_argument("--batch", type=int, default=256)
     parts.add_parser("picture")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -107,6 +164,8 @@ def main() -> None:
         unet(args.name, DTYPES[args.dtype], args.batch)
     elif args.part == "t5":
         t5(args.layers)
+    elif args.part == "digits":
+        digits(args.hidden, args.batch)
     else:
         picture()
 
