@@ -23,6 +23,7 @@ from minidiff.deepfloyd.unet import UNet
 from minidiff.schedule import squaredcos_cap_v2
 from tests.tiny import CONFIGS, T5
 
+PREVIEW = train.preview
 TINY = CONFIGS
 TINY_T5 = replace(T5, vocab_size=60)
 
@@ -33,6 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train, "MINI_2", TINY[2])
     monkeypatch.setattr(train, "MINI_T5", TINY_T5)
     monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 2)
+    monkeypatch.setattr(train, "preview", lambda *_: None)  # slow, and looked at in one test only
 
 
 @pytest.fixture
@@ -59,7 +61,8 @@ def state(out):
     return torch.load(out / "training" / "checkpoint.pt", weights_only=True)
 
 
-def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path):
+def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "preview", PREVIEW)
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, pictures, one, 20)
     run(2, pictures, two, 20, "--text-encoder", str(one))
@@ -129,7 +132,7 @@ def test_two_processes_average_their_gradients(pictures, tmp_path):
     """torchrun with gloo: the run ends, and process 0 alone writes."""
     code = (
         "from tests.deepfloyd import test_train as T; T.train.MINI_1, T.train.MINI_T5 = T.TINY[1], T.TINY_T5;"
-        f"T.train.PREVIEW = ['a red square'] * 2; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
+        f"T.train.preview = lambda *_: None; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
