@@ -44,9 +44,8 @@ def linear_mse(variances: Tensor, a: Tensor | float, b: Tensor | float) -> Tenso
     variances: (N,), of `spectrum`.  a, b: numbers or (K,).  Returns () or (K,).
     """
     a, b = (torch.as_tensor(k, dtype=torch.float64)[..., None] for k in (a, b))
-    return (variances * b**2 / (a**2 * variances + b**2).clamp(min=1e-300)).mean(
-        -1
-    )  # 0 / 0 is an unvarying pixel, and no error
+    total = (a**2 * variances + b**2).clamp(min=1e-300)  # 0 / 0 is an unvarying pixel, and no error
+    return (variances * b**2 / total).mean(-1)
 
 
 def linear_eps_loss(variances: Tensor, schedule: Schedule) -> float:

@@ -178,6 +178,8 @@ def score(argv: Sequence[str]) -> None:
         images = tensors["images"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{args.file} holds no images ({error}); write it with sample --tensors") from error
+    if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+        raise ValueError(f"{args.file}: images must be (N, 1, 28, 28), got {tuple(images.shape)}")
     print("\n".join(report(args.judge, images, tensors.get("labels"), int(tensors.get("seed", torch.tensor(0))))))
 
 

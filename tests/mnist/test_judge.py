@@ -129,6 +129,8 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "holds no images" in fails("score", str(tmp_path / "none.safetensors"))
     save_file({"pictures": torch.zeros(1)}, tmp_path / "s.safetensors")
     assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
+    save_file({"images": torch.zeros(5, 28, 28)}, tmp_path / "s.safetensors")
+    assert "images must be (N, 1, 28, 28), got (5, 28, 28)" in fails("score", str(tmp_path / "s.safetensors"))
     save_file({"images": torch.zeros(1, 1, 28, 28)}, tmp_path / "s.safetensors")
     assert "no trained judge in" in fails("score", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path))
 
