@@ -12,6 +12,8 @@ The schedule was made for T = 1000. Cut to 300 it ends at alpha_bar = 0.048: 22 
 there at the noisiest time, yet sampling starts from pure noise, which the network has never seen. The difference is
 small beside the noise, and digits come out; what it costs is a little of the right overall brightness.
 
+`better` is larger and trains longer; `small` is for a machine without fast half precision.
+
 Pictures in the folder: samples/, loss.png, sampling.gif, cleaned.png (noisy test digits made clean by the last part of
 the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class given).
 
@@ -64,7 +66,7 @@ TOLD = UNetConfig(64, time=True, num_classes=CLASSES)
 PRESETS = {
     "time": Preset(COURSE, UNetConfig(64, time=True)),
     "class": Preset(COURSE, TOLD),
-    "small": Preset(replace(COURSE, epochs=8), replace(TOLD, hidden=32), (1, 4)),  # a tenth of the arithmetic
+    "small": Preset(replace(COURSE, epochs=8), replace(TOLD, hidden=32), (1, 4)),  # a quarter of the arithmetic
     "better": Preset(replace(COURSE, epochs=40, lr_decay=0.01), replace(TOLD, hidden=128), (1, 5, 10, 20)),
 }
 
