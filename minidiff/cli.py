@@ -57,23 +57,22 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """A main whose ValueErrors become one line on stderr and exit status 2, and whose warnings are one line each."""
+    """A main whose ValueErrors and FloatingPointErrors become one line on stderr and exit status 2, as do warnings."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             main(argv)
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped
 
 
-def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and precision asked for, or the best of this machine. Raises ValueError if the device is not there."""
-    name = args.device
+def device_of(name: str) -> torch.device:
+    """The device of this name, or the best of this machine if auto. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -81,6 +80,12 @@ def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
+    return device
+
+
+def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and precision asked for, or the best of this machine. Raises ValueError as `device_of`."""
+    device = device_of(args.device)
     return device, weights.default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
 
 

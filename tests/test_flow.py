@@ -104,6 +104,15 @@ def test_dormand_prince_keeps_its_tolerance_and_counts_its_evaluations(tolerance
     assert evaluations < {1e-3: 40, 1e-5: 80, 1e-8: 260}[tolerance]
 
 
+def test_dormand_prince_may_end_with_a_very_short_step():
+    """w cos(w t) integrates to sin w; for this w the last step is shorter than the shortest that is useful."""
+    w = 5.326525115966798
+    found, _ = flow.dormand_prince(
+        lambda x, time: w * (w * time).cos().view(-1, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.float64), 1e-4, 1e-4
+    )
+    assert found.item() == pytest.approx(math.sin(w), abs=1e-3)
+
+
 def test_dormand_prince_takes_short_steps_only_where_they_are_needed():
     """A kink: dx/dt is 0 until t = 0.5, then 20 cos(20 t); more than half of the evaluations fall into the second half,
     rejected steps are made again, and the answer is sin(20) - sin(10)."""

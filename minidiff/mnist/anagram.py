@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from minidiff import images, views
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import Clock, command, device_of, settings
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, judge, training
+from minidiff.mnist import drawing, judge
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
@@ -36,7 +36,7 @@ def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], 
     """The anagram of these digits, each seen through its view, for `sampling.denoise`."""
     parts = [Part(one_hot(torch.tensor([digit]))[:, None], view) for digit, view in zip(digits, chosen)]
     nothing = torch.zeros(1, 1, CLASSES)
-    return drawing.counted(factorized(drawing.as_model(unet), averaged(parts), nothing, guidance_scale))
+    return drawing.with_course_clock(factorized(drawing.as_model(unet), averaged(parts), nothing, guidance_scale))
 
 
 def aligned(judge_of: judge.Judge, x: Tensor, digits: Sequence[int], chosen: Sequence[views.View]) -> Tensor:
@@ -62,10 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     if len(args.digits) != len(args.view) or not all(0 <= digit < CLASSES for digit in args.digits):
         raise ValueError(f"need one digit 0..9 for each view, got {args.digits} and {args.view}")
+    if args.num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if args.quick:
         args.steps, args.num_images = 4, 5
     images.check_output(args.out)
-    chosen, device, clock = [views.named(name) for name in args.view], training.device(args.device), Clock()
+    chosen, device, clock = [views.named(name) for name in args.view], device_of(args.device), Clock()
     unet, (judge_of, config, _) = drawing.load(args.model, "ddpm", device), judge.load(args.judge)
     seeds = [seeded(args.seed, args.num_images) for _ in range(2)]
     x = drawing.draw_ddpm(prediction(unet, args.digits, chosen, args.guidance_scale), seeds[0], device, args.steps)

@@ -56,11 +56,13 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
     name = DATASETS[dataset]
     try:
         raw = getattr(torchvision.datasets, name)(str(Path(folder).expanduser()), train=train, download=True)
-    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
+        if len(raw.data) != len(raw.targets):
+            raise ValueError(f"{len(raw.data)} pictures, but {len(raw.targets)} labels")
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:  # URLError is an OSError
         raise ValueError(
-            f"no readable {name} in {folder}, and downloading it failed ({error}). On a machine with a network run "
-            f"`python -c \"import torchvision; torchvision.datasets.{name}('data', download=True)\"`, copy the folder "
-            "`data` here, and pass --data data"
+            f"no readable {name} in {folder}, and none to be had ({error or 'a broken file'}). On a machine with a "
+            f"network run `python -c \"import torchvision; torchvision.datasets.{name}('data', download=True)\"`, copy "
+            "the folder `data` here, and pass --data data"
         ) from error
     return Digits(raw.data[:, None].float() / 255, raw.targets.clone())
 

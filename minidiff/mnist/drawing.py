@@ -46,7 +46,9 @@ def as_model(unet: UNet) -> Model:
     return lambda x, time, prompt_embeds: (unet(x, time, prompt_embeds[:, 0]), None)
 
 
-def asked(unet: UNet, labels: Tensor | None, guidance_scale: float) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
+def guided_unet(
+    unet: UNet, labels: Tensor | None, guidance_scale: float
+) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
     """The network, waiting only for x and its time in [0, 1].  labels: (B,), guided towards; None for no class."""
     if not unet.config.num_classes:
         return lambda x, time: (unet(x, time), None)
@@ -56,19 +58,19 @@ def asked(unet: UNet, labels: Tensor | None, guidance_scale: float) -> Callable[
     return guided(as_model(unet), one_hot(labels)[:, None], nothing, guidance_scale)
 
 
-def counted(predict: Prediction) -> Prediction:
+def with_course_clock(predict: Prediction) -> Prediction:
     """What waits for a time in [0, 1], for `sampling.denoise`: it is told (t + 1) / T, the course's t / T."""
     return lambda x_t, t: predict(x_t, (t + 1) / T)
 
 
 def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Prediction:
     """A DDPM network for `sampling.denoise`."""
-    return counted(asked(unet, labels, guidance_scale))
+    return with_course_clock(guided_unet(unet, labels, guidance_scale))
 
 
 def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Velocity:
     """A flow network for `flow.solve`."""
-    predict = asked(unet, labels, guidance_scale)
+    predict = guided_unet(unet, labels, guidance_scale)
     return lambda x, time: predict(x, time)[0]
 
 
@@ -83,20 +85,23 @@ def draw_ddpm(
 
 def draw_flow(
     v: Velocity, seeds: Sequence[torch.Generator], device: torch.device, steps: int = FLOW_STEPS,
-    solver: str = "euler", on_step: Callable | None = None,
+    solver: str = "euler",
 ) -> Tensor:  # fmt: skip
     """The same along a velocity.  solver: one of `flow.METHODS`, or "dormand-prince", which chooses its own steps."""
     x_0 = draw_noise((len(seeds), 1, 28, 28), seeds).to(device)
     if solver == "dormand-prince":
         return flow.dormand_prince(v, x_0)[0].cpu()
-    return flow.solve(v, x_0, flow.grid(steps), solver, on_step).cpu()
+    return flow.solve(v, x_0, flow.grid(steps), solver).cpu()
 
 
 def load(folder: Path, kind: str, device: torch.device) -> UNet:
     """A trained network, ready to draw. Raises ValueError as `training.read`."""
     config, tensors = training.read(folder, kind)
-    unet = UNet(UNetConfig(**config["unet"]))
-    unet.load_state_dict(tensors)
+    try:
+        unet = UNet(UNetConfig(**config["unet"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
+    training.fill(unet, tensors, folder)
     return unet.to(device).eval()
 
 
@@ -121,7 +126,7 @@ def save_samples(x: Tensor, kind: str, guidance_scale: float | None, epoch: int,
 def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) -> None:
     """The digits 0 to 9 at several scales, the same noise in each, as OUT/guidance.png.  draw(scale) makes them."""
     scales = (0.0, 1.0, 5.0, 10.0)
-    save_strip([draw(s)[:CLASSES] for s in scales], [f"scale {s:g}" for s in scales],
+    save_strip([draw(s) for s in scales], [f"scale {s:g}" for s in scales],
                "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", metadata)  # fmt: skip
 
 

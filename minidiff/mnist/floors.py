@@ -89,6 +89,12 @@ def memorised_mse(images: Tensor, known: Tensor, a: Tensor, b: Tensor, weight: T
     return total / len(images)
 
 
+def memorised_denoiser_loss(images: Tensor, sigma: float, samples: int = 3000) -> float:
+    """What the denoiser's loss on these pictures cannot fall below at this sigma: estimated."""
+    ones = torch.ones(min(samples, len(images)))
+    return memorised_mse(images, images, ones, sigma * ones, ones)
+
+
 def memorised_eps_loss(images: Tensor, schedule: Schedule, samples: int = 3000) -> float:
     """What DDPM's loss on these pictures cannot fall below: estimated at evenly spread times."""
     samples = min(samples, len(images))

@@ -16,17 +16,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import flow, images, weights
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import Clock, command, device_of, settings
 from minidiff.hub import WEIGHTS
 from minidiff.mnist import drawing, judge, training
 from minidiff.mnist.data import CLASSES
+from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
 
 STEPS = {"ddpm": drawing.T, "flow": drawing.FLOW_STEPS}
 SOLVERS = (*flow.METHODS, "dormand-prince")
+EMBEDDED_JUDGE = WEIGHTS / "mnist" / "judge"
 BATCH = 250
 SHOWN = 100  # pictures of one row of the figure, at most
 
@@ -56,44 +59,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--out", type=Path, default=Path("out/digits.png"), help="picture (default %(default)s)")
     p.add_argument("--tensors", type=Path, help="also write the samples of the first row, for judge score")
-    p.add_argument("--judge", type=Path, default=WEIGHTS / "mnist" / "judge", help="who judges, if it is there")
+    p.add_argument("--judge", type=Path, help="who judges samples of MNIST (default: the embedded one)")
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    if args.solver != "euler" and args.kind == "ddpm":
+        raise ValueError("--solver is for --kind flow; a DDPM is sampled by its own steps")
+    if args.solver == "dormand-prince" and args.steps is not None:
+        raise ValueError("dormand-prince chooses its own steps; leave out --steps")
     images.check_output(args.out)
     if args.tensors:
         images.check_output(args.tensors, (".safetensors",))
-    device, clock = training.device(args.device), Clock()
+    if args.judge:
+        judge.load(args.judge)  # so that a wrong one is told before anything is drawn
+    device, clock = device_of(args.device), Clock()
     labels = torch.tensor(parse_digits(args.digits)).repeat(args.num_images)
-    folders = args.model or [WEIGHTS / "mnist" / args.kind]
-    steps = 4 if args.quick else args.steps or STEPS[args.kind]
+    steps = 4 if args.quick else STEPS[args.kind] if args.steps is None else args.steps
     rows, texts = [], []
-    for folder in folders:
-        unet = drawing.load(folder, args.kind, device)
+    for folder in args.model or [WEIGHTS / "mnist" / args.kind]:
+        unet, dataset = drawing.load(folder, args.kind, device), training.read(folder, args.kind)[0]["dataset"]
         told = labels if unet.config.num_classes else None
+        if told is None and len(args.guidance_scale) > 1:
+            raise ValueError(f"{folder} is not told the digit, so there is nothing to guide; pass one --guidance-scale")
         for scale in args.guidance_scale:
             what = f"{folder.name}, scale {scale:g}"
-            parts = []
-            for i in tqdm(range(0, len(labels), BATCH), desc=what, disable=len(labels) <= BATCH):
-                part = labels[i : i + BATCH]
-                seeds = seeded(args.seed + i, len(part))
-                if args.kind == "ddpm":
-                    parts.append(drawing.draw_ddpm(drawing.prediction(unet, part, scale), seeds, device, steps))
-                else:
-                    v = drawing.velocity(unet, part, scale)
-                    parts.append(drawing.draw_flow(v, seeds, device, steps, args.solver))
-            x = torch.cat(parts)
+            x = draw(unet, args.kind, labels, scale, args.seed, device, steps, args.solver, what)
             if args.tensors and not rows:
-                weights.save({"images": x, "labels": labels, "seed": torch.tensor(args.seed)}, args.tensors)
-            if (args.judge / "config.json").is_file():
-                print("\n  ".join([f"{what}:", *judge.report(args.judge, x, told, args.seed)]))
+                kept = {"images": x, "seed": torch.tensor(args.seed)} | ({} if told is None else {"labels": told})
+                weights.save(kept, args.tensors)
+            if dataset == "mnist" and (args.judge or EMBEDDED_JUDGE.is_dir()):
+                print("\n  ".join([f"{what}:", *judge.report(args.judge or EMBEDDED_JUDGE, x, told, args.seed)]))
             for i, row in enumerate(x[:SHOWN].split(10)):
                 rows.append(row)
                 texts.append("" if i else what)
-    title = f"{args.kind}, {steps} steps, seeds {args.seed} to {args.seed + len(labels) - 1}"
+    how = args.solver if args.solver == "dormand-prince" else f"{steps} steps"
+    title = f"{args.kind}, {how}, seeds {args.seed} to {args.seed + len(labels) - 1}"
     drawing.save_strip(rows, texts, title, args.out, settings(args, "mnist.sample"))
     print(f"wrote {args.out}   ({clock})")
+
+
+def draw(
+    unet: UNet, kind: str, labels: Tensor, scale: float, seed: int, device: torch.device, steps: int, solver: str,
+    what: str,
+) -> Tensor:  # fmt: skip
+    """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, BATCH at a time."""
+    parts = []
+    for i in tqdm(range(0, len(labels), BATCH), desc=what, disable=len(labels) <= BATCH):
+        part = labels[i : i + BATCH]
+        seeds = seeded(seed + i, len(part))
+        if kind == "ddpm":
+            parts.append(drawing.draw_ddpm(drawing.prediction(unet, part, scale), seeds, device, steps))
+        else:
+            parts.append(drawing.draw_flow(drawing.velocity(unet, part, scale), seeds, device, steps, solver))
+    return torch.cat(parts)
 
 
 if __name__ == "__main__":

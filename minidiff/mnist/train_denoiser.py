@@ -7,8 +7,9 @@
 
 `better` trains longer and at a higher rate; `small` is for a machine without fast half precision.
 
-Pictures in the folder: noising.png, samples/ after every epoch, loss.png, out-of-distribution.png: the same digits and
-the same noise at strengths it was not trained on, with the test error beside that of the best linear denoiser.
+Pictures in the folder: noising.png, samples/ after every epoch, training/loss.png, out-of-distribution.png: the same
+digits and the same noise at strengths it was not trained on, with the test error beside that of the best linear
+denoiser.
 
 `pure-noise` asks for a digit from noise alone. There is nothing in z about x, so the least square error is made by the
 same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below the mean
@@ -20,13 +21,13 @@ Read `mnist/training.py` first. Next: `mnist/train_diffusion.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import Clock, command, device_of, settings
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.drawing import save_strip
@@ -114,7 +115,7 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
     mean = train.images.mean(0, keepdim=True)
     z = torch.randn((200, *mean.shape[1:]), generator=generator(mean.device, FIGURE), device=mean.device)
     out = model(z)
-    distance = (out.mean(0, keepdim=True) - mean).square().mean().sqrt().item()
+    distance = (out - mean).square().mean().sqrt().item()
     spread = out.std(0).square().mean().sqrt().item()
     rows = [torch.cat([mean, z[:8]]), torch.cat([mean, out[:8]])]
     return rows, [["mean digit"] + ["noise"] * 8, ["mean digit"] + ["output"] * 8], distance, spread
@@ -126,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
-    if args.quick:
-        preset = replace(preset, hidden=4)
-    device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
+    device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
     train, test = training.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
 
@@ -136,10 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     levels = {"mean image": floors.mean_image_mse(train.images)}
     if preset.sigma is not None:
         levels["linear optimum"] = floors.linear_mse(variances, 1, preset.sigma).item()
+        levels["memorisation"] = floors.memorised_denoiser_loss(train.images, preset.sigma)
     torch.manual_seed(args.seed)
-    model = UNet(UNetConfig(preset.hidden)).to(device)
-    loss = Denoising(preset.sigma)
-    run = Run(model, loss, train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
+    model = UNet(UNetConfig(4 if args.quick else preset.hidden)).to(device)
+    run = Run(model, Denoising(preset.sigma), train, test, plan, out / "training", what=training.named(args, train),
+              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
     shown = test.of_each_class(4 if args.four else 1)
 
@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not run.train(after_epoch):
         return
-    training.write(out, model, {"kind": "denoiser", "sigma": preset.sigma, "unet": asdict(model.config)})
+    training.write(
+        out, model, {"kind": "denoiser", "dataset": args.dataset, "sigma": preset.sigma, "unet": asdict(model.config)}
+    )
     run.report()
     if preset.sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
@@ -157,10 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
         save_strip(rows, labels, title, out / "mean-image.png", about)
     else:
-        table = errors_by_sigma(model, test[:TEST_PICTURES], variances)
+        judged = training.some(test, TEST_PICTURES)
+        table = errors_by_sigma(model, judged, variances)
         for sigma, error, linear in table:
-            print(f"sigma {sigma}: error {error:.4f}, best linear denoiser {linear:.4f}")
-        title = f"Trained at sigma {preset.sigma}, asked at others (errors on {len(test[:TEST_PICTURES])} test digits)"
+            share = f", {error / linear:.0%} of it" if linear > 0 else ""
+            print(f"sigma {sigma}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
+        title = f"Trained at sigma {preset.sigma}, asked at others (errors on {len(judged)} test digits)"
         rows, labels = out_of_distribution(model, test[:3], table)
         save_strip(rows, labels, title, out / "out-of-distribution.png", about)
     print(f"wrote {out}   ({clock})")

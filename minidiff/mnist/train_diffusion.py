@@ -14,8 +14,8 @@ small beside the noise, and digits come out; what it costs is a little of the ri
 
 `better` is larger and trains longer; `small` is for a machine without fast half precision.
 
-Pictures in the folder: samples/, loss.png, sampling.gif, cleaned.png (noisy test digits made clean by the last part of
-the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class given).
+Pictures in the folder: samples/, training/loss.png, sampling.gif, cleaned.png (noisy test digits made clean by the last
+part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class given).
 
 Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/drawing.py` first. Next: `mnist/train_flow.py`.
 Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes dropped with probability 0.1.
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import ddpm
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import Clock, command, device_of, settings
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.drawing import (
@@ -71,7 +71,7 @@ PRESETS = {
 }
 
 
-Draw = Callable[..., Tensor]  # draw(labels, guidance_scale, on_step): samples of the network in training
+Draw = Callable[..., Tensor]  # draw(labels, guidance_scale, n, on_step): n samples of the network in training
 
 
 class Diffusion:
@@ -81,12 +81,12 @@ class Diffusion:
         self.schedule = schedule
 
     def __call__(self, model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
-        x, T = batch.images, self.schedule.num_train_timesteps
-        t = torch.randint(T, (len(x),), generator=generator, device=x.device)
+        x, total = batch.images, self.schedule.num_train_timesteps
+        t = torch.randint(total, (len(x),), generator=generator, device=x.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         x_t = ddpm.add_noise(x, noise, self.schedule.alpha_bar(t))
         c = dropped(batch.labels, generator) if model.config.num_classes else None
-        eps = model(x_t, (t + 1) / T, c).float()
+        eps = model(x_t, (t + 1) / total, c).float()
         return ddpm.loss(self.schedule, x, noise, t, eps, None).mean()
 
 
@@ -108,8 +108,8 @@ def animate(draw: Draw, labels: Tensor | None, guidance_scale: float, steps: int
     """The walk of the first ten digits as a GIF of some thirty pictures."""
     frames: list[Tensor] = []
     every = max(1, steps // 30)
-    end = draw(labels, guidance_scale, lambda i, t, x_t, *_: i % every or frames.append(x_t[:CLASSES]))
-    save_animation([*frames, end[:CLASSES]], path)
+    end = draw(labels, guidance_scale, on_step=lambda i, t, x_t, *_: i % every or frames.append(x_t))
+    save_animation([*frames, end], path)
 
 
 @command
@@ -118,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
     args = p.parse_args(argv)
     preset, quick, out, clock = PRESETS[args.preset], args.quick, args.out, Clock()
-    device, plan = training.device(args.device), training.chosen(args, preset.plan)
-    about, steps, count = settings(args, "mnist.train_diffusion"), *((6, 1) if quick else (T, 4))
+    device, plan = device_of(args.device), training.chosen(args, preset.plan)
+    about = settings(args, "mnist.train_diffusion")
+    steps, count = (6, 1) if quick else (T, 4)  # of the samples; count: of each class
     train, test = training.pictures(args, device)
     schedule = course_schedule()
     left = schedule.alphas_cumprod[-1].item()
@@ -130,22 +131,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     torch.manual_seed(args.seed)
     model = UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
-    run = Run(model, Diffusion(schedule), train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
+    run = Run(model, Diffusion(schedule), train, test, plan, out / "training", what=training.named(args, train),
+              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
 
-    def draw(labels: Tensor | None, guidance_scale: float, on_step: Callable | None = None) -> Tensor:
-        predict = prediction(model, labels, guidance_scale)
-        return draw_ddpm(predict, seeded(args.seed, count * CLASSES), device, steps, on_step)
+    def draw(labels: Tensor | None, guidance_scale: float, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
+        predict = prediction(model, None if labels is None else labels[:n], guidance_scale)
+        return draw_ddpm(predict, seeded(args.seed, n), device, steps, on_step)
 
     told = None if labels is None else args.guidance_scale
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            save_samples(draw(labels, args.guidance_scale), "DDPM", told, epoch, out, about)
+            save_samples(draw(labels, args.guidance_scale, count * CLASSES), "DDPM", told, epoch, out, about)
 
     if not run.train(after_epoch):
         return
-    training.write(out, model, {"kind": "ddpm", "preset": args.preset, "unet": asdict(model.config)})
+    training.write(
+        out, model, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset, "unet": asdict(model.config)}
+    )
     run.report()
     animate(draw, labels, args.guidance_scale, steps, out / "sampling.gif")
     if labels is not None:
@@ -153,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_guidance(lambda scale: draw(labels, scale), out, about)
     rows = cleaned(lambda c: prediction(model, None if labels is None else c), test.of_each_class(1),
                    (4, 8) if quick else (60, 120, 200))  # fmt: skip
-    save_strip(*rows, "Noisy test digits, cleaned by the rest of the walk", out / "cleaned.png", about)
+    told = ", told which digit they are" if labels is not None else ""
+    save_strip(*rows, f"Noisy test digits, cleaned by the rest of the walk{told}", out / "cleaned.png", about)
     print(f"wrote {out}   ({clock})")
 
 

@@ -7,31 +7,34 @@
     x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
 
 Presets: `time` and `class` are the course's; `no-scheduler` is `class` with one learning rate to the end; `wide` is
-the course's larger network with its learning rate of 0.05, `better` trains twice as long at a lower rate, and `small`
-is for a machine without fast half precision. All draw from the same noise, so their pictures can be laid side by side.
+the course's larger network with its learning rate of 0.05, `better` sees twice as many digits at a lower rate, and
+`small` is for a machine without fast half precision. All draw from the same noise, so their pictures can be laid side
+by side.
 
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
 lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50
 before and after, and both straightnesses are printed.
 
-Pictures in the folder: samples/, loss.png, solvers.png (Euler, midpoint, Heun and Dormand-Prince, with what each cost),
-sampling.gif and, where the digit is told, guidance.png.
+Pictures in the folder: samples/, training/loss.png, solvers.png (Euler, midpoint, Heun and Dormand-Prince, with what
+each cost), sampling.gif and, where the digit is told, guidance.png.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minidiff import flow, weights
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import Clock, command, device_of, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS
 from minidiff.mnist import floors, training
@@ -99,15 +102,26 @@ def make_pairs(teacher: UNet, count: int, seed: int, device: torch.device, steps
 
 
 def kept_pairs(path: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
-    """`make_pairs`, or what it wrote to path in an earlier run."""
+    """`make_pairs`, or what it wrote to path in an earlier run.
+
+    Raises ValueError if those are of another teacher or other settings, or path cannot be written.
+    """
     device = next(teacher.parameters()).device
+    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
+    made_from = {"teacher": digest, "count": str(count), "seed": str(seed), "steps": str(steps)}
     if path.is_file():
+        with safe_open(path, "pt") as f:
+            if f.metadata() != made_from:
+                raise ValueError(f"{path} holds pairs of another teacher or other settings; pass another --out")
         kept = load_file(path, device=str(device))
         return Digits(kept["images"], kept["labels"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); pass another --out") from error
     print(f"the teacher makes {count} digits in {steps} steps each")
     made = make_pairs(teacher, count, seed, device, steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights.save({"images": made.images, "labels": made.labels}, path)
+    weights.save({"images": made.images, "labels": made.labels}, path, made_from)
     return made
 
 
@@ -135,34 +149,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--pairs", type=int, default=20000, help="how many lines reflow learns (default %(default)s)")
     args = p.parse_args(argv)
     preset, quick = PRESETS[args.preset], args.quick
-    device, clock, plan, out = training.device(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    about, steps, count = settings(args, "mnist.train_flow"), *((3, 1) if quick else (FLOW_STEPS, 4))
+    device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
+    about = settings(args, "mnist.train_flow")
+    steps, count = (3, 1) if quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model, levels = load(args.teacher, "flow", device), load(args.teacher, "flow", device), {}
-        pairs = kept_pairs(out / "pairs.safetensors", teacher, 200 if quick else args.pairs, args.seed, steps)
+        pairs = kept_pairs(out / "training" / "pairs.safetensors", teacher, 200 if quick else args.pairs, args.seed,
+                           steps)  # fmt: skip
         train, test = pairs[len(pairs) // 10 :], pairs[: len(pairs) // 10]
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
         train, test = training.pictures(args, device)
         levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
                   "memorisation": floors.memorised_flow_loss(train.images)}  # fmt: skip
-    run = Run(model, FlowMatching(), train, test, plan, out, seed=args.seed, floors=levels, compiled=args.compile)
+    run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, train),
+              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
 
-    def draw(guidance_scale: float) -> Tensor:
-        return flow.solve(velocity(model, labels, guidance_scale), x_0, flow.grid(steps))
+    def draw(guidance_scale: float, n: int = CLASSES) -> Tensor:
+        told = None if labels is None else labels[:n]
+        return flow.solve(velocity(model, told, guidance_scale), x_0[:n], flow.grid(steps))
 
     told = None if labels is None else args.guidance_scale
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            save_samples(draw(args.guidance_scale), "Flow", told, epoch, out, about)
+            save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", told, epoch, out, about)
 
     if not run.train(after_epoch):
         return
-    training.write(out, model, {"kind": "flow", "preset": args.preset, "unet": asdict(model.config)})
+    training.write(
+        out, model, {"kind": "flow", "preset": args.preset, "dataset": args.dataset, "unet": asdict(model.config)}
+    )
     run.report()
     if labels is not None:
         save_guidance(draw, out, about)

@@ -4,11 +4,11 @@ A trainer gives it a network, the pictures, a plan, and its loss:
 
     loss(model, batch, generator) -> one number            batch: Digits; generator: for the noise of this step
 
-What lies in the run's folder afterwards:
+What lies in OUT afterwards, beside the trainer's pictures:
 
-    checkpoint.pt   network, optimizer, step, all losses: written every epoch and on Ctrl-C, first under another name
-    loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
-    loss.png        whole run, first and last epoch, with the floors as lines, if matplotlib is installed
+    training/checkpoint.pt   network, optimizer, step, all losses: every epoch and on Ctrl-C, first under another name
+    training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
+    training/loss.png        whole run, first and last epoch, the floors as lines, if matplotlib is installed
     config.json, model.fp16.safetensors     the trained network, for `read`
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,6 +66,14 @@ class Plan:
     lr: float
     lr_decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError on numbers that no run can have."""
+        if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.lr < math.inf or not 0 < self.lr_decay <= 1:
+            raise ValueError(
+                "need epochs and batch_size of at least 1, lr of at least 0, and lr_decay in (0, 1], got "
+                f"{self.epochs}, {self.batch_size}, {self.lr:g}, {self.lr_decay:g}"
+            )
+
     def lr_at(self, epoch: int) -> float:
         """lr * lr_decay^(epoch / epochs): with lr_decay 0.1 the course's ExponentialLR of gamma 0.1^(1 / epochs)."""
         return self.lr * self.lr_decay ** (epoch / self.epochs)
@@ -75,17 +84,18 @@ class Run:
 
     def __init__(
         self, model: nn.Module, loss: Loss, train: Digits, test: Digits, plan: Plan, folder: Path, *,
-        seed: int = 0, floors: Mapping[str, float] | None = None, compiled: bool = False,
+        what: str = "", seed: int = 0, floors: Mapping[str, float] | None = None, compiled: bool = False,
     ):  # fmt: skip
         """model, train and test on the device to train on.  floors: name -> level, lines in the plot.
 
-        Goes on from folder/checkpoint.pt if there is one. Raises ValueError if that is of another plan or network, if
-        a batch is larger than the training set, or the folder cannot be written.
+        what: what is trained, in words; a run only goes on with the same.
+        Goes on from folder/checkpoint.pt if there is one. Raises ValueError if that is of another run, if a batch is
+        larger than the training set, or the folder cannot be written.
         """
         if not 1 <= plan.batch_size <= len(train):
             raise ValueError(f"batch_size must lie in 1..{len(train)}, the pictures there are, got {plan.batch_size}")
         self.model, self.loss, self.train_set, self.test_set = model, loss, train, test
-        self.plan, self.folder, self.seed, self.floors = plan, folder, seed, dict(floors or {})
+        self.plan, self.folder, self.what, self.seed, self.floors = plan, folder, what, seed, dict(floors or {})
         self.device = train.images.device
         self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=self.device.type in ("cpu", "cuda"))
         self.steps_per_epoch = len(train) // plan.batch_size
@@ -94,6 +104,7 @@ class Run:
         self.checkpoint = folder / "checkpoint.pt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoint.with_suffix(".tmp").touch()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
         if self.checkpoint.is_file():
@@ -107,12 +118,17 @@ class Run:
             self.model.compile()
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        known = {"plan": asdict(self.plan), "seed": self.seed}
-        for name, value in known.items():
-            if state[name] != value:
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            kept = {name: state[name] for name in ("what", "plan", "seed")}
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.checkpoint} is no checkpoint of a run; delete it, or pass another --out"
+            ) from error
+        for name, value in (("what", self.what), ("plan", asdict(self.plan)), ("seed", self.seed)):
+            if kept[name] != value:
                 raise ValueError(
-                    f"{self.checkpoint} is of a run with another {name} ({state[name]}, now {value}); "
+                    f"{self.checkpoint} is of a run with another {name} ({kept[name]}, now {value}); "
                     "pass its settings to go on with it, or another --out"
                 )
         try:
@@ -126,7 +142,7 @@ class Run:
     def save(self) -> None:
         """The checkpoint and the curves, each complete or not there."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
-                 "test_losses": self.test_losses, "plan": asdict(self.plan), "seed": self.seed,
+                 "test_losses": self.test_losses, "what": self.what, "plan": asdict(self.plan), "seed": self.seed,
                  "way": list(self.way)}  # fmt: skip
         torch.save(state, self.checkpoint.with_suffix(".tmp"))
         os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
@@ -135,7 +151,7 @@ class Run:
         plot(self.folder / "loss.png", self.losses, self.test_losses, self.steps_per_epoch, self.floors)
 
     def one_step(self, batch: Digits, step: int) -> Tensor:
-        """Loss, gradient, Adam. Returns the loss, still on the device, so that nothing waits for it."""
+        """Loss, gradient, Adam. Returns the loss, still on the device, so that no step waits for the one before."""
         images = batch.images.to(memory_format=self.layout)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.loss(self.model, Digits(images, batch.labels), generator(self.device, self.seed, STEP, step))
@@ -152,6 +168,7 @@ class Run:
                 self.one_epoch(len(self.losses) // n, stopped)
                 if len(self.losses) % n == 0 and after_epoch is not None:
                     after_epoch(len(self.losses) // n)
+        self.model.eval()  # also if there was nothing left to train
         if len(self.losses) < total:
             print(f"stopped after step {len(self.losses)}; the same command goes on from there")
         return len(self.losses) == total
@@ -168,35 +185,40 @@ class Run:
         bar = tqdm(range(first, n), desc=what, initial=first, total=n, mininterval=2, leave=False)
         for i in bar:
             pending.append(self.one_step(self.train_set[order[i * size : (i + 1) * size]], epoch * n + i))
-            if len(pending) == 50 or i + 1 == n or stopped():
+            stop = stopped()  # asked once, so that what was stepped is also written down
+            if len(pending) == 50 or i + 1 == n or stop:
                 self.take_down(pending)
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}")
-            if stopped():
+            if stop:
                 bar.close()
                 break
         per_second = (len(self.losses) - epoch * n - first) * size / (time.perf_counter() - start)
         self.model.eval()
         if len(self.losses) == (epoch + 1) * n:
-            self.test_losses.append(self.test_loss(TEST_PICTURES))
+            self.test_losses.append(self.finite(self.test_loss(TEST_PICTURES)))
             print(f"{what}: loss {sum(self.losses[-n:]) / n:.5f}, on test pictures {self.test_losses[-1]:.5f}, "
                   f"{per_second:.0f} images/s")  # fmt: skip
         self.save()
 
     def take_down(self, pending: list[Tensor]) -> None:
-        """Move losses from the device to the list. Raises FloatingPointError if one is not finite."""
+        """Move losses from the device to the list."""
         for loss in torch.stack(pending).tolist():
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss} at step {len(self.losses) + 1}; the last good checkpoint is {self.checkpoint}: "
-                    "train with a smaller --lr into another --out"
-                )
-            self.losses.append(loss)
+            self.losses.append(self.finite(loss))
         pending.clear()
+
+    def finite(self, loss: float) -> float:
+        """The loss. Raises FloatingPointError if it is not finite, before anything is saved."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} at step {len(self.losses) + 1}; the last good checkpoint is {self.checkpoint}: "
+                "train with a smaller --lr into another --out"
+            )
+        return loss
 
     @torch.no_grad()
     def test_loss(self, pictures: int) -> float:
-        """The loss on the first test pictures, with the same noise every time; for a model in eval mode."""
-        random, test = generator(self.device, self.seed, TEST), self.test_set[:pictures]
+        """The loss on so many test pictures, with the same noise every time; for a model in eval mode."""
+        random, test = generator(self.device, self.seed, TEST), some(self.test_set, pictures)
         parts = [test[i : i + 500] for i in range(0, len(test), 500)]
         return sum(self.loss(self.model, part, random).item() * len(part) for part in parts) / len(test)
 
@@ -221,6 +243,12 @@ def stopped_between_steps() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def some(digits: Digits, n: int) -> Digits:
+    """n of them (all, if there are fewer), the same ones every time, drawn from all: MNIST's first half is easier."""
+    order = torch.randperm(len(digits), generator=generator("cpu", TEST))
+    return digits[order[:n].to(digits.labels.device)]
 
 
 def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:
@@ -248,7 +276,8 @@ def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:
                 break  # no warming up will make that good
         seconds[dtype, layout] = min(runs)
     best = min(seconds, key=seconds.get)
-    print(", ".join(f"{dtype} {layout} {len(batch) / s:.0f}" for (dtype, layout), s in seconds.items()), "images/s")
+    print(", ".join(f"{dtype} {layout} {len(batch) / s:.0f}" for (dtype, layout), s in seconds.items()),
+          "images/s" if device.type != "cpu" else "images per second of one core")  # fmt: skip
     print(f"training in {best[0]}, {best[1]}")
     return best
 
@@ -297,7 +326,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
     weights.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    (folder / "config.tmp").write_text(json.dumps(dict(config), indent=2) + "\n")
+    os.replace(folder / "config.tmp", folder / "config.json")
 
 
 def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
@@ -305,7 +335,8 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming the command that trains one if there is none, or what is wrong with it.
     """
-    maker = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion", "flow": "train_flow"}
+    maker = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion --preset class",
+             "flow": "train_flow --preset class"}  # fmt: skip
     how = f"train one with `python -m minidiff.mnist.{maker[kind]} --out {folder}`"
     path = folder / "config.json"
     if not path.is_file():
@@ -315,9 +346,18 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
         tensors = load_file(folder / "model.fp16.safetensors")
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} cannot be read ({error}); {how}") from error
-    if config["kind"] != kind:
-        raise ValueError(f"{folder} holds a {config['kind']}, not a {kind}; {how}")
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise ValueError(f"{folder} holds a {found}, not a {kind}; {how}")
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """What `read` gave, into the network. Raises ValueError if it does not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: config.json and model.fp16.safetensors do not fit each other ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -349,18 +389,13 @@ def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
     return replace(plan, **given)
 
 
+def named(args: argparse.Namespace, train: Digits) -> str:
+    """What a run trains, in words: its preset, and the pictures."""
+    teacher = f", teacher {args.teacher}" if args.preset == "reflow" else ""
+    return f"{args.preset}{teacher}, {len(train)} pictures of {args.dataset}"
+
+
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
     """The training and the test pictures on the device; a few of each if --quick. Raises ValueError as `data.load`."""
     train, test = (load(args.data, args.dataset, part).to(device) for part in (True, False))
     return (train[:400], test[:100]) if args.quick else (train, test)
-
-
-def device(name: str) -> torch.device:
-    """The one of this name, or the best of this machine if auto. Raises ValueError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
-    return torch.device(name)

@@ -1,5 +1,7 @@
 """The digits are what they should be, random sources are repeatable, and a missing data set says what to do."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -39,10 +41,21 @@ def test_without_data_and_network_the_way_out_is_told(tmp_path, monkeypatch):
     import torchvision.datasets
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(
-        ValueError, match=r"(?s)no readable MNIST in .*downloading it failed.*copy the folder `data` here"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)no readable MNIST in .*none to be had.*copy the folder `data` here"):
         data.load(tmp_path / "none")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="no readable MNIST in"):
         data.load(tmp_path / "file")
+
+
+def test_broken_and_unequal_files_are_told(folder, tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    shutil.copytree(folder, tmp_path / "data")
+    labels = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    for broken in (b"\0\0\x08\x01" + (10).to_bytes(4, "big") + whole[8:18], b"\1\1\1\1" + whole[4:], b""):
+        labels.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"(?s)no readable MNIST in .*none to be had"):
+            data.load(tmp_path / "data")

@@ -94,6 +94,15 @@ def test_noise_blur_and_missing_classes_raise_the_distance_step_by_step(trained,
         assert found == sorted(found) and found[0] < 1e-3 < 10 * found[1], found
 
 
+def test_the_distances_of_real_digits_are_means_over_shuffled_parts(monkeypatch):
+    """Sorted features, whose first half is nothing like the whole: the floor for half of them is still small."""
+    monkeypatch.setattr(judge, "FLOOR_SIZES", (500, 1000, 2000))
+    features = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(0).values
+    found = judge.real_distances(features, judge.gaussian(features))
+    assert list(found) == ["500", "1000"] and abs(found["1000"]) < 1e-9 and found["500"] < 0.05
+    assert judge.frechet(judge.gaussian(features[:500]), judge.gaussian(features)) > 1
+
+
 def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digits, tmp_path, capsys):
     some = digits[:100]
     save_file(
@@ -105,7 +114,7 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     wrong = judge.agreement(verdicts, (some.labels + 1) % 10)
     assert "N = 100, seed 7; the judge is right about" in shown and wrong < 0.2
     assert f"agreement with the class asked for: {wrong:.2%}" in shown and "entropy 2.2" in shown
-    assert "Frechet distance to the training digits:" in shown and "100 real test digits: 0.500" in shown
+    assert "Frechet distance to the training digits:" in shown and "of real test digits: 0.500 for 100" in shown
     assert "no Frechet distance: 64 features need more than 64" in "".join(
         judge.report(trained, some.images[:5], None, 0)
     )
@@ -129,6 +138,11 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "holds no images" in fails("score", str(tmp_path / "none.safetensors"))
     save_file({"pictures": torch.zeros(1)}, tmp_path / "s.safetensors")
     assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
+    two = {"images": torch.zeros(2, 1, 28, 28), "labels": torch.zeros(3, dtype=torch.int64)}
+    save_file(two, tmp_path / "s.safetensors")
+    assert "2 images, but 3 labels" in fails("score", str(tmp_path / "s.safetensors"))
+    for images in (torch.zeros(0, 1, 28, 28), torch.full((2, 1, 28, 28), torch.nan)):
+        assert "no samples, or not finite" in judge.report(trained, images, None, 0)[0]
     save_file({"images": torch.zeros(5, 28, 28)}, tmp_path / "s.safetensors")
     assert "images must be (N, 1, 28, 28), got (5, 28, 28)" in fails("score", str(tmp_path / "s.safetensors"))
     save_file({"images": torch.zeros(1, 1, 28, 28)}, tmp_path / "s.safetensors")

@@ -1,15 +1,19 @@
 """The three trainers and the sampler: what their losses ask for, and that every command makes its pictures."""
 
 import functools
+from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
 
 from minidiff import flow, images
-from minidiff.mnist import drawing, sample, train_denoiser, train_diffusion, train_flow, training
+from minidiff.hub import WEIGHTS
+from minidiff.mnist import drawing, judge, sample, train_denoiser, train_diffusion, train_flow, training
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import seeded
+from tests.test_commands import fails
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -117,6 +121,8 @@ def test_the_mean_picture_is_recognised_as_such(digits):
     mean = digits.images.mean(0, keepdim=True)
     *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: (mean + 0.1).expand_as(z), digits)
     assert distance == pytest.approx(0.1, rel=1e-5) and spread == pytest.approx(0, abs=1e-6)
+    *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: mean + 0.2 * z, digits)  # each by itself
+    assert distance == pytest.approx(0.2, rel=0.02) and spread == pytest.approx(0.2, rel=0.02)
 
 
 def test_cleaning_starts_at_its_time_and_ends_at_the_digit(digits):
@@ -149,6 +155,11 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png"]
     shown = capsys.readouterr().out
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
+    run(train_denoiser, tmp_path / "d", folder, "--four")  # again: nothing is trained, all is said as before
+    assert capsys.readouterr().out.splitlines()[1:-1] == shown.splitlines()[1:-1]
+    assert "of a run with another what (course, 400 pictures of mnist, now pure-noise, 400 pictures" in fails(
+        capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--preset", "pure-noise"
+    )
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
     config, tensors = training.read(tmp_path / "d", "denoiser")
     UNet(UNetConfig(**config["unet"])).load_state_dict(tensors)
@@ -173,10 +184,13 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert "reflow.png" in made and "its teacher" in capsys.readouterr().out
     student, teacher = (training.read(tmp_path / name, "flow")[1] for name in ("r", "f"))
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
+    assert "holds pairs of another teacher or other settings" in fails(
+        capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "r", "--preset", "reflow",
+        "--teacher", tmp_path / "f", "--seed", "5",
+    )  # fmt: skip
     sample.main(["--kind", "flow", "--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
                  "--num-images", "2", "--quick", "--guidance-scale", "1", "5",
-                 "--tensors", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path),
-                 "--out", str(tmp_path / "s.png")])  # fmt: skip
+                 "--tensors", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "s.png")])  # fmt: skip
     kept = training.load_file(tmp_path / "s.safetensors")
     assert kept["labels"].tolist() == [3, 7, 8, 3, 7, 8] and kept["images"].shape == (6, 1, 28, 28)
     net = drawing.load(tmp_path / "f", "flow", torch.device("cpu"))
@@ -198,6 +212,10 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
             "no trained ddpm in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
+        (["--solver", "heun"], "--solver is for --kind flow"),
+        (["--kind", "flow", "--solver", "dormand-prince", "--steps", "9"], "chooses its own steps; leave out --steps"),
+        (["--steps", "0"], "cannot take 0 steps out of 300; choose 1 to 300"),
+        (["--judge", "nowhere", "--quick"], "no trained judge in nowhere"),
         (["--tensors", "digits.pt"], "must end in one of .safetensors"),
     ],
 )
@@ -205,6 +223,30 @@ def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         sample.main(["--out", str(tmp_path / "s.png"), *flags])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, capsys):
+    unet = UNet(UNetConfig(4, time=True))
+    training.write(tmp_path / "f", unet, {"kind": "flow", "dataset": "mnist", "unet": asdict(unet.config)})
+    flags = ["--kind", "flow", "--model", str(tmp_path / "f"), "--quick", "--out", str(tmp_path / "s.png")]
+    sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors")])
+    assert "labels" not in training.load_file(tmp_path / "s.safetensors")
+    assert "agreement" not in capsys.readouterr().out
+    assert "nothing to guide; pass one --guidance-scale" in fails(capsys, sample.main, *flags, "--guidance-scale", 0, 5)
+
+
+def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
+    message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "n", "--lr", "1e30",
+                    "--epochs", 2)  # fmt: skip
+    assert "error: loss is nan at step" in message or "error: loss is inf at step" in message
+
+
+def test_the_embedded_ddpm_draws_the_digits_it_is_asked_for():
+    labels = torch.arange(10).repeat(2)
+    unet = drawing.load(WEIGHTS / "mnist" / "ddpm", "ddpm", torch.device("cpu"))
+    x = drawing.draw_ddpm(drawing.prediction(unet, labels, 5.0), seeded(0, 20), torch.device("cpu"), 30)
+    verdicts = judge.look(judge.load(WEIGHTS / "mnist" / "judge")[0], x)[1]
+    assert judge.agreement(verdicts, labels) >= 0.85
 
 
 def test_digits_are_parsed():

@@ -11,7 +11,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
-from minidiff.mnist import training
+from minidiff import cli
+from minidiff.mnist import drawing, training
 from minidiff.mnist.data import Digits
 from minidiff.mnist.training import Plan, Run
 
@@ -127,9 +128,13 @@ def with_accident(step, accident):
     return accidental
 
 
-@pytest.mark.parametrize("at", [3, 17])
-def test_a_run_that_is_killed_resumes_exactly(start, at):
+@pytest.mark.parametrize(
+    ("at", "way"),
+    [(3, ("float32", "contiguous")), (17, ("float32", "contiguous")), (17, ("bfloat16", "channels_last"))],
+)
+def test_a_run_that_is_killed_resumes_exactly(start, monkeypatch, at, way):
     """Killed in step `at`, between checkpoints: the torn epoch is made again, bit for bit."""
+    monkeypatch.setattr(training, "measure", lambda *args: way)
     whole = start("whole")
     whole.train()
 
@@ -163,8 +168,8 @@ def test_ctrl_c_saves_at_once_and_the_next_run_goes_on_from_there(start, capsys)
 
 def test_a_finished_run_trains_no_further(start):
     start().train()
-    again = start(loss=lambda *args: pytest.fail("a step was made"))
-    assert again.train() and len(again.losses) == 30
+    again = start(loss=lambda net, *args: pytest.fail("a step was made") if net.training else torch.zeros(()))
+    assert again.train() and len(again.losses) == 30 and not again.model.training
 
 
 def test_a_nan_stops_with_the_last_good_checkpoint_named(start):
@@ -180,6 +185,34 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(start):
         run.train()
     kept = start()
     assert len(kept.losses) == 10 and all(v.isfinite().all() for v in weights_of(kept).values())
+
+
+def test_a_nan_that_only_the_test_pictures_show_is_not_saved_either(start):
+    start(plan=Plan(1, 40, 1e-2)).train()
+
+    def breaks(net, batch, generator):
+        return loss(net, batch, generator) * (1 if net.training else torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 11; the last good checkpoint"):
+        start("other", loss=breaks).train()
+    assert len(start("other").losses) == 0
+
+
+def test_ctrl_c_between_two_looks_loses_no_step(start):
+    """However the signal falls, every step that was made is written down."""
+    run = start()
+    looks = iter([False] * 4 + [True] * 9)
+    run.one_epoch(0, lambda: next(looks))
+    made = max(int(s["step"]) for s in run.optimizer.state.values())
+    assert len(run.losses) == made == 5
+
+
+def test_test_pictures_are_drawn_from_all_and_always_the_same(digits):
+    found = training.some(digits, 100)
+    assert torch.equal(found.images, training.some(digits, 100).images) and len(found) == 100
+    where = [(digits.images == x).flatten(1).all(1).nonzero()[0].item() for x in found.images]
+    assert len(set(where)) == 100 and max(where) > 400 and min(where) < 100
+    assert len(training.some(digits, 10**6)) == len(digits)
 
 
 def test_a_checkpoint_is_never_half_written(start, monkeypatch):
@@ -202,6 +235,8 @@ def test_other_settings_do_not_continue_a_run(start, tmp_path):
         start(plan=Plan(3, 40, 0.5, 0.1))
     with pytest.raises(ValueError, match="of a run with another seed"):
         start(seed=1)
+    with pytest.raises(ValueError, match=r"of a run with another what \(, now pure-noise\)"):
+        start(what="pure-noise")
     with pytest.raises(ValueError, match="of another network"):
         start(net=nn.Conv2d(1, 1, 1))
 
@@ -209,11 +244,20 @@ def test_other_settings_do_not_continue_a_run(start, tmp_path):
 def test_bad_input_is_told(start, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size must lie in 1\.\.400, the pictures there are, got 500"):
         start(plan=Plan(1, 500, 1e-3))
+    for numbers_of in ((0, 1, 1e-3), (1, 0, 1e-3), (1, 1, float("nan")), (1, 1, -1.0), (1, 1, 1e-3, 0.0)):
+        with pytest.raises(ValueError, match="need epochs and batch_size of at least 1, lr of at least 0"):
+            Plan(*numbers_of)
     (tmp_path / "file").write_text("")
+    torch.save({"a": 1}, tmp_path / "foreign")
+    for i, broken in enumerate((b"", b"PK\3\4 half", b"nonsense", (tmp_path / "foreign").read_bytes())):
+        (tmp_path / f"b{i}").mkdir()
+        (tmp_path / f"b{i}" / "checkpoint.pt").write_bytes(broken)
+        with pytest.raises(ValueError, match="is no checkpoint of a run; delete it, or pass another --out"):
+            start(f"b{i}")
     with pytest.raises(ValueError, match="cannot write to .*file.*pass another --out"):
         start("file/run")
     with pytest.raises(ValueError, match="no device 'tpu9' here"):
-        training.device("tpu9")
+        cli.device_of("tpu9")
 
 
 def test_the_fastest_way_is_measured_and_leaves_the_model_alone(digits, capsys):
@@ -262,6 +306,13 @@ def test_missing_and_wrong_networks_are_told(tmp_path):
     training.write(tmp_path / "n", model(), {"kind": "flow"})
     with pytest.raises(ValueError, match="holds a flow, not a judge; train one with .*judge train"):
         training.read(tmp_path / "n", "judge")
+    with pytest.raises(ValueError, match="do not fit each other"):
+        training.fill(nn.Conv2d(1, 1, 1), training.read(tmp_path / "n", "flow")[1], tmp_path / "n")
+    with pytest.raises(ValueError, match="config.json describes no network of digits"):
+        drawing.load(tmp_path / "n", "flow", torch.device("cpu"))
+    (tmp_path / "n" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a None, not a flow"):
+        training.read(tmp_path / "n", "flow")
     (tmp_path / "n" / "model.fp16.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="n cannot be read .*train one with"):
         training.read(tmp_path / "n", "flow")
