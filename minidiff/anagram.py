@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         [f"{view.name}: {prompt}, seed {args.seed + i}" for view, prompt in zip(chosen, args.prompts)]
         for i in range(args.num_images)
     ]
+    cascade.finish("anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]")
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
-    cascade.finish("anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]")
 
 
 def _condition(cascade: cli.Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
@@ -141,11 +141,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
     cli.add_edit_flags(p)
     cli.add_cascade_flags(p, "")
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
     if args.check:
         return args
     if not args.prompts:
-        raise ValueError('no prompts; pass one for each view, such as "a castle" "a skull" --view identity rotate_180')
+        raise ValueError('no prompts; pass one for each view, before --view: "a castle" "a skull" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
     if len(args.view or []) != len(args.prompts):

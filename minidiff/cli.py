@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
+import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 from minidiff import editing, hub, images, weights
 from minidiff.deepfloyd import prompts as prompt_files
@@ -31,7 +36,16 @@ from minidiff.sampling import network_calls, seeded, visits
 from minidiff.schedule import Schedule, respaced, strided
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("auto", "cpu", "cuda", "mps")
 QUICK_STEPS = "4"
+
+
+def finite(text: str) -> float:
+    """The type of flags that take any number but nan and inf."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def parser(doc: str, out: str) -> argparse.ArgumentParser:
@@ -57,14 +71,17 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """A main whose ValueErrors and FloatingPointErrors become one line on stderr and exit status 2, as do warnings."""
+    """A main whose errors of the user's making become one line on stderr and exit status 2; warnings one line each."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             main(argv)
-        except (ValueError, FloatingPointError) as error:
+        except torch.OutOfMemoryError as error:
+            print(f"error: {error}; pass fewer --num-images, or --split-batch", file=sys.stderr)
+            sys.exit(2)
+        except (ValueError, FloatingPointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -75,6 +92,8 @@ def device_of(name: str) -> torch.device:
     """The device of this name, or the best of this machine if auto. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in DEVICES:
+        raise ValueError(f"no device {name!r}; choose from {', '.join(DEVICES)}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -105,22 +124,29 @@ def encode(args: argparse.Namespace, model: str, texts: Sequence[str]) -> Tensor
     return prompt_files.load_text_encoder(folder, dtype, device, streamed)(texts).cpu()
 
 
-def add_cascade_flags(p: argparse.ArgumentParser, steps: str, stage2: bool = True) -> None:
-    """The flags of commands that draw with both stages. steps: of stage 1, if the model is not to decide.
+def add_cascade_flags(
+    p: argparse.ArgumentParser, steps: str, stage2: bool = True, *, only_stage1: bool = False,
+    guidance: str = "mini 5, others 7",
+) -> None:  # fmt: skip
+    """The flags of commands that draw with the cascade. steps: of stage 1, if the model is not to decide.
 
-    stage2: whether stage 2 is asked unless told otherwise.
+    stage2: whether stage 2 is asked unless told otherwise.  only_stage1: one picture of stage 1 is all there is to it.
+    guidance: the default of --guidance-scale in words.
     """
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--stage2", default=None if stage2 else "none",
-                   help="mini, a released name, a folder, or none (default: "
-                   + ("what fits --model)" if stage2 else "none)"))  # fmt: skip
     p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
                    help="of stage 1: a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
                    + f"{steps or 'mini 27, others 100'})")  # fmt: skip
-    p.add_argument("--stage2-steps", help="of stage 2 (default: mini 20, others 50)")
-    p.add_argument("--guidance-scale", type=float, nargs="+", help="of stage 1; 1 is none (default: mini 5, others 7)")
-    p.add_argument("--stage2-guidance-scale", type=float, help="of stage 2 (default: mini 1, others 4)")
-    p.add_argument("--num-images", type=int, default=1, help="pictures, seeds counted up (default %(default)s)")
+    p.add_argument("--guidance-scale", type=finite, nargs="+", help=f"of stage 1; 1 is none (default: {guidance})")
+    if only_stage1:
+        p.set_defaults(stage2="none", stage2_steps=None, stage2_guidance_scale=None, num_images=1)
+    else:
+        p.add_argument("--stage2", default=None if stage2 else "none",
+                       help="mini, a released name, a folder, or none (default: "
+                       + ("what fits --model)" if stage2 else "none)"))  # fmt: skip
+        p.add_argument("--stage2-steps", help="of stage 2 (default: mini 20, others 50)")
+        p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
+        p.add_argument("--num-images", type=int, default=1, help="pictures, seeds counted up (default %(default)s)")
     add_text_flags(p)
 
 
@@ -129,9 +155,9 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
     if image:
         p.add_argument("--image", type=Path, help="a picture to start from, or to keep some of")
     p.add_argument("--mask", type=Path, help="picture of the same shape, white where new content goes")
-    p.add_argument("--box", type=float, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+    p.add_argument("--box", type=finite, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
                    help="instead of --mask: a rectangle, in pixels of 64")  # fmt: skip
-    p.add_argument("--feather", type=float, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
+    p.add_argument("--feather", type=finite, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
 
 
 def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespace:
@@ -139,7 +165,11 @@ def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespac
 
     sweeps: whether the command compares several --steps or --guidance-scale.
     """
+    args.model = hub.short_name(args.model, 1)
     mini = args.model == "mini"
+    given = args.stage2_steps or args.stage2_guidance_scale is not None
+    if args.stage2 is not None:
+        args.stage2 = hub.short_name(args.stage2, 2)
     if args.stage2 is None:
         args.stage2 = "mini" if mini else "IF-II-M-v1.0" if args.model in hub.RELEASED else "none"
     args.steps = [QUICK_STEPS] if args.quick else args.steps or ["27" if mini else "100"]
@@ -147,6 +177,8 @@ def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespac
     args.guidance_scale = args.guidance_scale or [5.0 if mini else 7.0]
     if args.stage2_guidance_scale is None:
         args.stage2_guidance_scale = 1.0 if args.stage2 == "mini" else 4.0
+    if args.stage2 == "none" and given:
+        raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if not sweeps and len(args.steps) * len(args.guidance_scale) > 1:
@@ -184,6 +216,7 @@ class Cascade:
         folders = [hub.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":
             folders.append(hub.resolve(args.stage2, 2, ("unet",), print))
+        check_widths(folders, None)
         embeds = encode(args, args.model, [args.negative_prompt, *texts])[:, None]  # (1 + N, 1, L, D)
         self.negative, self.prompts = embeds[0], list(embeds[1:])
         check_widths(folders, embeds)
@@ -215,9 +248,8 @@ class Cascade:
         return results
 
     def enlarge(
-        self, condition: Condition, walks: Sequence[Walk], small: Sequence[tuple[Tensor, list[torch.Generator]]],
-        noise_level: int = stages.NOISE_LEVEL,
-    ) -> list[Tensor]:  # fmt: skip
+        self, condition: Condition, walks: Sequence[Walk], small: Sequence[tuple[Tensor, list[torch.Generator]]]
+    ) -> list[Tensor]:
         """Stage 2 on each result of `draw`: pictures (num_images, 3, 256, 256); none if there is no stage 2."""
         if self.upper is None:
             return []
@@ -225,9 +257,7 @@ class Cascade:
         announce(f"{size} px", self.upper, condition, [scale] * len(walks), walks, len(small[0][0]), (size, size))
         for walk, (low_res, generators) in zip(walks, small):
             walk = replace(walk, on_step=progress(walk, f"{size} px"))
-            x = stages.sample_super_resolution(
-                self.upper, low_res, condition, walk, generators, guidance_scale=scale, noise_level=noise_level
-            )
+            x = stages.sample_super_resolution(self.upper, low_res, condition, walk, generators, guidance_scale=scale)
             pictures.append(x.cpu())
         return pictures
 
@@ -242,14 +272,28 @@ def check_pictures(args: argparse.Namespace, steps: str) -> None:
     Raises ValueError.
     """
     for name in ("image", "mask", "reference"):
-        if getattr(args, name, None) is not None:
-            images.load(getattr(args, name))
+        path = getattr(args, name, None)
+        if path is not None:
+            images.load(path)
+            if path.expanduser().resolve() == args.out.expanduser().resolve():
+                raise ValueError(f"the result would take the place of {path}; pass another --out")
     if hasattr(args, "mask"):
-        load_mask(args, 64)
-    start, last = getattr(args, "i_start", None), len(walk_of(steps).timesteps) - 1
+        mask = load_mask(args, 64)
+        if mask is None and args.feather:
+            raise ValueError("--feather softens a mask; pass --mask or --box")
+        if mask is not None and mask.max() == 0:
+            warnings.warn("the mask is black all over: nothing will be painted", stacklevel=2)
+        if args.mask and args.image:
+            images.check_same_shape(args.image, args.mask)
+    start, last = getattr(args, "i_start", None), last_start(walk_of(steps))
     for i in start if isinstance(start, list) else [] if start is None else [start]:
         if not 0 <= i <= last:
             raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {i}")
+
+
+def last_start(walk: Walk) -> int:
+    """The last place on the steps from which the network is asked at all."""
+    return len(walk.timesteps) - (1 if walk.final_step else 2)
 
 
 def check_optional_image(args: argparse.Namespace) -> None:
@@ -262,21 +306,27 @@ def check_optional_image(args: argparse.Namespace) -> None:
 
 
 def animation_beside(out: Path) -> Path:
-    """Where the animation that goes with a picture is written. Raises ValueError if that is the picture itself."""
+    """Where the animation that goes with a picture is written. Raises ValueError if it cannot be there."""
     if out.suffix.lower() == ".gif":
         raise ValueError(
             f"the animation goes to {out}; pass another name for the picture: --out {out.with_suffix('.png')}"
         )
+    images.check_output(out.with_suffix(".gif"))
     return out.with_suffix(".gif")
 
 
-def check_widths(folders: Sequence[Path], prompt_embeds: Tensor) -> None:
-    """Before hours of work: do all stages read states of the width that the text encoder (or file) gives?"""
-    for folder in folders:
-        width = hub.read_config(folder / "unet").get("encoder_hid_dim")
-        if width != prompt_embeds.shape[-1]:
+def check_widths(folders: Sequence[Path], prompt_embeds: Tensor | None) -> None:
+    """Before hours of work: do all stages read states of the width that the text encoder (or file) gives?
+
+    prompt_embeds: None if there are none yet; then the stages are compared with each other.
+    """
+    widths = [hub.read_config(folder / "unet").get("encoder_hid_dim") for folder in folders]
+    wanted = widths[0] if prompt_embeds is None else prompt_embeds.shape[-1]
+    whose = f"{folders[0].name} reads" if prompt_embeds is None else "these have"
+    for folder, width in zip(folders, widths):
+        if width != wanted:
             raise ValueError(
-                f"{folder.name} reads text states of width {width}, but these have {prompt_embeds.shape[-1]}: stages "
+                f"{folder.name} reads text states of width {width}, but {whose} {wanted}: stages "
                 "and text encoder must be of one family; choose another --stage2 or --prompt-embeds"
             )
 
@@ -353,13 +403,15 @@ def announce(
         asked.append((x, t, embeds))
         return torch.zeros_like(x[:, :3]), torch.zeros_like(x[:, :3])
 
-    total = 0
+    total, pictures, largest = 0, 0, None
     for scale, walk in zip(scales, walks):
         asked.clear()
         x = torch.zeros(num_images, channels, *size, device=stage.device)
         condition(note, scale)(x, torch.full((num_images,), int(walk.timesteps[0]), device=stage.device))
-        total += len(asked) * network_calls(visits(walk.timesteps, walk.final_step, walk.jumps))
-    x, t, embeds = asked[0]
+        calls = network_calls(visits(walk.timesteps, walk.final_step, walk.jumps))
+        total, pictures = total + len(asked) * calls, pictures + calls * sum(len(x) for x, *_ in asked)
+        largest = max([largest, *asked] if largest else asked, key=lambda call: len(call[0]))
+    x, t, embeds = largest
     labels = t if stage.unet.config.class_embed_type else None
     for _ in range(2):
         start = time.perf_counter()
@@ -367,7 +419,8 @@ def announce(
         seconds = time.perf_counter() - start
         if seconds > 2:
             break
-    print(f"{what}: {total} UNet calls, {len(x)} pictures in each, about {seconds * total:.0f} s")
+    each = f"{len(x)} pictures in each" if pictures == total * len(x) else f"up to {len(x)} pictures in each"
+    print(f"{what}: {total} UNet calls, {each}, about {seconds * pictures / len(x):.0f} s")
 
 
 class Clock:
@@ -377,8 +430,10 @@ class Clock:
         self.start = time.perf_counter()
 
     def __str__(self) -> str:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        text = f"{time.perf_counter() - self.start:.1f} s, peak memory {peak / 2**30:.2f} GiB"
+        text = f"{time.perf_counter() - self.start:.1f} s"
+        if resource is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            text += f", peak memory {peak / 2**30:.2f} GiB"
         if torch.cuda.is_available():
             text += f" and {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
         return text
@@ -387,11 +442,15 @@ class Clock:
 def settings(args: argparse.Namespace, name: str) -> dict[str, object]:
     """What goes into the picture's metadata: the command, its version and every flag."""
     flags = {key: value for key, value in vars(args).items() if value is not None}
-    return {"Software": f"minidiff {version('minidiff')}", "command": f"python -m minidiff.{name}", **flags}
+    try:
+        own = version("minidiff")
+    except PackageNotFoundError:  # run from the folder, not installed
+        own = "(not installed)"
+    return {"Software": f"minidiff {own}", "command": f"python -m minidiff.{name}", **flags}
 
 
 def finish(args: argparse.Namespace, name: str, rows: list[list[Tensor]], labels: list[list[str]], title: str,
            clock: Clock) -> None:  # fmt: skip
     """Write the labelled strip with its settings, and say where it is and what it took."""
-    images.save(images.strip(rows, labels, title), args.out, settings(args, name))
-    print(f"wrote {args.out}   ({clock})")
+    written = images.save(images.strip(rows, labels, title), args.out, settings(args, name))
+    print(f"wrote {written}   ({clock})")

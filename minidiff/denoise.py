@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minidiff import cli, components, images
@@ -80,21 +81,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("image", type=Path)
     p.add_argument("prompt", nargs="?", help="what it shows (default: nothing; a high quality photo for other models)")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
-    p.add_argument("--i-start", type=int, default=10, help="where the walk begins on its steps (default %(default)s)")
-    p.add_argument("--blur-sigma", type=float, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
+    p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
+    p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
     p.add_argument("--blur-kernel", type=int, default=BLUR_KERNEL, help="pixels of 64 (default %(default)s)")
-    cli.add_cascade_flags(p, "course", stage2=False)
-    args = p.parse_args(argv)
+    cli.add_cascade_flags(p, "course", only_stage1=True, guidance="1")
+    args = p.parse_intermixed_args(argv)
     args.guidance_scale = args.guidance_scale or [1.0]
     args = cli.fill_in(args)
-    if args.stage2 != "none" or args.num_images > 1:
-        raise ValueError("denoise looks at one picture of 64 pixels: leave out --stage2 and --num-images")
     args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
     for t in args.t:
         if not 0 <= t < 1000:
             raise ValueError(f"--t must lie in 0..999, got {t}")
-    if args.quick:
-        args.i_start = 0
+    if args.i_start is None:
+        args.i_start = min(10, len(cli.walk_of(args.steps[0]).timesteps) // 3)
+    components.blur(torch.zeros(3, 64, 64), args.blur_sigma, args.blur_kernel)  # so that wrong ones are told now
     return args
 
 

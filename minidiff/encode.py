@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--dtype", choices=["auto", *cli.DTYPES], default="auto", help="precision to compute in")
     p.add_argument("--out", type=Path, default=Path("out/embeds.safetensors"), help="default %(default)s")
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
     args.prompt_embeds = None
     clock = cli.Clock()
     images.check_output(args.out, known=(".safetensors",))

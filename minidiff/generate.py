@@ -10,7 +10,7 @@
 Writes a labelled strip, 64 and 256 pixels side by side. One seed is one picture: image i of --num-images uses seed + i
 whatever the others are. Several --guidance-scale make one row each, the pictures of all seeds side by side.
 --show-steps writes a second strip beside the first, OUT-steps: x_t, the estimate of the clean picture and eps at eight
-steps, with sigma, the noise added after it.
+steps, with sigma, the most noise that may be added after it (the network chooses how much of that).
 
 Reading order of a run: tokenizer, t5, prompts, unet, stages, guidance, sampling, ddpm, schedule, images.
 """
@@ -32,6 +32,9 @@ SHOWN_STEPS = 8
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
+    steps_out = args.out.with_name(f"{args.out.stem}-steps{args.out.suffix}")
+    if args.show_steps:
+        images.check_output(steps_out)
     plans = [(steps, scale) for steps in args.steps for scale in args.guidance_scale]
     cascade = cli.Cascade(args, [args.prompt])
     condition, seen = cascade.prompted(), []
@@ -54,12 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 labels.append([label, f"256 px, {second[k]} steps"][: len(rows[-1])])
     scales = ", ".join(f"{scale:g}" for scale in args.guidance_scale)
     title = f"{args.prompt or '(empty prompt)'}   [{args.model}, guidance {scales}]"
+    cascade.finish("generate", rows, labels, title)
     if args.show_steps:
-        steps_out = args.out.with_name(f"{args.out.stem}-steps{args.out.suffix}")
         rows_of_steps = show_steps(seen, walks[0].timesteps, walks[0].final_step, cascade.base.schedule)
         images.save(images.strip(*rows_of_steps, title), steps_out, cli.settings(args, "generate"))
         print(f"wrote {steps_out}")
-    cascade.finish("generate", rows, labels, title)
 
 
 def show_steps(
@@ -80,7 +82,7 @@ def show_steps(
         snr = (alpha_bar_t / (1 - alpha_bar_t)).item()
         labels[0].append(f"x_t, t = {t}, signal / noise {snr:.2g}")
         labels[1].append(f"estimate, rms {pred_x_start[0].square().mean().sqrt():.2f}")
-        labels[2].append(f"eps / 3, then sigma {sigma:.2f}")
+        labels[2].append(f"eps / 3, then sigma <= {sigma:.2f}")
     return rows, labels
 
 
@@ -89,7 +91,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("prompt")
     cli.add_cascade_flags(p, "")
     p.add_argument("--show-steps", action="store_true", help="also write a strip of what happens on the way")
-    args = cli.fill_in(p.parse_args(argv), sweeps=True)
+    args = p.parse_intermixed_args(argv)
+    if args.steps and len(args.steps) > 1 and args.stage2_steps:
+        raise ValueError("with several --steps stage 2 takes as many each time; leave out --stage2-steps")
+    args = cli.fill_in(args, sweeps=True)
     if args.show_steps and len(args.steps) * len(args.guidance_scale) > 1:
         raise ValueError("--show-steps looks at one run: pass one --steps and one --guidance-scale")
     return args

@@ -81,6 +81,11 @@ def resolve(
     return folder
 
 
+def short_name(model: str, stage: int) -> str:
+    """One name for one model, however it was spelled: "mini" for the embedded one, a released one without its owner."""
+    return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")
+
+
 def _find(model: str, name: str, stage: int, parts: Collection[str]) -> Path | None:
     """The folder if it is on this machine, None if it is a released model that is not."""
     path = WEIGHTS / MINI[stage] if model == "mini" else Path(model).expanduser()

@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             parts = [component(x[None])[0] for component in chosen]
             rows[-1] += parts
             labels[-1] += [f"component {k + 1}: {name}" for k, name in enumerate(names)]
-    images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
-    print(f"wrote {animation}")
     title = f"{' / '.join(names)}   [{args.kind}, {args.model}, guidance {args.guidance_scale[0]:g}]"
     cascade.finish("hybrid", rows, labels, title)
+    images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
+    print(f"wrote {animation}")
 
 
 def _with_reference(
@@ -108,16 +108,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="one per component: low frequencies first")
     p.add_argument("--kind", choices=["frequency", "triple", "color", "motion", "scale"], default="frequency",
                    help="how the picture is divided (default %(default)s)")  # fmt: skip
-    p.add_argument("--sigma", type=float, default=components.SIGMA, help="of the low pass, pixels of 64 (default 2)")
-    p.add_argument("--weights", type=float, nargs="+", help="of --kind scale, one per prompt")
+    p.add_argument("--sigma", type=cli.finite, help="of the low pass, pixels of 64 (default 2)")
+    p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture whose first component is kept")
     p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
     cli.add_edit_flags(p)
     cli.add_cascade_flags(p, "")
-    args = cli.fill_in(p.parse_args(argv))
+    args = cli.fill_in(p.parse_intermixed_args(argv))
     cli.check_optional_image(args)
     if args.weights and args.kind != "scale":
         raise ValueError(f"--weights go with --kind scale, not {args.kind}")
+    if args.sigma is not None and args.kind not in ("frequency", "triple"):
+        raise ValueError(f"--sigma goes with --kind frequency and triple, not {args.kind}")
+    args.sigma = components.SIGMA if args.sigma is None else args.sigma
     if args.sigma < 0:
         raise ValueError(f"--sigma must be at least 0, got {args.sigma:g}")
     needed = len(components.of_kind(args.kind, args.sigma, args.weights)) - (args.reference is not None)

@@ -11,6 +11,7 @@ This is plumbing: skim it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MOST_PIXELS = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # a side of such a file
 Size = int | tuple[int, int]
 
 MARGIN, TITLE_SIZE, LABEL_SIZE = 16, 18, 15  # of a strip, in pixels
@@ -52,6 +54,16 @@ def load_mask(path: str | Path, size: Size) -> Tensor:
     return torch.from_numpy(np.array(grey, dtype=np.float32) / 255)[None, None]
 
 
+def check_same_shape(picture: str | Path, mask: str | Path) -> None:
+    """Raise ValueError if these files differ in shape by more than a pixel in 64: cropped, they would not fit."""
+    (w, h), (mask_w, mask_h) = _open(picture).size, _open(mask).size
+    if abs(w / h * mask_h / mask_w - 1) > 1 / 64:
+        raise ValueError(
+            f"the mask must have the shape of its picture: {picture} is {w}x{h}, {mask} is {mask_w}x{mask_h}; any size "
+            "of the same shape will do"
+        )
+
+
 def from_pil(picture: Image.Image) -> Tensor:
     """Any Pillow picture to (1, 3, H, W) float32 in [-1, 1]."""
     values = torch.from_numpy(np.array(_rgb(picture)))  # (H, W, 3) uint8
@@ -78,7 +90,7 @@ def _open(path: str | Path) -> Image.Image:
     path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}; pass the path of a picture file, such as {path.with_suffix('.png').name}")
+        raise ValueError(f"{path} {what}; pass the path of a picture file, such as {path.stem or 'picture'}.png")
     try:
         with Image.open(path) as file:
             file.seek(0)
@@ -195,6 +207,8 @@ def check_output(path: str | Path, known: Sequence[str] = KNOWN) -> None:
     Raises ValueError if path is a folder, its ending is not among the known, or nothing can be written beside it.
     """
     path = Path(path).expanduser()
+    if len(path.name.encode()) > 200:
+        raise ValueError(f"{path.name[:40]}... is too long for a file name; pass another --out")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; pass a file name, such as {path / 'picture'}{known[0]}")
     if path.suffix.lower() not in known:
@@ -208,12 +222,15 @@ def check_output(path: str | Path, known: Sequence[str] = KNOWN) -> None:
         raise ValueError(f"cannot write to {path.parent} ({error.strerror}); pass another --out") from error
 
 
-def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) -> None:
+def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) -> Path:
     """Write a picture. In a PNG, metadata (prompt, seed, flags ...) goes along as text; other kinds leave it out.
 
+    Returns the path written to: one that ends in .png if the picture is too large for the kind of file asked for.
     Raises ValueError if the ending is not one of KNOWN.
     """
     options: dict[str, object] = {}
+    if max(picture.size) > MOST_PIXELS.get(Path(path).suffix.lower(), math.inf):
+        path = Path(path).with_suffix(".png")
     if Path(path).suffix.lower() == ".png":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in metadata.items():
@@ -221,6 +238,7 @@ def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) ->
     elif Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp"):
         options["quality"] = 95
     _write(path, lambda file, kind: picture.save(file, kind, **options))
+    return Path(path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -54,14 +54,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("image", type=Path)
     p.add_argument("words", nargs="*", metavar="MASK PROMPT", help="the mask, unless --box gives it, and the prompt")
     p.add_argument("--method", nargs="+", choices=editing.METHODS, default=["renoise"], help="(default renoise)")
-    p.add_argument("--jump-length", type=int, default=editing.JUMPS[0], help="of repaint (default %(default)s)")
-    p.add_argument("--jump-n-sample", type=int, default=editing.JUMPS[1], help="of repaint (default %(default)s)")
+    p.add_argument("--jump-length", type=int, help=f"of repaint (default {editing.JUMPS[0]})")
+    p.add_argument("--jump-n-sample", type=int, help=f"of repaint (default {editing.JUMPS[1]})")
     cli.add_edit_flags(p, image=False)
     cli.add_cascade_flags(p, "")
-    args = cli.fill_in(p.parse_args(argv))
+    args = cli.fill_in(p.parse_intermixed_args(argv))
+    if "repaint" not in args.method and (args.jump_length is not None or args.jump_n_sample is not None):
+        raise ValueError("--jump-length and --jump-n-sample go with --method repaint")
+    steps = len(cli.walk_of(args.steps[0]).timesteps)
+    if args.jump_length is None:
+        args.jump_length = min(editing.JUMPS[0], max(steps // 2, 1))
+    args.jump_n_sample = editing.JUMPS[1] if args.jump_n_sample is None else args.jump_n_sample
+    if not 1 <= args.jump_length < steps or args.jump_n_sample < 1:
+        raise ValueError(
+            f"--jump-length must lie in 1..{steps - 1} for {steps} steps and --jump-n-sample be at least 1, got "
+            f"{args.jump_length} and {args.jump_n_sample}"
+        )
     words = list(args.words)
     if args.mask is None and args.box is None:
         if not words:
+            raise ValueError("which region? pass a mask picture after the image, or --box X0 Y0 X1 Y1")
+        if len(words) == 1 and not Path(words[0]).suffix:  # a prompt, and no mask
             raise ValueError("which region? pass a mask picture after the image, or --box X0 Y0 X1 Y1")
         args.mask = Path(words.pop(0))
     if len(words) > 1:

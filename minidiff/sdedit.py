@@ -21,6 +21,8 @@ from pathlib import Path
 
 from minidiff import cli, images
 
+STARTS = [1, 3, 5, 7, 10, 20]
+
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
     walks = [cli.edited(walk, args, cascade.size, cascade.base.schedule, i_start=i) for i in args.i_start]
     small = cascade.draw(condition, walks, args.guidance_scale * len(walks))
-    large = cascade.enlarge(condition, [cli.upper_walk(cascade)] * len(walks), small)
+    large = cascade.enlarge(condition, [cli.upper_walk(cascade) for _ in walks], small)
     results = large or [x for x, _ in small]
     rows = [[x[i] for x in results] + [original[0]] for i in range(args.num_images)]
     labels = [[f"i_start = {i}, t = {int(w.timesteps[0])}" for i, w in zip(args.i_start, walks)] + ["original"]]
@@ -45,9 +47,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--i-start", type=int, nargs="+", help="where on the steps to begin (default 1 3 5 7 10 20)")
     cli.add_edit_flags(p, image=False)
     cli.add_cascade_flags(p, "course", stage2=False)
-    args = cli.fill_in(p.parse_args(argv))
+    args = cli.fill_in(p.parse_intermixed_args(argv))
     args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
-    args.i_start = args.i_start or ([1, 2, 3] if args.quick else [1, 3, 5, 7, 10, 20])
+    if args.i_start is None:  # those of the usual ones that lie on the steps
+        last = cli.last_start(cli.walk_of(args.steps[0]))
+        args.i_start = [i for i in (STARTS[:3] if args.quick else STARTS) if i <= last] or [last]
     return args
 
 

@@ -6,7 +6,7 @@ possible eps follows from Bayes. A mixture with one component per "prompt" adds 
 (all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); the 2-D points of the
 walkthrough are (B, 2, 1, 1).
 
-Next: the plumbing, `images.py`, `weights.py`, `cli.py`; or straight on to `deepfloyd/tokenizer.py`.
+Next: `views.py`, the first of the experiments' mathematics; or straight on to `deepfloyd/tokenizer.py`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minidiff import cli, hub, images, views
 from minidiff.deepfloyd import stages
 from minidiff.factorized import Part, averaged, factorized
@@ -59,15 +61,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--model", default="mini", help="stage 2: mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--text-model", help="whose text encoder (default: mini, or the released one)")
     p.add_argument("--steps", help="a count, smart27, ... (default: mini 20, others 50)")
-    p.add_argument("--guidance-scale", type=float, help="1 is none (default: mini 1, others 4)")
+    p.add_argument("--guidance-scale", type=cli.finite, help="1 is none (default: mini 1, others 4)")
     p.add_argument("--noise-level", type=int, default=stages.NOISE_LEVEL, help="0 to 999 (default %(default)s)")
     cli.add_edit_flags(p, image=False)
     cli.add_text_flags(p)
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
+    args.model = hub.short_name(args.model, 2)
     mini = args.model == "mini"
     args.prompts, args.num_images = args.prompts or [""], 1
     args.guidance_scale = args.guidance_scale if args.guidance_scale is not None else 1.0 if mini else 4.0
-    args.text_model = args.text_model or ("mini" if mini else "IF-I-XL-v1.0")
+    args.text_model = hub.short_name(args.text_model or ("mini" if mini else "IF-I-XL-v1.0"), 1)
+    if not 0 <= args.noise_level < 1000:
+        raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
+    for name in args.view:
+        views.named(name).view(torch.zeros(3, 256, 256))  # so that one that does not fit is told now
     args.steps = cli.QUICK_STEPS if args.quick else args.steps or ("20" if mini else "50")
     if len(args.view) != len(args.prompts):
         raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view)}: pass --view")

@@ -218,7 +218,7 @@ def _in_portions(keys: list[str], checkpoint: Checkpoint) -> list[list[str]]:
 
 def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, or leave the old one: first under a temporary name in the same folder, then renamed."""
-    path = Path(path)
+    path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)

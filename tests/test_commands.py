@@ -158,7 +158,7 @@ def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, 
         (["--steps", "0"], "cannot take 0 steps out of 1000; choose 1 to 1000"),
         (["--steps", "quick"], "steps must be a count, a list like '10,10,3' or one of fast27"),
         (["--num-images", "0"], "--num-images must be at least 1, got 0"),
-        (["--device", "tpu9"], "no device 'tpu9' here"),
+        (["--device", "tpu9"], "no device 'tpu9'; choose from auto, cpu"),
         (["--model", "IF-IV"], "no model 'IF-IV'"),
         (["--stage2", "IF-I-M-v1.0"], "stage"),
         (["--prompt-embeds", "nowhere.safetensors"], "no file of encoded prompts at nowhere.safetensors"),
@@ -190,10 +190,11 @@ def test_stages_in_the_wrong_place_are_told(cascade, tmp_path, capsys):
 
 def test_stages_of_different_text_encoders_are_told_before_the_work(cascade, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli.stages, "load_stage", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(cli, "encode", lambda *args: pytest.fail("encoding began"))
     message = fails(
         capsys, generate.main, PROMPT, "--model", cascade[0], "--stage2", "mini", "--out", tmp_path / "g.png"
     )
-    assert "mini-IF-II reads text states of width 192, but these have 32" in message
+    assert "mini-IF-II reads text states of width 192, but one reads 32" in message
 
 
 def test_a_noise_level_out_of_range_and_a_missing_picture_are_told(cascade, tmp_path, capsys):
@@ -202,7 +203,7 @@ def test_a_noise_level_out_of_range_and_a_missing_picture_are_told(cascade, tmp_
     assert "in.png" in fails(capsys, upscale.main, tmp_path / "in.png", PROMPT, *flags)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     message = fails(capsys, upscale.main, tmp_path / "in.png", PROMPT, *flags, "--noise-level", "1000")
-    assert "noise_level must lie in 0..999, got 1000" in message
+    assert "--noise-level must lie in 0..999, got 1000" in message
 
 
 def test_a_long_prompt_warns_and_still_makes_a_picture(cascade, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import anagram, cli, denoise, generate, hybrid, images, inpaint, sdedit, upscale, views
+from minidiff import anagram, cli, denoise, generate, hub, hybrid, images, inpaint, sdedit, upscale, views
 from minidiff.sampling import noised, seeded
 from tests.reference.fill import normal
 from tests.test_commands import fails
@@ -44,7 +44,7 @@ def shown(monkeypatch):
 
 def run(main, cascade, out, *argv, stage2=True):
     one, two = map(str, cascade)
-    models = ["--model", one] + (["--stage2", two] if stage2 else ["--stage2", "none"])
+    models = ["--model", one] + ([] if main is denoise.main else ["--stage2", two if stage2 else "none"])
     main([*map(str, argv), *models, "--dtype", "float32", "--out", str(out)])
 
 
@@ -78,22 +78,29 @@ def test_generate_sweeps_guidance_and_shows_its_steps(cascade, tmp_path, shown):
     rows, labels = shown[0]
     assert [len(row) for row in rows] == [3, 3] and labels[1][2] == "guidance 7, 4 steps, seed 2"
     run(generate.main, cascade, tmp_path / "s.png", PROMPT, "--steps", 3, "--show-steps", stage2=False)
-    rows, labels = shown[1]
+    rows, labels = shown[2]
     assert [len(row) for row in rows] == [3, 3, 3] and labels[0][0].startswith("x_t, t = 999")
-    assert labels[2][2] == "eps / 3, then sigma 0.00"
+    assert labels[2][2] == "eps / 3, then sigma <= 0.00"
     assert (tmp_path / "s-steps.png").is_file() and (tmp_path / "s.png").is_file()
 
 
 def test_sdedit_from_several_starts(cascade, photo, tmp_path, shown):
-    run(sdedit.main, cascade, tmp_path / "s.png", photo, PROMPT, "--i-start", 30, 33, stage2=False)
-    rows, labels = shown[0]
-    assert labels == [["i_start = 30, t = 90", "i_start = 33, t = 0", "original"]]
-    # i_start 33 takes no step: the picture with the noise of t = 0, 0.0064 rms
-    assert (rows[0][1] - rows[0][2]).square().mean().sqrt().item() == pytest.approx(0.0064, rel=0.1)
+    run(sdedit.main, cascade, tmp_path / "s.png", photo, PROMPT, "--i-start", 30, 32, stage2=False)
+    assert shown[0][1] == [["i_start = 30, t = 90", "i_start = 32, t = 30", "original"]]
+    run(sdedit.main, cascade, tmp_path / "s.png", photo, PROMPT, "--steps", 9, stage2=False)
+    assert [label.split(",")[0] for label in shown[1][1][0]] == [*(f"i_start = {i}" for i in (1, 3, 5, 7)), "original"]
+
+
+def test_a_start_gives_the_same_picture_whatever_other_starts_are_asked_for(cascade, photo, tmp_path, shown):
+    flags = [photo, PROMPT, "--box", 20, 0, 44, 30, "--steps", 4, "--stage2-steps", 2]
+    run(sdedit.main, cascade, tmp_path / "s.png", *flags, "--i-start", 1, 2)
+    run(sdedit.main, cascade, tmp_path / "s.png", *flags, "--i-start", 2)
+    (both,), (alone,) = shown[0][0], shown[1][0]
+    assert (both[1] - alone[0]).abs().mean() < 0.05 * (both[1] - both[0]).abs().mean()
 
 
 def test_inpaint_keeps_what_is_not_masked_at_both_sizes(cascade, photo, tmp_path, shown):
-    Image.new("L", (30, 30), 0).save(tmp_path / "mask.png")
+    Image.new("L", (45, 35), 0).save(tmp_path / "mask.png")
     run(inpaint.main, cascade, tmp_path / "i.png", photo, tmp_path / "mask.png", PROMPT, "--quick")
     rows, labels = shown[0]
     assert labels == [["original", "mask", "hole", "renoise, seed 0"]]
@@ -270,13 +277,19 @@ def cli_args(cascade, photo):
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
         (inpaint.main, ["PHOTO", "--box", "9", "0", "9", "9"], "a box is x0 y0 x1 y1"),
         (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "the feather's width must lie in 0..20 pixels, got -1"),
-        (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "at least 1, got 0, 3"),
+        (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "at least 1, got 0 and 3"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--method", "repaint", "--steps", "5", "--jump-length", "5"], "lie in 1..4"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--jump-length", "5"], "go with --method repaint"),
+        (inpaint.main, ["PHOTO", "a castle"], "which region? pass a mask picture after the image"),
+        (sdedit.main, ["PHOTO", "--feather", "2"], "--feather softens a mask; pass --mask or --box"),
+        (generate.main, ["a", "--steps", "2", "3", "--stage2-steps", "4"], "leave out --stage2-steps"),
+        (generate.main, ["a", "--stage2-steps", "4"], "--stage2-steps and --stage2-guidance-scale need a stage 2"),
+        (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "--sigma goes with --kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
-        (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..33 for these steps, got 34"),
+        (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..32 for these steps, got 34"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
-        (denoise.main, ["PHOTO", "--num-images", "2"], "one picture of 64 pixels: leave out --stage2 and --num-images"),
         (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
-        (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..33 for these steps, got -1"),
+        (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..32 for these steps, got -1"),
         (sdedit.main, ["PHOTO", "--steps", "5", "9"], "this command takes one --steps and one --guidance-scale"),
         (generate.main, ["a", "--steps", "2", "3", "--show-steps"], "--show-steps looks at one run"),
     ],
@@ -284,7 +297,7 @@ def cli_args(cascade, photo):
 def test_bad_input_is_told_in_one_line(cascade, photo, tmp_path, capsys, main, argv, message):
     argv = [str(photo) if a == "PHOTO" else a for a in argv]
     if "--check" not in argv:
-        argv += ["--model", str(cascade[0]), "--stage2", "none"]
+        argv += ["--model", str(cascade[0])] + ([] if main is denoise.main else ["--stage2", "none"])
         argv += [] if "--out" in argv else ["--out", str(tmp_path / "o.png")]
     assert message in fails(capsys, main, *argv)
     assert not (tmp_path / "o.png").exists()
@@ -298,6 +311,42 @@ def test_pictures_are_looked_at_before_the_prompt_is_encoded(cascade, photo, tmp
                        (anagram.main, ["a", "b", "--image", photo, "--mask", "nowhere.png"]),
                        (upscale.main, [photo, "--i-start", "20", "--steps", "20"])):  # fmt: skip
         assert "error: " in fails(capsys, main, *argv, *model)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "much"])
+def test_numbers_that_are_none_are_told_at_once(photo, capsys, value):
+    for main, flags in ((generate.main, ["a", "--guidance-scale", value]), (sdedit.main, [photo, "--feather", value]),
+                        (hybrid.main, ["a", "b", "--sigma", value]), (denoise.main, [photo, "--blur-sigma", value]),
+                        (upscale.main, [photo, "--guidance-scale", value])):  # fmt: skip
+        assert f"invalid finite value: '{value}'" in fails(capsys, main, *flags)
+
+
+def test_a_picture_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, photo, tmp_path, capsys):
+    before = photo.read_bytes()
+    model = ["--model", cascade[0], "--stage2", "none", "--quick"]
+    said = fails(capsys, sdedit.main, photo, PROMPT, *model, "--out", photo)
+    assert "the result would take the place of" in said and photo.read_bytes() == before
+    Image.new("L", (128, 64), 255).save(tmp_path / "wide.png")
+    said = fails(capsys, inpaint.main, photo, tmp_path / "wide.png", PROMPT, *model, "--out", tmp_path / "o.png")
+    assert "must have the shape of its picture" in said and "is 90x70" in said and "is 128x64" in said
+
+
+def test_the_prompt_may_come_after_the_flags(cascade, photo, tmp_path, shown):
+    run(sdedit.main, cascade, tmp_path / "a.png", photo, "--quick", "--i-start", 1, "--seed", 3, PROMPT, stage2=False)
+    run(sdedit.main, cascade, tmp_path / "b.png", photo, PROMPT, "--quick", "--i-start", 1, "--seed", 3, stage2=False)
+    assert torch.equal(shown[0][0][0][0], shown[1][0][0][0])
+
+
+def test_a_picture_is_there_even_if_its_animation_cannot_be(cascade, tmp_path, capsys):
+    (tmp_path / "a.gif").mkdir()
+    said = fails(capsys, anagram.main, "a", "b", "--model", cascade[0], "--quick", "--out", tmp_path / "a.png")
+    assert "a.gif is a folder" in said
+
+
+def test_one_model_has_one_name():
+    for name, stage, short in (("mini-IF-I", 1, "mini"), ("mini-IF-II", 2, "mini"), ("mini-IF-II", 1, "mini-IF-II"),
+                               ("DeepFloyd/IF-I-M-v1.0", 1, "IF-I-M-v1.0"), ("here/mine", 1, "here/mine")):  # fmt: skip
+        assert hub.short_name(name, stage) == short
 
 
 def test_a_broken_picture_is_named(cascade, tmp_path, capsys):

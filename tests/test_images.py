@@ -289,6 +289,12 @@ def test_metadata_of_no_picture(tmp_path):
         images.read_metadata(tmp_path / "a.png")
 
 
+def test_what_is_too_large_for_its_kind_becomes_a_png(tmp_path):
+    written = images.save(Image.new("RGB", (2, 17000)), tmp_path / "long.webp", {"seed": 3})
+    assert written == tmp_path / "long.png" and images.read_metadata(written)["seed"] == "3"
+    assert not (tmp_path / "long.webp").exists()
+
+
 @pytest.mark.parametrize("write", ["picture", "gif"])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, write):
     path = tmp_path / ("a.png" if write == "picture" else "a.gif")

@@ -31,7 +31,9 @@ class Pictures:
             self.captions = [row["captions"] for row in rows]
             self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
         else:
-            files = sorted(p for p in folder.glob("*") if p.suffix in images.KNOWN and p.with_suffix(".txt").is_file())
+            files = sorted(
+                p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN and p.with_suffix(".txt").is_file()
+            )
             if not files:
                 raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])

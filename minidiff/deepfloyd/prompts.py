@@ -72,12 +72,13 @@ def should_stream(folder: Path, dtype: torch.dtype, device: torch.device) -> boo
     """
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
     with weights.on_meta():
-        size = sum(p.numel() for p in T5Encoder(T5Config.from_dict(checkpoint.config)).parameters()) * dtype.itemsize
+        parameters = dict(T5Encoder(T5Config.from_dict(checkpoint.config)).named_parameters())
+    size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize) for name, p in parameters.items())  # wo: float32
     if device.type == "cuda":
         return size > torch.cuda.mem_get_info(device)[0] * 0.9
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not known on this system
+    except (ValueError, OSError, AttributeError):  # not known on this system
         return False
     return size > free / 2
 
@@ -108,6 +109,7 @@ def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) 
     Raises ValueError if the file is missing, is neither of the two, lacks a prompt (and lists those it has), or was
     made by another encoder. A .pth is read with weights_only, so it can hold tensors but run nothing.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"no file of encoded prompts at {path}; make one: python -m minidiff.encode PROMPT --out FILE")
     if path.suffix in (".pth", ".pt"):

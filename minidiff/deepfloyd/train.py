@@ -26,6 +26,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -191,7 +192,8 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
 
 def _write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures) -> None:
@@ -279,6 +281,11 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema, self.step = state["ema"], state["step"]
+        path = self.folder / "loss.csv"
+        if path.is_file():  # steps after the checkpoint are made again
+            header, *rows = path.read_text().splitlines()
+            kept = [row for row in rows if int(row.split(",")[0]) <= self.step]
+            path.write_text("\n".join([header, *kept]) + "\n")
 
     def save(self) -> None:
         """Checkpoint and released-layout weights, each written under another name first, then renamed."""
@@ -301,14 +308,16 @@ class Run:
         ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
         random = {k: v.to(self.device) for k, v in random.items()}
         loss = self.parallel(x_start.to(self.device), ids, mask, random, self.dtype).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.step}; the last good checkpoint is "
-                f"{self.folder / 'checkpoint.pt'}: rerun with a smaller --lr to go on from it"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            last = self.folder / "checkpoint.pt"
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"loss is {loss.item()}, its gradient's norm {norm.item()}, at step {self.step}; {kept}: rerun with a "
+                "smaller --lr"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.args.steps, self.args.lr)
         self.optimizer.step()
@@ -361,6 +370,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    for flag in ("steps", "batch_size", "save_every"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     if args.stage == 2 and args.text_encoder is None:
         parser.error("stage 2 reads prompts through a trained text encoder: --text-encoder weights/mini-IF-I")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -368,7 +380,11 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    Run(args, rank, world, device).train()
+    try:
+        Run(args, rank, world, device).train()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if world > 1:
         torch.distributed.destroy_process_group()
 

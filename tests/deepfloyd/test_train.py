@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,14 +43,22 @@ def pictures(tmp_path):
     """Two captioned picture files: a red and a blue square."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
-        Image.new("RGB", (256, 256), colour).save(folder / f"{name}.png")
+    for name, colour, kind in (("red", (230, 20, 20), "png"), ("blue", (20, 20, 230), "PNG")):
+        Image.new("RGB", (256, 256), colour).save(folder / f"{name}.{kind}")
         (folder / f"{name}.txt").write_text(f"a {name} square\na picture of a {name} square\n")
     return folder
 
 
 def run(stage, pictures, out, steps, *extra):
     train.main([str(stage), str(pictures), "--out", str(out), "--steps", str(steps), "--batch-size", "4", *extra])
+
+
+def fails(capsys, *argv):
+    """What a run says on stderr that ends with status 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(*argv)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
 
 
 def losses(out):
@@ -103,7 +112,7 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
 
 
-def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path):
+def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsys):
     """With a learning rate of 0 they come out as they went in, tokenizer included."""
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, pictures, one, 2)
@@ -112,20 +121,36 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path):
         a, b = (weights.Checkpoint(folder, part).tensors() for folder in (one, two))
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
-    with pytest.raises(hub.WeightsError, match="missing"):
-        run(2, pictures, tmp_path / "three", 1, "--start-from", str(one), "--text-encoder", str(one))
+    flags = ["--start-from", str(one), "--text-encoder", str(one)]
+    assert "missing" in fails(capsys, 2, pictures, tmp_path / "three", 1, *flags)
 
 
-def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["loss", "gradient"])
+def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, monkeypatch, capsys, which):
     run(1, pictures, tmp_path / "one", 4, "--save-every", "4")
-    before = state(tmp_path / "one")["model"]
-    monkeypatch.setattr(train.ddpm, "loss", lambda *args: torch.full((4,), torch.nan, requires_grad=True))
-    with pytest.raises(
-        FloatingPointError, match=r"loss is nan at step 4; the last good checkpoint is .*checkpoint\.pt"
-    ):
-        run(1, pictures, tmp_path / "one", 8)
+    before, original = state(tmp_path / "one")["model"], train.ddpm.loss
+
+    def broken(*args):  # the root of 0 has an infinite slope, and infinity times 0 is nan
+        found = original(*args)
+        return found * torch.nan if which == "loss" else found + (0 * found).sqrt()
+
+    monkeypatch.setattr(train.ddpm, "loss", broken)
+    message = fails(capsys, 1, pictures, tmp_path / "one", 8)
+    value = r"nan" if which == "loss" else r"[\d.]+"
+    assert re.search(rf"loss is {value}, its gradient's norm nan, at step 4; the last good .*checkpoint\.pt", message)
     after = state(tmp_path / "one")["model"]
     assert all(torch.equal(before[k], after[k]) for k in before)
+    assert "there is no checkpoint yet" in fails(capsys, 1, pictures, tmp_path / "two", 8)
+
+
+def test_steps_made_again_are_written_down_once(pictures, tmp_path):
+    """The process was killed at step 45, after the checkpoint of step 20 and the row of step 40."""
+    run(1, pictures, tmp_path / "one", 40, "--save-every", "20")
+    rows = losses(tmp_path / "one")
+    kept = state(tmp_path / "one")
+    torch.save(kept | {"step": 20}, tmp_path / "one" / "training" / "checkpoint.pt")
+    run(1, pictures, tmp_path / "one", 40, "--save-every", "20")
+    assert [step for step, _ in losses(tmp_path / "one")] == [step for step, _ in rows] == [20, 40]
 
 
 def test_two_processes_average_their_gradients(pictures, tmp_path):
@@ -215,11 +240,10 @@ def test_the_average_is_the_closed_form():
 
 def test_bad_input_is_told(tmp_path, pictures, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds neither images_64.npy nor pictures with a .txt of captions"):
-        run(1, tmp_path / "empty", tmp_path / "one", 4)
+    said = fails(capsys, 1, tmp_path / "empty", tmp_path / "one", 4)
+    assert "holds neither images_64.npy nor pictures with a .txt of captions" in said
+    for flag in ("--save-every", "--batch-size"):
+        assert f"{flag} must be at least 1, got 0" in fails(capsys, 1, pictures, tmp_path / "one", 4, flag, "0")
     (pictures / "red.txt").write_text("")
-    with pytest.raises(ValueError, match="each needs one"):
-        run(1, pictures, tmp_path / "one", 4)
-    with pytest.raises(SystemExit):
-        run(2, pictures, tmp_path / "two", 4)
-    assert "--text-encoder weights/mini-IF-I" in capsys.readouterr().err
+    assert "each needs one" in fails(capsys, 1, pictures, tmp_path / "one", 4)
+    assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, pictures, tmp_path / "two", 4)

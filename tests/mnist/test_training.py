@@ -256,7 +256,7 @@ def test_bad_input_is_told(start, tmp_path):
             start(f"b{i}")
     with pytest.raises(ValueError, match="cannot write to .*file.*pass another --out"):
         start("file/run")
-    with pytest.raises(ValueError, match="no device 'tpu9' here"):
+    with pytest.raises(ValueError, match="no device 'tpu9'; choose from auto, cpu"):
         cli.device_of("tpu9")
 
 
