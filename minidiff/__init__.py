@@ -25,7 +25,8 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned pictures
 
-    cli.py                   plumbing: the flags every command shares
+    cli.py                   plumbing: flags, errors and the last line of every command
+    cascade.py               what the commands on pictures are made of
     encode.py                prompts to a file of embeddings
     denoise.py               noise added to a picture, and four ways to take it away
     generate.py              a prompt becomes a picture, 64 and 256 pixels

@@ -29,6 +29,16 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, images, views
+from minidiff.cascade import (
+    Cascade,
+    add_cascade_flags,
+    add_edit_flags,
+    check_optional_image,
+    edited,
+    fill_in,
+    upper_walk,
+    walk_of,
+)
 from minidiff.factorized import Part, alternating, averaged
 from minidiff.guidance import Condition
 
@@ -45,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for view in chosen:
         for fault in views.check(view).faults:
             print(f"warning: view {view.name}: {fault}", file=sys.stderr)
-    cascade = cli.Cascade(args, args.prompts)
+    cascade = Cascade(args, args.prompts)
     parts = [Part(embeds, view) for embeds, view in zip(cascade.prompts, chosen)]
-    walk, upper = cli.walk_of(args.steps[0]), cli.upper_walk(cascade)
-    walk = cli.edited(walk, args, cascade.size, cascade.base.schedule, i_start=args.i_start)
+    walk, upper = walk_of(args.steps[0]), upper_walk(cascade)
+    walk = edited(walk, args, cascade.size, cascade.base.schedule, i_start=args.i_start)
     small = cascade.draw(_condition(cascade, parts, args.reduction, walk.timesteps), [walk], args.guidance_scale)
     large = cascade.enlarge(_condition(cascade, parts, args.reduction, upper.timesteps), [upper], small)
     results = (large or [x for x, _ in small])[0]
@@ -62,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {animation}")
 
 
-def _condition(cascade: cli.Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
+def _condition(cascade: Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
     if reduction == "mean":
         return cascade.factorized(averaged(parts))
     one_each = [cascade.factorized([part]) for part in parts]
@@ -139,8 +149,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
     p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
-    cli.add_edit_flags(p)
-    cli.add_cascade_flags(p, "")
+    add_edit_flags(p)
+    add_cascade_flags(p, "")
     args = p.parse_intermixed_args(argv)
     if args.check:
         return args
@@ -150,8 +160,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.view = ["identity", "rotate_180"]
     if len(args.view or []) != len(args.prompts):
         raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view or [])}: pass --view")
-    cli.check_optional_image(args)
-    return cli.fill_in(args)
+    check_optional_image(args)
+    return fill_in(args)
 
 
 if __name__ == "__main__":

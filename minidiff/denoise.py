@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, components, images
+from minidiff.cascade import Cascade, add_cascade_flags, fill_in, neutral_prompt, walk_of
 from minidiff.deepfloyd import stages
 from minidiff.sampling import noised, one_step, seeded
 
@@ -44,9 +45,9 @@ def psnr(error: float) -> float:
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    cascade = cli.Cascade(args, [args.prompt])
+    cascade = Cascade(args, [args.prompt])
     original = images.load(args.image, cascade.size)
-    base, walk = cascade.base, cli.walk_of(args.steps[0])
+    base, walk = cascade.base, walk_of(args.steps[0])
     start = int(walk.timesteps[args.i_start])
     predict = cascade.prompted()(stages.base_model(base.unet), args.guidance_scale[0])
 
@@ -84,16 +85,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
     p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
     p.add_argument("--blur-kernel", type=int, default=BLUR_KERNEL, help="pixels of 64 (default %(default)s)")
-    cli.add_cascade_flags(p, "course", only_stage1=True, guidance="1")
+    add_cascade_flags(p, "course", only_stage1=True, guidance="1")
     args = p.parse_intermixed_args(argv)
     args.guidance_scale = args.guidance_scale or [1.0]
-    args = cli.fill_in(args)
-    args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
+    args = fill_in(args)
+    args.prompt = neutral_prompt(args.model) if args.prompt is None else args.prompt
     for t in args.t:
         if not 0 <= t < 1000:
             raise ValueError(f"--t must lie in 0..999, got {t}")
     if args.i_start is None:
-        args.i_start = min(10, len(cli.walk_of(args.steps[0]).timesteps) // 3)
+        args.i_start = min(10, len(walk_of(args.steps[0]).timesteps) // 3)
     components.blur(torch.zeros(3, 64, 64), args.blur_sigma, args.blur_kernel)  # so that wrong ones are told now
     return args
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minidiff import cli, hub, images
+from minidiff.cascade import encode
 from minidiff.deepfloyd.prompts import fingerprint, write_embeds
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = cli.Clock()
     images.check_output(args.out, known=(".safetensors",))
     texts = list(dict.fromkeys([*args.prompts, ""]))
-    embeds = cli.encode(args, args.model, texts)
+    embeds = encode(args, args.model, texts)
     folder = hub.resolve(args.model, 1, ("text_encoder",))
     write_embeds(args.out, texts, embeds, fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}   ({clock})")

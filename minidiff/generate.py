@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, images
+from minidiff.cascade import Cascade, add_cascade_flags, fill_in, walk_of
 from minidiff.schedule import Schedule
 
 SHOWN_STEPS = 8
@@ -36,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show_steps:
         images.check_output(steps_out)
     plans = [(steps, scale) for steps in args.steps for scale in args.guidance_scale]
-    cascade = cli.Cascade(args, [args.prompt])
+    cascade = Cascade(args, [args.prompt])
     condition, seen = cascade.prompted(), []
-    walks = [cli.walk_of(steps) for steps, _ in plans]
+    walks = [walk_of(steps) for steps, _ in plans]
     watch = (lambda *step: seen.append(step)) if args.show_steps else None
     small = cascade.draw(condition, walks, [scale for _, scale in plans], watch)
     # With one --steps it is stage 1 that is compared; with several, stage 2 takes as many steps.
     second = args.steps if len(args.steps) > 1 else [args.stage2_steps]
-    large = cascade.enlarge(condition, [cli.walk_of(s) for s in second for _ in args.guidance_scale], small)
+    large = cascade.enlarge(condition, [walk_of(s) for s in second for _ in args.guidance_scale], small)
     rows, labels = [], []
     if len(args.guidance_scale) > 1:
         for (steps, scale), pictures in zip(plans, large or [x for x, _ in small]):
@@ -89,12 +90,12 @@ def show_steps(
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__, "out/generate.png")
     p.add_argument("prompt")
-    cli.add_cascade_flags(p, "")
+    add_cascade_flags(p, "")
     p.add_argument("--show-steps", action="store_true", help="also write a strip of what happens on the way")
     args = p.parse_intermixed_args(argv)
     if args.steps and len(args.steps) > 1 and args.stage2_steps:
         raise ValueError("with several --steps stage 2 takes as many each time; leave out --stage2-steps")
-    args = cli.fill_in(args, sweeps=True)
+    args = fill_in(args, sweeps=True)
     if args.show_steps and len(args.steps) * len(args.guidance_scale) > 1:
         raise ValueError("--show-steps looks at one run: pass one --steps and one --guidance-scale")
     return args

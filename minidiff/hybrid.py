@@ -29,6 +29,16 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, components, editing, images
+from minidiff.cascade import (
+    Cascade,
+    add_cascade_flags,
+    add_edit_flags,
+    check_optional_image,
+    edited,
+    fill_in,
+    upper_walk,
+    walk_of,
+)
 from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.factorized import Part
 from minidiff.sampling import seeded
@@ -42,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     animation = cli.animation_beside(args.out)
     chosen = components.of_kind(args.kind, args.sigma, args.weights)
-    cascade = cli.Cascade(args, args.prompts)
+    cascade = Cascade(args, args.prompts)
     # A given component needs no prompt; what the network says of it is replaced, so the first prompt may say it.
     embeds = [cascade.prompts[0]] * (len(chosen) - len(args.prompts)) + cascade.prompts
     condition = cascade.factorized([Part(e, component=c) for e, c in zip(embeds, chosen)])
-    walk = cli.edited(cli.walk_of(args.steps[0]), args, cascade.size, cascade.base.schedule, i_start=args.i_start)
-    upper = cli.upper_walk(cascade)
+    walk = edited(walk_of(args.steps[0]), args, cascade.size, cascade.base.schedule, i_start=args.i_start)
+    upper = upper_walk(cascade)
     if args.reference:
         walk = _with_reference(walk, args, chosen[0], cascade.base, cascade.size, stream=1)
         if cascade.upper is not None:
@@ -112,10 +122,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=Path, metavar="IMAGE", help="a picture whose first component is kept")
     p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
-    cli.add_edit_flags(p)
-    cli.add_cascade_flags(p, "")
-    args = cli.fill_in(p.parse_intermixed_args(argv))
-    cli.check_optional_image(args)
+    add_edit_flags(p)
+    add_cascade_flags(p, "")
+    args = fill_in(p.parse_intermixed_args(argv))
+    check_optional_image(args)
     if args.weights and args.kind != "scale":
         raise ValueError(f"--weights go with --kind scale, not {args.kind}")
     if args.sigma is not None and args.kind not in ("frequency", "triple"):

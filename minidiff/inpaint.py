@@ -21,21 +21,32 @@ from pathlib import Path
 import torch
 
 from minidiff import cli, editing, images
+from minidiff.cascade import (
+    Cascade,
+    add_cascade_flags,
+    add_edit_flags,
+    edited,
+    fill_in,
+    load_mask,
+    neutral_prompt,
+    upper_walk,
+    walk_of,
+)
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     jumps = (args.jump_length, args.jump_n_sample)
-    cascade = cli.Cascade(args, [args.prompt])
-    condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
-    walks = [cli.edited(walk, args, cascade.size, cascade.base.schedule, method=m, jumps=jumps) for m in args.method]
+    cascade = Cascade(args, [args.prompt])
+    condition, walk = cascade.prompted(), walk_of(args.steps[0])
+    walks = [edited(walk, args, cascade.size, cascade.base.schedule, method=m, jumps=jumps) for m in args.method]
     small = cascade.draw(condition, walks, args.guidance_scale * len(walks))
     # Jumps at stage 1 only, where it is decided what goes into the hole; at stage 2 repaint is renoise.
-    uppers = [cli.upper_walk(cascade, method="renoise" if m == "repaint" else m) for m in args.method]
+    uppers = [upper_walk(cascade, method="renoise" if m == "repaint" else m) for m in args.method]
     results = cascade.enlarge(condition, uppers, small) or [x for x, _ in small]
     size = results[0].shape[-1]
-    original, mask = images.load(args.image, size)[0], cli.load_mask(args, size)[0]
+    original, mask = images.load(args.image, size)[0], load_mask(args, size)[0]
     hole = torch.where(mask > 0.5, original.mean(), original)
     rows = [[original, 2 * mask - 1, hole] + [x[0] for x in results]]
     labels = [["original", "mask", "hole"] + [f"{m}, seed {args.seed}" for m in args.method]]
@@ -56,12 +67,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--method", nargs="+", choices=editing.METHODS, default=["renoise"], help="(default renoise)")
     p.add_argument("--jump-length", type=int, help=f"of repaint (default {editing.JUMPS[0]})")
     p.add_argument("--jump-n-sample", type=int, help=f"of repaint (default {editing.JUMPS[1]})")
-    cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p, "")
-    args = cli.fill_in(p.parse_intermixed_args(argv))
+    add_edit_flags(p, image=False)
+    add_cascade_flags(p, "")
+    args = fill_in(p.parse_intermixed_args(argv))
     if "repaint" not in args.method and (args.jump_length is not None or args.jump_n_sample is not None):
         raise ValueError("--jump-length and --jump-n-sample go with --method repaint")
-    steps = len(cli.walk_of(args.steps[0]).timesteps)
+    steps = len(walk_of(args.steps[0]).timesteps)
     if args.jump_length is None:
         args.jump_length = min(editing.JUMPS[0], max(steps // 2, 1))
     args.jump_n_sample = editing.JUMPS[1] if args.jump_n_sample is None else args.jump_n_sample
@@ -79,7 +90,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.mask = Path(words.pop(0))
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
-    args.prompt = words[0] if words else cli.neutral_prompt(args.model)
+    args.prompt = words[0] if words else neutral_prompt(args.model)
     del args.words
     return args
 

@@ -20,6 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minidiff import cli, images
+from minidiff.cascade import (
+    Cascade,
+    add_cascade_flags,
+    add_edit_flags,
+    edited,
+    fill_in,
+    last_start,
+    neutral_prompt,
+    upper_walk,
+    walk_of,
+)
 
 STARTS = [1, 3, 5, 7, 10, 20]
 
@@ -27,12 +38,12 @@ STARTS = [1, 3, 5, 7, 10, 20]
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    cascade = cli.Cascade(args, [args.prompt])
+    cascade = Cascade(args, [args.prompt])
     original = images.load(args.image, cascade.size)
-    condition, walk = cascade.prompted(), cli.walk_of(args.steps[0])
-    walks = [cli.edited(walk, args, cascade.size, cascade.base.schedule, i_start=i) for i in args.i_start]
+    condition, walk = cascade.prompted(), walk_of(args.steps[0])
+    walks = [edited(walk, args, cascade.size, cascade.base.schedule, i_start=i) for i in args.i_start]
     small = cascade.draw(condition, walks, args.guidance_scale * len(walks))
-    large = cascade.enlarge(condition, [cli.upper_walk(cascade) for _ in walks], small)
+    large = cascade.enlarge(condition, [upper_walk(cascade) for _ in walks], small)
     results = large or [x for x, _ in small]
     rows = [[x[i] for x in results] + [original[0]] for i in range(args.num_images)]
     labels = [[f"i_start = {i}, t = {int(w.timesteps[0])}" for i, w in zip(args.i_start, walks)] + ["original"]]
@@ -45,12 +56,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("image", type=Path)
     p.add_argument("prompt", nargs="?", help="what to draw (default: nothing; a high quality photo for other models)")
     p.add_argument("--i-start", type=int, nargs="+", help="where on the steps to begin (default 1 3 5 7 10 20)")
-    cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p, "course", stage2=False)
-    args = cli.fill_in(p.parse_intermixed_args(argv))
-    args.prompt = cli.neutral_prompt(args.model) if args.prompt is None else args.prompt
+    add_edit_flags(p, image=False)
+    add_cascade_flags(p, "course", stage2=False)
+    args = fill_in(p.parse_intermixed_args(argv))
+    args.prompt = neutral_prompt(args.model) if args.prompt is None else args.prompt
     if args.i_start is None:  # those of the usual ones that lie on the steps
-        last = cli.last_start(cli.walk_of(args.steps[0]))
+        last = last_start(walk_of(args.steps[0]))
         args.i_start = [i for i in (STARTS[:3] if args.quick else STARTS) if i <= last] or [last]
     return args
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from minidiff import cli, hub, images, views
+from minidiff.cascade import add_edit_flags, check_pictures, check_widths, edited, encode, progress, walk_of
 from minidiff.deepfloyd import stages
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.sampling import seeded
@@ -30,20 +31,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     clock = cli.Clock()
     images.check_output(args.out)
-    cli.check_pictures(args, args.steps)
+    check_pictures(args, args.steps)
     low_res = images.load(args.image, 64)
     chosen = [views.named(name) for name in args.view]
     device, dtype = cli.choose(args)
     folder = hub.resolve(args.model, 2, ("unet",), print)
-    embeds = cli.encode(args, args.text_model, [args.negative_prompt, *args.prompts])[:, None]
-    cli.check_widths([folder], embeds)
+    embeds = encode(args, args.text_model, [args.negative_prompt, *args.prompts])[:, None]
+    check_widths([folder], embeds)
     stage = stages.load_stage(folder, dtype, device)
-    walk = cli.walk_of(args.steps)
-    walk = cli.edited(walk, args, 256, stage.schedule, i_start=args.i_start)
+    walk = walk_of(args.steps)
+    walk = edited(walk, args, 256, stage.schedule, i_start=args.i_start)
     parts = averaged([Part(e, view) for e, view in zip(embeds[1:], chosen)])
     x = stages.sample_super_resolution(
         stage, low_res, lambda model, scale: factorized(model, parts, embeds[0], scale, args.split_batch),
-        replace(walk, on_step=cli.progress(walk, "256 px")), seeded(args.seed, 1),
+        replace(walk, on_step=progress(walk, "256 px")), seeded(args.seed, 1),
         guidance_scale=args.guidance_scale, noise_level=args.noise_level,
     ).cpu()  # fmt: skip
     row = [low_res[0], stages.upsample(low_res, x.shape[2:])[0]] + [view.view(x[0]) for view in chosen]
@@ -63,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", help="a count, smart27, ... (default: mini 20, others 50)")
     p.add_argument("--guidance-scale", type=cli.finite, help="1 is none (default: mini 1, others 4)")
     p.add_argument("--noise-level", type=int, default=stages.NOISE_LEVEL, help="0 to 999 (default %(default)s)")
-    cli.add_edit_flags(p, image=False)
+    add_edit_flags(p, image=False)
     cli.add_text_flags(p)
     args = p.parse_intermixed_args(argv)
     args.model = hub.short_name(args.model, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minidiff import cascade as cascades
 from minidiff import cli, encode, generate, hub, images, upscale, weights
 from tests.tiny import write_cascade
 
@@ -142,7 +143,7 @@ def test_weights_readme_names_every_file_with_its_size_and_sha256():
 
 
 def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.stages, "load_stage", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(cascades.stages, "load_stage", lambda *args: pytest.fail("work began"))
     one = cascade[0]
     assert "must end in one of" in fails(capsys, generate.main, PROMPT, "--model", one, "--out", tmp_path / "g.xyz")
     (tmp_path / "file").write_text("")
@@ -189,8 +190,8 @@ def test_stages_in_the_wrong_place_are_told(cascade, tmp_path, capsys):
 
 
 def test_stages_of_different_text_encoders_are_told_before_the_work(cascade, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.stages, "load_stage", lambda *args: pytest.fail("work began"))
-    monkeypatch.setattr(cli, "encode", lambda *args: pytest.fail("encoding began"))
+    monkeypatch.setattr(cascades.stages, "load_stage", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(cascades, "encode", lambda *args: pytest.fail("encoding began"))
     message = fails(
         capsys, generate.main, PROMPT, "--model", cascade[0], "--stage2", "mini", "--out", tmp_path / "g.png"
     )

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from minidiff import anagram, cli, denoise, generate, hub, hybrid, images, inpaint, sdedit, upscale, views
+from minidiff import cascade as cascades
 from minidiff.sampling import noised, seeded
 from tests.reference.fill import normal
 from tests.test_commands import fails
@@ -233,10 +234,10 @@ def test_a_mask_of_everything_is_plain_generation(cascade, photo, tmp_path, show
 
 def test_what_is_kept_has_noise_of_its_own(cascade, photo):
     """Stage 1 keeps the picture with the noises of stream 1 of each seed, stage 2 with those of stream 2."""
-    args = cli.fill_in(cli_args(cascade, photo))
-    schedule = cli.stages.load_stage(cascade[0], torch.float32, "cpu").schedule
+    args = cascades.fill_in(cli_args(cascade, photo))
+    schedule = cascades.stages.load_stage(cascade[0], torch.float32, "cpu").schedule
     for size, stream in ((64, 1), (256, 2)):
-        walk = cli.edited(cli.walk_of("4"), args, size, schedule)
+        walk = cascades.edited(cascades.walk_of("4"), args, size, schedule)
         kept = walk.keep(torch.zeros(2, 3, size, size), 500)
         expected = noised(images.load(photo, size), 500, schedule, seeded(7, 2, stream))
         assert torch.equal(kept[:, :, : size // 4], expected[:, :, : size // 4])
@@ -245,8 +246,8 @@ def test_what_is_kept_has_noise_of_its_own(cascade, photo):
 def cli_args(cascade, photo):
     """What a command would parse from an image and a box, two pictures, seed 7."""
     p = cli.parser("", "out.png")
-    cli.add_edit_flags(p)
-    cli.add_cascade_flags(p, "")
+    cascades.add_edit_flags(p)
+    cascades.add_cascade_flags(p, "")
     return p.parse_args(["--image", str(photo), "--box", "16", "16", "48", "48", "--seed", "7", "--num-images", "2",
                          "--model", str(cascade[0])])  # fmt: skip
 
@@ -304,7 +305,7 @@ def test_bad_input_is_told_in_one_line(cascade, photo, tmp_path, capsys, main, a
 
 
 def test_pictures_are_looked_at_before_the_prompt_is_encoded(cascade, photo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(cascades, "encode", lambda *_: pytest.fail("encoded"))
     model = ["--model", cascade[0], "--out", tmp_path / "o.png"]
     for main, argv in ((sdedit.main, [photo, "--i-start", "34"]), (denoise.main, [photo, "--i-start", "99"]),
                        (inpaint.main, [photo, "--box", "9", "0", "9", "9"]),
@@ -366,5 +367,5 @@ def test_the_linter_as_a_command(capsys):
 
 def test_progress_of_a_walk_without_steps(capsys):
     """i_start at the end of the course's list asks the network nothing, and the bar does not wait for it."""
-    cli.progress(cli.walk_of("course").__class__(torch.tensor([0]), final_step=False), "none")
+    cascades.progress(cascades.walk_of("course").__class__(torch.tensor([0]), final_step=False), "none")
     assert capsys.readouterr().err == ""
