@@ -1,6 +1,7 @@
 """Digits from the trained networks, in as few lines as it takes.
 
     python -m minidiff.mnist.sample                                        ten digits from the embedded DDPM
+    python -m minidiff.mnist.sample --kind flow                            from the embedded flow model
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --kind flow --model out/mnist/flow out/mnist/reflow    two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`

@@ -241,10 +241,14 @@ def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
     assert "error: loss is nan at step" in message or "error: loss is inf at step" in message
 
 
-def test_the_embedded_ddpm_draws_the_digits_it_is_asked_for():
-    labels = torch.arange(10).repeat(2)
-    unet = drawing.load(WEIGHTS / "mnist" / "ddpm", "ddpm", torch.device("cpu"))
-    x = drawing.draw_ddpm(drawing.prediction(unet, labels, 5.0), seeded(0, 20), torch.device("cpu"), 30)
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
+    labels, cpu = torch.arange(10).repeat(2), torch.device("cpu")
+    unet = drawing.load(WEIGHTS / "mnist" / kind, kind, cpu)
+    if kind == "ddpm":
+        x = drawing.draw_ddpm(drawing.prediction(unet, labels, 5.0), seeded(0, 20), cpu, 30)
+    else:
+        x = drawing.draw_flow(drawing.velocity(unet, labels, 5.0), seeded(0, 20), cpu, 10)
     verdicts = judge.look(judge.load(WEIGHTS / "mnist" / "judge")[0], x)[1]
     assert judge.agreement(verdicts, labels) >= 0.85
 
