@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, rotate
 
 JIGSAW_SEED = 4522
 
@@ -199,6 +198,8 @@ def inner_circle_failure() -> View:
     """The disc turned by 135 degrees: between pixels values must be mixed, which blurs noise."""
 
     def turned(x: Tensor, angle: float) -> Tensor:
+        from torchvision.transforms.functional import InterpolationMode, rotate  # takes a second, and only used here
+
         flat = x.reshape(-1, *x.shape[-3:])
         inside = rotate(flat, angle, InterpolationMode.BILINEAR).view(x.shape)
         return torch.where(_disc(side_of(x)).to(x.device), inside, x)

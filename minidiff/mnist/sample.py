@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = 4 if args.quick else STEPS[args.kind] if args.steps is None else args.steps
     rows, texts = [], []
     for folder in args.model or [WEIGHTS / "mnist" / args.kind]:
-        unet, dataset = drawing.load(folder, args.kind, device), training.read(folder, args.kind)[0]["dataset"]
+        unet = drawing.load(folder, args.kind, device)
+        dataset = training.read(folder, args.kind)[0].get("dataset", "mnist")
         told = labels if unet.config.num_classes else None
         if told is None and len(args.guidance_scale) > 1:
             raise ValueError(f"{folder} is not told the digit, so there is nothing to guide; pass one --guidance-scale")

@@ -104,7 +104,8 @@ class Run:
         self.checkpoint = folder / "checkpoint.pt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoint.with_suffix(".tmp").touch()
+            (probe := self.checkpoint.with_suffix(".tmp")).touch()
+            probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
         if self.checkpoint.is_file():

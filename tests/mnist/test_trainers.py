@@ -227,7 +227,7 @@ def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path, capsys):
 
 def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, capsys):
     unet = UNet(UNetConfig(4, time=True))
-    training.write(tmp_path / "f", unet, {"kind": "flow", "dataset": "mnist", "unet": asdict(unet.config)})
+    training.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
     flags = ["--kind", "flow", "--model", str(tmp_path / "f"), "--quick", "--out", str(tmp_path / "s.png")]
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors")])
     assert "labels" not in training.load_file(tmp_path / "s.safetensors")

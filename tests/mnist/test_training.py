@@ -170,6 +170,7 @@ def test_a_finished_run_trains_no_further(start):
     start().train()
     again = start(loss=lambda net, *args: pytest.fail("a step was made") if net.training else torch.zeros(()))
     assert again.train() and len(again.losses) == 30 and not again.model.training
+    assert not list(again.folder.glob("*.tmp"))
 
 
 def test_a_nan_stops_with_the_last_good_checkpoint_named(start):
