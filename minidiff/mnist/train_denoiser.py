@@ -147,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"epoch {epoch}, " + ("noise alone" if preset.sigma is None else f"sigma {preset.sigma}")
         save_strip(*sample_figure(model, shown, preset.sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
 
-    if not run.train(after_epoch):
+    finished = run.train(after_epoch)
+    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": preset.sigma}
+    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
+    if not finished:
         return
-    training.write(
-        out, model, {"kind": "denoiser", "dataset": args.dataset, "sigma": preset.sigma, "unet": asdict(model.config)}
-    )
     run.report()
     if preset.sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)

@@ -145,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
             save_samples(draw(labels, args.guidance_scale, count * CLASSES), "DDPM", told, epoch, out, about)
 
-    if not run.train(after_epoch):
+    finished = run.train(after_epoch)
+    config = {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}
+    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
+    if not finished:
         return
-    training.write(
-        out, model, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset, "unet": asdict(model.config)}
-    )
     run.report()
     animate(draw, labels, args.guidance_scale, steps, out / "sampling.gif")
     if labels is not None:

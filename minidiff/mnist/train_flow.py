@@ -178,11 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
             save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", told, epoch, out, about)
 
-    if not run.train(after_epoch):
+    finished = run.train(after_epoch)
+    config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
+    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
+    if not finished:
         return
-    training.write(
-        out, model, {"kind": "flow", "preset": args.preset, "dataset": args.dataset, "unet": asdict(model.config)}
-    )
     run.report()
     if labels is not None:
         save_guidance(draw, out, about)

@@ -9,7 +9,7 @@ What lies in OUT afterwards, beside the trainer's pictures:
     training/checkpoint.pt   network, optimizer, step, all losses: every epoch and on Ctrl-C, first under another name
     training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
     training/loss.png        whole run, first and last epoch, the floors as lines, if matplotlib is installed
-    config.json, model.fp16.safetensors     the trained network, for `read`
+    config.json, model.fp16.safetensors     the network, for `read`; also of a run that was stopped, as far as it came
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
 step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
@@ -222,6 +222,10 @@ class Run:
         random, test = generator(self.device, self.seed, TEST), some(self.test_set, pictures)
         parts = [test[i : i + 500] for i in range(0, len(test), 500)]
         return sum(self.loss(self.model, part, random).item() * len(part) for part in parts) / len(test)
+
+    def progress(self) -> str:
+        """How far the run has come, like "3.5 of 20 epochs"."""
+        return f"{len(self.losses) / self.steps_per_epoch:.3g} of {self.plan.epochs} epochs"
 
     def report(self) -> None:
         """Print the loss on all test pictures, beside the floors."""

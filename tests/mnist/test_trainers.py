@@ -1,6 +1,8 @@
 """The three trainers and the sampler: what their losses ask for, and that every command makes its pictures."""
 
 import functools
+import os
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -233,6 +235,25 @@ def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, cap
     assert "labels" not in training.load_file(tmp_path / "s.safetensors")
     assert "agreement" not in capsys.readouterr().out
     assert "nothing to guide; pass one --guidance-scale" in fails(capsys, sample.main, *flags, "--guidance-scale", 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [(train_denoiser, "denoiser"), (train_diffusion, "ddpm"), (train_flow, "flow")]
+)
+def test_a_run_that_is_stopped_leaves_its_network(module, kind, folder, tmp_path, monkeypatch):
+    original = training.Run.one_step
+
+    def interrupted(self, batch, step):
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, step)
+
+    monkeypatch.setattr(training.Run, "one_step", interrupted)
+    run(module, tmp_path / "n", folder)
+    config, tensors = training.read(tmp_path / "n", kind)
+    assert config["trained"] == "0.4 of 1 epochs"  # 10 of 25 steps
+    kept = torch.load(tmp_path / "n" / "training" / "checkpoint.pt", weights_only=True)["model"]
+    assert torch.equal(tensors["down1.0.0.weight"], kept["down1.0.0.weight"].half().float())
 
 
 def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
