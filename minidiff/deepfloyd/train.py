@@ -68,6 +68,7 @@ CROP = 64
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
 MAX_WEIGHT = 100.0
+LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
 PREVIEW = ["a rocket ship", "a castle", "a volcano", "an old man", "a snowy mountain village", "a dog", "a campfire",
            "an oil painting of a skull"]  # fmt: skip
 
@@ -226,7 +227,7 @@ def plot(csv_path: Path) -> None:
     rows = np.genfromtxt(csv_path, delimiter=",", names=True)
     axes = (figure := Figure(figsize=(7, 4))).subplots()
     axes.semilogy(np.atleast_1d(rows["step"]), np.atleast_1d(rows["loss"]))
-    axes.set(xlabel="step", ylabel="loss (mean of 20 steps)")
+    axes.set(xlabel="step", ylabel=f"loss (mean of {LOG_EVERY} steps)")
     figure.savefig(csv_path.with_suffix(".png"))
 
 
@@ -326,7 +327,7 @@ class Run:
         return loss.item()
 
     def train(self) -> None:
-        """To --steps, writing the loss every 20 steps."""
+        """To --steps, writing the loss every LOG_EVERY steps."""
         losses, start = [], time.time()
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0, mininterval=5)
@@ -334,7 +335,7 @@ class Run:
             while self.step < self.args.steps:
                 losses.append(self.one_step())
                 bar.update()
-                if self.step % 20 == 0 and self.rank == 0:
+                if self.step % LOG_EVERY == 0 and self.rank == 0:
                     self.log(sum(losses) / len(losses), time.time() - start)
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
                     losses = []
