@@ -7,6 +7,7 @@ import torch
 
 from minidiff import flow, toy
 from minidiff.schedule import linear
+from tests.reference.fill import bent, normal, read
 
 MEAN, STD = 0.3, 0.4
 
@@ -87,6 +88,19 @@ def test_dormand_prince_has_order_five_and_its_error_estimate_order_five_too():
     assert stages[-1] == pytest.approx(expected, abs=1e-14)
     estimate = [sum(e * stage[k] for e, stage in zip(flow.ERROR, stages)) for k in range(4)]
     assert estimate == pytest.approx([0] * 4, abs=1e-15)  # h * O(h^4)
+
+
+@pytest.mark.parametrize("method", flow.METHODS)
+def test_every_solver_against_torchdiffeq(method):
+    found = flow.solve(bent, normal("flow.x_0", 4, 1, 2, 3).double(), flow.grid(7), method)
+    torch.testing.assert_close(found, read("flow")[method], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("tolerance", "apart"), [(1e-3, 0.1), (1e-6, 5e-5), (1e-12, 1e-10)])
+def test_dormand_prince_against_torchdiffeq(tolerance, apart):
+    """Errors add up over the steps, and steps differ: torchdiffeq's follow the mean error, ours the worst picture's."""
+    found, _ = flow.dormand_prince(bent, normal("flow.x_0", 4, 1, 2, 3).double(), tolerance, tolerance)
+    torch.testing.assert_close(found, read("flow")[f"dormand_prince.{tolerance:g}"], rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-8])

@@ -54,6 +54,14 @@ def calm(unet: torch.nn.Module) -> torch.nn.Module:
     return unet
 
 
+def bent(x: Tensor, time: Tensor) -> Tensor:
+    """A velocity field whose paths bend, and differ from picture to picture. x: (B, C, H, W) float64; time: (B,)."""
+    size = x[0].numel()
+    turn = normal("flow.turn", size, size).to(x) / size**0.5
+    push = normal("flow.push", size).to(x)
+    return torch.tanh(3 * x.flatten(1) @ turn + 4 * time[:, None] * push).view(x.shape)
+
+
 def digest(name: str, x: Tensor) -> list[float]:
     """Two numbers that tell whether a block's output is right: its root mean square, and a random projection."""
     x = x.detach().double()

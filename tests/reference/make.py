@@ -1,11 +1,11 @@
 """Record what the reference implementations compute, for the tests to compare with.
 
-This script alone needs diffusers and transformers, so it runs in an environment of its own, and the tests never
-import it:
+This script alone needs diffusers, transformers and torchdiffeq, so it runs in an environment of its own, and the tests
+never import it:
 
     python3 -m venv refenv
     refenv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 safetensors==0.8.0 \
-        sentencepiece==0.2.3 numpy==2.4.6 accelerate==1.15.0 protobuf==7.36.2
+        sentencepiece==0.2.3 numpy==2.4.6 torchdiffeq==0.2.5 accelerate==1.15.0 protobuf==7.36.2
     OMP_NUM_THREADS=1 refenv/bin/python tests/reference/make.py
 
 It rewrites every file beside itself (about fifteen seconds). All networks are tiny; their weights and inputs come from
@@ -18,6 +18,7 @@ It rewrites every file beside itself (about fifteen seconds). All networks are t
     ddpm.safetensors                 steps and whole walks of the scheduler
     stages.safetensors               both pipelines from start to end
     edits.safetensors                the pipelines that edit a picture; RePaint's walks
+    flow.safetensors                 where ODE solvers lead along a velocity field
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ from diffusers import (
 )
 from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from fill import HERE, calm, digest, fill, normal
+from fill import HERE, bent, calm, digest, fill, normal
 from safetensors.torch import save_file
+from torchdiffeq import odeint
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 PINS = {
@@ -59,6 +61,7 @@ PINS = {
     "safetensors": "0.8.0",
     "sentencepiece": "0.2.3",
     "numpy": "2.4.6",
+    "torchdiffeq": "0.2.5",
 }
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -466,6 +469,23 @@ def make_edits() -> None:
     save("edits", out, repaint=walks)
 
 
+def make_flow() -> None:
+    """From noise at time 0 to time 1, in seven steps or within a tolerance, in float64."""
+    x_0, times = normal("flow.x_0", 4, 1, 2, 3).double(), torch.linspace(0, 1, 8, dtype=torch.float64)
+
+    def velocity(time: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return bent(x, time.expand(len(x)))
+
+    out = {
+        ours: odeint(velocity, x_0, times, method=method)[-1]
+        for ours, method in (("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"))
+    }
+    for tolerance in (1e-3, 1e-6, 1e-12):
+        x = odeint(velocity, x_0, times[[0, -1]], method="dopri5", rtol=tolerance, atol=tolerance)
+        out[f"dormand_prince.{tolerance:g}"] = x[-1]
+    save("flow", out)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +519,7 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for make in (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages, make_edits):
+    for make in (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages, make_edits, make_flow):
         make()
     for path in sorted(HERE.iterdir()):
         if path.suffix in (".safetensors", ".json", ".model"):
