@@ -230,14 +230,18 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     )
 
 
-def test_the_average_is_the_closed_form():
-    """From 0, weights 1, 2, 3: 0.1 * 0 + 0.9 * 1 = 0.9; 2/11 * 0.9 + 9/11 * 2 = 1.8; 0.25 * 1.8 + 0.75 * 3 = 2.7."""
+def test_the_average_is_the_closed_form(monkeypatch):
+    """From 0, weights 1, 2, 3: 0.1 * 0 + 0.9 * 1 = 0.9; 2/11 * 0.9 + 9/11 * 2 = 1.8; 0.25 * 1.8 + 0.75 * 3 = 2.7.
+    With a decay of 0 it is the weights themselves."""
     module = torch.nn.Linear(1, 1, bias=False)
     ema = {"weight": torch.zeros(1, 1)}
     for step, (value, expected) in enumerate([(1.0, 0.9), (2.0, 1.8), (3.0, 2.7)]):
         torch.nn.init.constant_(module.weight, value)
         train.update_average(ema, module, step)
         assert ema["weight"].item() == pytest.approx(expected)
+    monkeypatch.setattr(train, "EMA_DECAY", 0.0)
+    train.update_average(ema, module, 1000)
+    assert ema["weight"].item() == 3.0
 
 
 def test_bad_input_is_told(tmp_path, pictures, capsys):
