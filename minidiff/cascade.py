@@ -133,6 +133,7 @@ class Cascade:
         self.args, self.clock = args, Clock()
         images.check_output(args.out)
         check_pictures(args, args.steps[0])
+        check_negative(args, args.guidance_scale + ([args.stage2_guidance_scale] if args.stage2 != "none" else []))
         device, dtype = choose(args)
         folders = [hub.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":
@@ -210,6 +211,12 @@ def check_pictures(args: argparse.Namespace, steps: str) -> None:
     for i in start if isinstance(start, list) else [] if start is None else [start]:
         if not 0 <= i <= last:
             raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {i}")
+
+
+def check_negative(args: argparse.Namespace, scales: Sequence[float]) -> None:
+    """Warn of a --negative-prompt that no guidance leads away from."""
+    if args.negative_prompt and all(scale == 1 for scale in scales):
+        warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
 
 
 def last_start(walk: Walk) -> int:

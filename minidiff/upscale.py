@@ -20,7 +20,16 @@ from pathlib import Path
 import torch
 
 from minidiff import cli, hub, images, views
-from minidiff.cascade import add_edit_flags, check_pictures, check_widths, edited, encode, progress, walk_of
+from minidiff.cascade import (
+    add_edit_flags,
+    check_negative,
+    check_pictures,
+    check_widths,
+    edited,
+    encode,
+    progress,
+    walk_of,
+)
 from minidiff.deepfloyd import stages
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.sampling import seeded
@@ -32,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = cli.Clock()
     images.check_output(args.out)
     check_pictures(args, args.steps)
+    check_negative(args, [args.guidance_scale])
     low_res = images.load(args.image, 64)
     chosen = [views.named(name) for name in args.view]
     device, dtype = cli.choose(args)

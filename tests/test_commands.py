@@ -91,17 +91,19 @@ def test_encoded_prompts_give_the_same_picture(cascade, tmp_path):
     torch.testing.assert_close(direct, streamed, rtol=0, atol=0.02)
 
 
-def test_the_prompt_and_the_negative_prompt_matter(cascade, tmp_path):
+def test_the_prompt_and_the_negative_prompt_matter(cascade, tmp_path, capsys):
     a = make(cascade, tmp_path / "a.png", "--guidance-scale", "20")
     b = make(cascade, tmp_path / "b.png", "--guidance-scale", "20", "--negative-prompt", "a photo")
     assert (a - b).abs().max() > 0.01
+    assert "--negative-prompt" not in capsys.readouterr().err
 
 
 def test_upscale_takes_any_picture(cascade, tmp_path, capsys):
     one, two = map(str, cascade)
     Image.new("RGBA", (90, 70), (255, 0, 0, 128)).save(tmp_path / "in.png")
     upscale.main([str(tmp_path / "in.png"), PROMPT, "--model", two, "--text-model", one, "--quick",
-                  "--out", str(tmp_path / "u.png")])  # fmt: skip
+                  "--guidance-scale", "1", "--negative-prompt", "a", "--out", str(tmp_path / "u.png")])  # fmt: skip
+    assert "warning: --negative-prompt does nothing at --guidance-scale 1" in capsys.readouterr().err
     assert Image.open(tmp_path / "u.png").width > 3 * 256
     assert images.read_metadata(tmp_path / "u.png")["noise_level"] == "250"
 
