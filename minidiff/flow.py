@@ -9,7 +9,8 @@ joined by straight lines, a network learns the mean direction of the lines throu
     sample    dx / dt = velocity(x, t), from t = 0 to 1    solve, dormand_prince
 
 Where lines cross, the mean direction is none of theirs, so the paths that sampling follows are curved. `straightness`
-says how much, and training again on `pairs` that the model itself has joined makes them straighter (rectified flow).
+says how much, and training again, on lines from noises to where the model leads them, makes them straighter (rectified
+flow, `mnist/train_flow.py`).
 `log_likelihood` follows a path backwards and says how likely its end is.
 `from_eps` shows that a noise-predicting diffusion model is a velocity field too, read off another clock.
 
@@ -157,20 +158,7 @@ def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: floa
     return x, evaluations
 
 
-# ---------------------------------------------------------------------------------------------- rectified flow
-
-
-def pairs(
-    velocity_of: Callable[[Tensor], Velocity], x_0: Tensor, labels: Tensor, times: Tensor, batch_size: int = 500
-) -> Tensor:
-    """Where the model leads each noise: x_1 (N, C, H, W), joined to x_0 for a second training.
-
-    velocity_of(labels) is the velocity for these classes.  x_0: (N, C, H, W).  labels: (N,).
-    Paths of one velocity field never cross, so neither do the new lines, nearly.
-    Source: Rectified Flow Sec. 2.1 (reflow).
-    """
-    batches = zip(x_0.split(batch_size), labels.split(batch_size))
-    return torch.cat([solve(velocity_of(c), x, times) for x, c in batches])
+# ---------------------------------------------------------------------------------------------- straightness
 
 
 def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:

@@ -194,15 +194,6 @@ def test_straightness_is_zero_on_lines_and_known_on_a_circle():
     assert found == pytest.approx((math.pi**2 / 4 - 2) / 2, rel=1e-3)
 
 
-def test_pairs_are_what_solve_gives_in_order_and_by_class():
-    def velocity_of(labels):
-        return lambda x, time: labels.view(-1, 1, 1, 1) - x
-
-    x_0, labels = noise(7), torch.arange(7.0, dtype=torch.float64)
-    x_1 = flow.pairs(velocity_of, x_0, labels, flow.grid(3), batch_size=2)
-    assert torch.equal(x_1, flow.solve(velocity_of(labels), x_0, flow.grid(3)))
-
-
 def test_the_likelihood_of_a_gaussian_is_its_closed_form():
     """Sampling turns noise into N(MEAN, STD^2), so log p = -sum((x - MEAN)^2 / 2 STD^2) - 6 log(...)."""
     x_1 = MEAN + 1.5 * STD * noise(20)

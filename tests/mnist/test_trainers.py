@@ -83,6 +83,15 @@ def test_reflow_learns_the_lines_it_is_given(digits):
     torch.testing.assert_close(x, flow.path(x_0, digits.images[:50], time))
 
 
+def test_pairs_join_each_noise_to_where_the_teacher_leads_it_for_its_class():
+    torch.manual_seed(0)
+    teacher, cpu = UNet(UNetConfig(4, time=True, num_classes=10)).eval(), torch.device("cpu")
+    pairs = train_flow.make_pairs(teacher, 13, 0, cpu, 3, batch_size=5)
+    x_1, x_0 = pairs.images.split(1, dim=1)
+    assert pairs.labels.tolist() == [*range(10), 0, 1, 2] and abs(x_0.std() - 1) < 5 / (2 * x_0.numel()) ** 0.5
+    torch.testing.assert_close(flow.solve(drawing.velocity(teacher, pairs.labels), x_0, flow.grid(3)), x_1)
+
+
 @pytest.mark.parametrize("loss", [train_diffusion.Diffusion(drawing.course_schedule()), train_flow.FlowMatching()])
 def test_classes_are_told_and_a_tenth_of_them_dropped(digits, loss):
     net = Told(lambda x, time: x, classes=10)
