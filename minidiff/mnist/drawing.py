@@ -85,13 +85,14 @@ def draw_ddpm(
 
 def draw_flow(
     v: Velocity, seeds: Sequence[torch.Generator], device: torch.device, steps: int = FLOW_STEPS,
-    solver: str = "euler",
+    solver: str = "euler", on_step: Callable | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same along a velocity.  solver: one of `flow.METHODS`, or "dormand-prince", which chooses its own steps."""
+    """The same along a velocity.  solver: one of `flow.METHODS`, or "dormand-prince", which chooses its own steps and
+    tells nobody."""
     x_0 = draw_noise((len(seeds), 1, 28, 28), seeds).to(device)
     if solver == "dormand-prince":
         return flow.dormand_prince(v, x_0)[0].cpu()
-    return flow.solve(v, x_0, flow.grid(steps), solver).cpu()
+    return flow.solve(v, x_0, flow.grid(steps), solver, on_step).cpu()
 
 
 def load(folder: Path, kind: str, device: torch.device) -> UNet:

@@ -95,7 +95,7 @@ def agreement(verdicts: Tensor, labels: Tensor) -> float:
 def entropy(verdicts: Tensor) -> float:
     """-sum p ln p of the classes' shares: 0 if all are one class, ln 10 = 2.303 if all are alike."""
     shares = torch.bincount(verdicts, minlength=CLASSES).double() / len(verdicts)
-    return -(shares * shares.clamp(min=1e-300).log()).sum().item()
+    return torch.special.entr(shares).sum().item()
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

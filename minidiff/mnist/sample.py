@@ -106,14 +106,17 @@ def draw(
     what: str,
 ) -> Tensor:  # fmt: skip
     """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, BATCH at a time."""
-    parts = []
-    for i in tqdm(range(0, len(labels), BATCH), desc=what, disable=len(labels) <= BATCH):
-        part = labels[i : i + BATCH]
-        seeds = seeded(seed + i, len(part))
-        if kind == "ddpm":
-            parts.append(drawing.draw_ddpm(drawing.prediction(unet, part, scale), seeds, device, steps))
-        else:
-            parts.append(drawing.draw_flow(drawing.velocity(unet, part, scale), seeds, device, steps, solver))
+    parts, starts = [], range(0, len(labels), BATCH)
+    with tqdm(total=steps * len(starts), desc=what, unit="step", disable=solver == "dormand-prince") as bar:
+        for i in starts:
+            part = labels[i : i + BATCH]
+            seeds = seeded(seed + i, len(part))
+            if kind == "ddpm":
+                predict = drawing.prediction(unet, part, scale)
+                parts.append(drawing.draw_ddpm(predict, seeds, device, steps, lambda *_: bar.update()))
+            else:
+                v = drawing.velocity(unet, part, scale)
+                parts.append(drawing.draw_flow(v, seeds, device, steps, solver, lambda *_: bar.update()))
     return torch.cat(parts)
 
 
