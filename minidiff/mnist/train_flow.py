@@ -194,9 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if labels is not None:
         save_guidance(draw, out, about)
     labels, x_0 = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
-    plain = {"this model": velocity(model, labels)}
+    plain = {"the teacher": velocity(teacher, labels)} if teacher is not None else {}
+    plain["this model"] = velocity(model, labels)
     if teacher is not None:
-        plain["its teacher"] = velocity(teacher, labels)
         save_strip(*few_steps(plain, x_0, steps), "Euler steps before and after reflow", out / "reflow.png", about)
     straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in plain.items()}
     print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))

@@ -192,7 +192,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     made = run(train_flow, tmp_path / "f", folder, "--preset", "class")
     assert made == ["guidance.png", "samples/epoch-01.png", "sampling.gif", "solvers.png"]
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"), "--lr", "0")
-    assert "reflow.png" in made and "its teacher" in capsys.readouterr().out
+    assert "reflow.png" in made and "the teacher" in capsys.readouterr().out
     student, teacher = (training.read(tmp_path / name, "flow")[1] for name in ("r", "f"))
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
     assert "holds pairs of another teacher or other settings" in fails(
