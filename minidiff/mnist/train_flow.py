@@ -162,9 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model, levels = load(args.teacher, "flow", device), load(args.teacher, "flow", device), {}
-        pairs = kept_pairs(out / "training" / "pairs.safetensors", teacher, 200 if quick else args.pairs, args.seed,
-                           steps)  # fmt: skip
-        train, test = pairs[len(pairs) // 10 :], pairs[: len(pairs) // 10]
+        pairs = 200 if quick else args.pairs
+        if pairs < 10 or pairs - pairs // 10 < plan.batch_size:
+            raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
+                             f"of {plan.batch_size}")  # fmt: skip
+        joined = kept_pairs(out / "training" / "pairs.safetensors", teacher, pairs, args.seed, steps)
+        train, test = joined[pairs // 10 :], joined[: pairs // 10]
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
         train, test = training.pictures(args, device)
