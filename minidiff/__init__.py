@@ -28,7 +28,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     cli.py                   plumbing: flags, errors and the last line of every command
     cascade.py               what the commands on pictures are made of
     encode.py                prompts to a file of embeddings
-    denoise.py               noise added to a picture, and four ways to take it away
+    denoise.py               noise added to a picture, and three ways to take it away
     generate.py              a prompt becomes a picture, 64 and 256 pixels
     sdedit.py                a picture made anew from the middle of the walk
     inpaint.py               a region painted anew

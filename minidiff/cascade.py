@@ -2,7 +2,8 @@
 
 `Cascade` finds, checks and loads both stages and the prompts' states; `draw` and `enlarge` run them. `edited` turns
 flags about a given picture (where to start, what to keep) into a `Walk`. A command asks for flags, builds a condition
-and walks, and shows the result.    Read `deepfloyd/stages.py` first. Next: `denoise.py`.
+and walks, and shows the result.    Read `deepfloyd/stages.py` first. Next: `encode.py`, then
+`denoise.py`, the first command that draws.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Noise added to a picture, and four ways to take it away again.
+"""Noise added to a picture, and three ways to take it away again.
 
     python -m minidiff.denoise photo.png
     python -m minidiff.denoise photo.png "a castle" --t 250 500 750 --i-start 10
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels.append([f"t = {t}" for t, _ in shown[::SHOWN_EVERY]])
     rows.append([original[0], result[0], estimate[0], blurred[0]])
     labels.append(["original", _score("iterative", result, original), *scores[::-1]])
-    title = f"{args.image.name}, {args.prompt!r}: noise and four ways to take it away"
+    title = f"{args.image.name}, {args.prompt!r}: noise and three ways to take it away"
     cascade.finish("denoise", rows, labels, title)
 
 

@@ -1,4 +1,4 @@
-"""Encode prompts once, into a small file that every command reads with --prompt-embeds.
+"""Encode prompts once, into a small file that the commands on pictures read with --prompt-embeds.
 
     python -m minidiff.encode "a rocket ship" "a pencil" --out embeds.safetensors
     python -m minidiff.encode "a rocket ship" --model IF-I-XL-v1.0 --text-encoder streamed --out embeds.safetensors

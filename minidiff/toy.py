@@ -3,8 +3,8 @@
 Read `guidance.py` first. A trained network is a black box; to know that a sampler is right one needs a model whose
 exact output can be written down. For data N(mean, std^2) everything that diffusion does is Gaussian, so the best
 possible eps follows from Bayes. A mixture with one component per "prompt" adds what guidance needs: unconditional
-(all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); the 2-D points of the
-walkthrough are (B, 2, 1, 1).
+(all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); a point in the plane
+is (B, 2, 1, 1).
 
 Next: `views.py`, the first of the experiments' mathematics; or straight on to `deepfloyd/tokenizer.py`.
 """

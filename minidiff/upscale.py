@@ -6,8 +6,9 @@
     python -m minidiff.upscale photo.jpg "a castle" --box 16 16 48 48          enlarge inside a box only
     python -m minidiff.upscale anagram.png "a castle" "a skull" --view identity rotate_180
 
-The picture is cropped to a square and shrunk to 64x64, noised to --noise-level, and enlarged to 256x256. More noise
-lets the network invent more. Writes a strip: 64 pixels, bilinear enlargement, stage 2 (as each view sees it).
+The picture is cropped to a square and shrunk to 64x64, enlarged again bilinearly, and noised to --noise-level: beside
+this, stage 2 draws 256x256. More noise lets the network invent more. Writes a strip: 64 pixels, bilinear enlargement,
+stage 2 (as each view sees it).
 """
 
 from __future__ import annotations

@@ -130,9 +130,8 @@ def test_streams_of_a_seed_are_independent():
 
 def test_one_step_is_the_best_guess_and_the_walk_is_one_sample():
     """For data N(0.2, 0.4^2) noised to t = 690, one step (DDPM Eq. 15) has the posterior variance
-    v = s^2 (1 - a) / (a s^2 + 1 - a) as its mean squared error, which is the least there is. The whole walk draws from
-    v = s^2 (1 - a) / (a s^2 + 1 - a) as its mean squared error, the least there is. The whole walk draws from
-    the finite steps of the walk."""
+    v = s^2 (1 - a) / (a s^2 + 1 - a) as its mean squared error, the least there is. The whole walk draws from the
+    posterior, so its error is 2 v and its variance that of the data, up to the finite steps of the walk."""
     n, mean, s, t = 40_000, 0.2, 0.4, 690
     a = SCHEDULE.alphas_cumprod[t].item()
     v = s**2 * (1 - a) / (a * s**2 + 1 - a)

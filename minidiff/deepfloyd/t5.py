@@ -12,7 +12,7 @@ In half precision the stream stays float32, and so does the last product of the 
 float16's 65504, and a pure float16 T5 returns garbage.
 Attributes carry the names of the released checkpoint.    Source: T5 (Raffel et al.) Sec. 2.1; T5 v1.1's gated GELU.
 
-Next: `unet.py`, which reads these states.
+Next: `prompts.py`, which puts tokenizer and encoder together.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The text encoder never sees letters, only ids of word pieces from a fixed list (
 exactly 77 of them: the pieces of the prompt, the end mark 1, then padding 0. The limit is IF's choice, not T5's.
 
 A prompt is lowered and stripped, nothing more. The original's longer cleaning (some 45 regular expressions against
-URLs, file names and HTML in web captions) is left out: it also deletes words like "free" and "photo.jpg" from prompts.
+URLs, file names and HTML in web captions) is left out: it also deletes words like "download" and "photo.jpg" from
+prompts.
 
 Next: `t5.py`, which turns the ids into vectors.
 """
@@ -61,5 +62,5 @@ class Tokenizer:
 
 
 def clean(prompt: str) -> str:
-    """Lower case, without space around it: what IF's own pipelines do by default."""
+    """Lower case, without space around it: what IF's own pipelines do when their caption cleaning is switched off."""
     return prompt.lower().strip()

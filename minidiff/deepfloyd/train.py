@@ -217,7 +217,7 @@ def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pict
 
 
 def plot(csv_path: Path) -> None:
-    """loss.png from loss.csv, if matplotlib is installed (pip install minidiff[plots])."""
+    """loss.png from loss.csv, if matplotlib is installed (pip install -e ".[plots]")."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -173,7 +173,8 @@ class TextPooling(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions around a skip; `temb` scales and shifts in between. `resample` halves or doubles the size.
 
-    out = (skip + conv2(gelu(norm2(conv1(resample(gelu(norm1(x))))) * (1 + scale) + shift)))) / out_scale
+    h = norm2(conv1(resample(gelu(norm1(x))))) * (1 + scale) + shift
+    out = (shortcut(resample(x)) + conv2(gelu(h))) / out_scale        shortcut: a 1x1 convolution where widths differ
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, out_scale: float, resample: str = ""):

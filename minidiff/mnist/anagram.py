@@ -1,6 +1,6 @@
 """One digit that is another when it is turned: anagrams whose success a judge can count.
 
-    python -m minidiff.mnist.anagram 6 9
+    python -m minidiff.mnist.anagram 4 7
     python -m minidiff.mnist.anagram 2 5 --view identity flip
     python -m minidiff.mnist.anagram 4 7 --view identity rotate_cw --num-images 100
 

@@ -8,7 +8,7 @@ never import it:
         sentencepiece==0.2.3 numpy==2.4.6 torchdiffeq==0.2.5 accelerate==1.15.0 protobuf==7.36.2
     OMP_NUM_THREADS=1 refenv/bin/python tests/reference/make.py
 
-It rewrites every file beside itself (about fifteen seconds). All networks are tiny; their weights and inputs come from
+It rewrites the files below (about fifteen seconds). All networks are tiny; their weights and inputs come from
 `fill.py` by name, so the files hold outputs only. Each file says in its metadata which programs made it.
 
     unet.safetensors, unet.json      UNet outputs, configs, tensor names, two numbers for each inner block
