@@ -62,7 +62,8 @@ def add_text_flags(p: argparse.ArgumentParser) -> None:
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """A main whose errors of the user's making become one line on stderr and exit status 2; warnings one line each."""
+    """A main whose errors of the user's making become one line on stderr and exit status 2; warnings one line each.
+    Ctrl-C ends it with 130, as a shell expects."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
@@ -70,8 +71,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         try:
             main(argv)
         except torch.OutOfMemoryError as error:
-            print(f"error: {error}; pass fewer --num-images, or --split-batch", file=sys.stderr)
+            print(f"error: {error}; ask for less at once: fewer --num-images, --split-batch, or in training a smaller "
+                  "--batch-size", file=sys.stderr)  # fmt: skip
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            sys.exit(130)
         except (ValueError, FloatingPointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

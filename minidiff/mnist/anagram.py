@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--guidance-scale", type=float, default=drawing.GUIDANCE_SCALE, help="default %(default)s")
     p.add_argument("--steps", type=int, default=100, help="of 300 (default %(default)s)")
     p.add_argument("--model", type=Path, default=WEIGHTS / "mnist" / "ddpm", help="default: the embedded one")
-    p.add_argument("--judge", type=Path, default=WEIGHTS / "mnist" / "judge", help="default: the embedded one")
+    p.add_argument("--judge", type=Path, default=judge.EMBEDDED, help="default: the embedded one")
     p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--out", type=Path, default=Path("out/digit-anagram.png"), help="default %(default)s")

@@ -131,9 +131,15 @@ def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) ->
                "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", metadata)  # fmt: skip
 
 
-def save_animation(frames: Sequence[Tensor], path: Path) -> None:
-    """States of a walk, (B, 1, 28, 28) in [0, 1] each, as a GIF, five in a row, that rests on the last."""
-    rows = [[_pictures(row) for row in x.split(5)] for x in frames]
+def save_animation(draw: Callable[[Callable], Tensor], steps: int, path: Path) -> None:
+    """A walk as a GIF of some thirty pictures, five digits in a row, from the noise to the result, on which it rests.
+
+    draw(on_step) makes it, (B, 1, 28, 28), in so many steps, and shows on_step(i, t, x) each state.
+    """
+    frames: list[Tensor] = []
+    every = max(1, steps // 30)
+    end = draw(lambda i, t, x, *_: i % every or frames.append(x))
+    rows = [[_pictures(row) for row in x.split(5)] for x in (*frames, end)]
     pages = [images.strip(page, [[""] * len(row) for row in page]) for page in rows]
     images.save_gif(pages + [pages[-1]] * 10, path)
 

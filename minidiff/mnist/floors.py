@@ -6,7 +6,8 @@ A loss of 0.03 says nothing alone. Three levels, all computed from the pictures 
     linear optimum  the best answer that is linear in the input, exact if pictures were Gaussian: anything that learns
                     shapes must fall well below it
     memorisation    the best answer for one who knows the training pictures by heart and nothing else: a loss on them
-                    cannot fall below it
+                    cannot fall below it. A network that is told the class is compared with one who is told, too, as
+                    often as it is
 
 All three are about x_t = a x_start + b noise. The denoiser has a = 1, b = sigma; DDPM a = sqrt(alpha_bar_t),
 b = sqrt(1 - alpha_bar_t); flow matching a = t, b = 1 - t. An error e in x_start is an error a e / b in eps and e / b in
@@ -20,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minidiff.mnist.data import generator
+from minidiff.mnist.data import Digits, generator
 from minidiff.schedule import Schedule
 
 
@@ -55,57 +56,63 @@ def linear_eps_loss(variances: Tensor, schedule: Schedule) -> float:
     return (alpha_bar / (1 - alpha_bar) * mse).mean().item()
 
 
-def linear_flow_loss(variances: Tensor, points: int = 2000) -> float:
+def linear_flow_loss(variances: Tensor) -> float:
     """The linear optimum of flow matching's loss, mean over time (at the middles of equal sections)."""
-    t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     return (linear_mse(variances, t, 1 - t) / (1 - t) ** 2).mean().item()
 
 
-def posterior_mean(x_t: Tensor, a: Tensor, b: Tensor, images: Tensor) -> Tensor:
+def posterior_mean(x_t: Tensor, a: Tensor, b: Tensor, known: Digits, labels: Tensor | None = None) -> Tensor:
     """E[x_start | x_t] if x_start is one of these pictures, all equally likely: the denoiser that knows them by heart.
 
         sum_i softmax_i( -|x_t - a x_i|^2 / (2 b^2) ) x_i
 
-    x_t: (B, 1, 28, 28).  a, b: (B,).  images: (N, 1, 28, 28).  Returns (B, 1, 28, 28).
+    x_t: (B, 1, 28, 28).  a, b: (B,).  labels: (B,), the classes if they are told; then the sum is over pictures x_i of
+    that class.  Returns (B, 1, 28, 28).
     """
     a, b = a.view(-1, 1).to(x_t), b.view(-1, 1).to(x_t)
-    x, flat = images.flatten(1), x_t.flatten(1)
+    x, flat = known.images.flatten(1), x_t.flatten(1)
     logits = a * (flat @ x.T - a / 2 * x.square().sum(1)) / b**2  # without |x_t|^2, which all share
+    if labels is not None:
+        logits = logits.masked_fill(labels[:, None] != known.labels, -torch.inf)
     return (logits.softmax(1) @ x).view_as(x_t)
 
 
-def memorised_mse(images: Tensor, known: Tensor, a: Tensor, b: Tensor, weight: Tensor, seed: int = 0) -> float:
-    """The mean of weight * |x - posterior mean|^2 over the first K images x, one for each entry of a, b, weight: (K,).
+def memorised_mse(digits: Digits, a: Tensor, b: Tensor, weight: Tensor, dropout: float = 1.0) -> float:
+    """The mean of weight * |x - posterior mean|^2 over the first K digits x, one for each entry of a, b, weight: (K,).
 
-    known: (N, 1, 28, 28), the pictures known by heart.
+    dropout: how often the class is not told; 1: never told.
     """
-    images = images[: len(a)]
-    noise = torch.randn(images.shape, generator=generator(images.device, seed), device=images.device)
+    some, device = digits[: len(a)], digits.images.device
+    noise = torch.randn(some.images.shape, generator=generator(device, 0), device=device).to(some.images)
     total = 0.0
-    for x, e, aa, bb, w in zip(*(k.split(500) for k in (images, noise, *(v.to(images) for v in (a, b, weight))))):
-        x_t = aa.view(-1, 1, 1, 1) * x + bb.view(-1, 1, 1, 1) * e
-        error = posterior_mean(x_t, aa, bb, known) - x
-        total += (w * error.square().flatten(1).mean(1)).sum().item()
-    return total / len(images)
+    for i in range(0, len(some), 500):
+        part = slice(i, i + 500)
+        x, labels, aa, bb, w = some.images[part], some.labels[part], *(v[part].to(noise) for v in (a, b, weight))
+        x_t = aa.view(-1, 1, 1, 1) * x + bb.view(-1, 1, 1, 1) * noise[part]
+        for told, share in ((None, dropout), (labels, 1 - dropout)):
+            if share:
+                error = (posterior_mean(x_t, aa, bb, digits, told) - x).square().flatten(1).mean(1)
+                total += share * (w * error).sum().item()
+    return total / len(some)
 
 
-def memorised_denoiser_loss(images: Tensor, sigma: float, samples: int = 3000) -> float:
-    """What the denoiser's loss on these pictures cannot fall below at this sigma: estimated."""
-    ones = torch.ones(min(samples, len(images)))
-    return memorised_mse(images, images, ones, sigma * ones, ones)
+def memorised_denoiser_loss(digits: Digits, sigma: float, samples: int = 3000) -> float:
+    """What the denoiser's loss on these digits cannot fall below at this sigma: estimated."""
+    ones = torch.ones(min(samples, len(digits)))
+    return memorised_mse(digits, ones, sigma * ones, ones)
 
 
-def memorised_eps_loss(images: Tensor, schedule: Schedule, samples: int = 3000) -> float:
-    """What DDPM's loss on these pictures cannot fall below: estimated at evenly spread times."""
-    samples = min(samples, len(images))
+def memorised_eps_loss(digits: Digits, schedule: Schedule, dropout: float = 1.0, samples: int = 3000) -> float:
+    """What DDPM's loss on these digits cannot fall below: estimated at evenly spread times."""
+    samples = min(samples, len(digits))
     t = torch.arange(samples) * schedule.num_train_timesteps // samples
     alpha_bar = schedule.alphas_cumprod[t]
-    args = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar / (1 - alpha_bar)
-    return memorised_mse(images, images, *args)
+    return memorised_mse(digits, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar / (1 - alpha_bar), dropout)
 
 
-def memorised_flow_loss(images: Tensor, samples: int = 3000) -> float:
-    """What flow matching's loss on these pictures cannot fall below: estimated at evenly spread times."""
-    samples = min(samples, len(images))
+def memorised_flow_loss(digits: Digits, dropout: float = 1.0, samples: int = 3000) -> float:
+    """What flow matching's loss on these digits cannot fall below: estimated at evenly spread times."""
+    samples = min(samples, len(digits))
     t = (torch.arange(samples) + 0.5) / samples
-    return memorised_mse(images, images, t, 1 - t, (1 - t) ** -2)
+    return memorised_mse(digits, t, 1 - t, (1 - t) ** -2, dropout)

@@ -1,6 +1,6 @@
 """A small classifier that judges samples: are they the digits asked for, and as varied as real ones?
 
-    python -m minidiff.mnist.judge train --out weights/mnist/judge
+    python -m minidiff.mnist.judge train
     python -m minidiff.mnist.judge score out/digits.safetensors
 
 `score` reads a file that `minidiff.mnist.sample --tensors` wrote (images (N, 1, 28, 28), labels (N,)) and says
@@ -26,8 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of
@@ -36,7 +35,9 @@ from minidiff.mnist import training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.training import Plan, Run
 
+EMBEDDED = WEIGHTS / "mnist" / "judge"
 FEATURES = 64
+MOST_SHIFT = 2
 FLOOR_SIZES = (100, 1000, 5000, 10000)  # how many test digits the floors of `score` are measured on
 PRESETS = {"course": Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01)}
 
@@ -63,14 +64,14 @@ class Judge(nn.Module):
         return self.head(self.features(x))
 
 
-def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    """Each picture moved by up to `most` pixels either way, black coming in: another handwriting for nothing."""
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture moved by up to MOST_SHIFT pixels either way, black coming in: another handwriting for nothing."""
     B, _, H, W = images.shape
-    dy, dx = torch.randint(0, 2 * most + 1, (2, B, 1), generator=generator, device=images.device)
+    dy, dx = torch.randint(0, 2 * MOST_SHIFT + 1, (2, B, 1), generator=generator, device=images.device)
     rows = dy + torch.arange(H, device=images.device)  # (B, H)
     columns = dx + torch.arange(W, device=images.device)  # (B, W)
     index = torch.arange(B, device=images.device)[:, None, None]
-    return F.pad(images, (most,) * 4)[:, 0][index, rows[:, :, None], columns[:, None, :]][:, None]
+    return F.pad(images, (MOST_SHIFT,) * 4)[:, 0][index, rows[:, :, None], columns[:, None, :]][:, None]
 
 
 def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
@@ -80,10 +81,10 @@ def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def look(judge: Judge, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     """What the judge sees in these: features (N, 64) float64 and its verdicts (N,)."""
     judge.eval()
-    features = torch.cat([judge.features(x) for x in images.split(batch_size)])
+    features = torch.cat([judge.features(x) for x in images.split(500)])
     return features.cpu().double(), judge.head(features).argmax(1).cpu()
 
 
@@ -166,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     judge = Judge().to(device)
     run = Run(judge, loss, digits, test, training.chosen(args, PRESETS[args.preset]), args.out / "training",
-              what=training.named(args, digits), seed=args.seed, compiled=args.compile)  # fmt: skip
+              what=training.named(args, len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
     if not run.train():
         return
     features, verdicts = look(judge, test.images)
@@ -183,19 +184,25 @@ def train(args: argparse.Namespace) -> None:
 def score(argv: Sequence[str]) -> None:
     p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
     p.add_argument("file", type=Path, help="written by `minidiff.mnist.sample --tensors`")
-    p.add_argument("--judge", type=Path, default=WEIGHTS / "mnist" / "judge", help="default: the embedded one")
+    p.add_argument("--judge", type=Path, default=EMBEDDED, help="default: the embedded one")
     args = p.parse_args(argv)
     try:
-        tensors = load_file(args.file)
+        with safe_open(args.file, "pt") as f:
+            tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, (f.metadata() or {}).get("dataset")
         images = tensors["images"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{args.file} holds no images ({error}); write it with sample --tensors") from error
-    if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
-        raise ValueError(f"{args.file}: images must be (N, 1, 28, 28), got {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
+        raise ValueError(
+            f"{args.file}: images must be (N, 1, 28, 28), floats from 0 to 1, got {tuple(images.shape)} {images.dtype}"
+        )
     labels, seed = tensors.get("labels"), int(tensors["seed"]) if "seed" in tensors else "unknown"
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{args.file}: {len(images)} images, but {len(labels)} labels")
-    print("\n".join(report(args.judge, images, labels, seed)))
+    judged = load(args.judge)[1].get("dataset", "mnist")
+    if dataset not in (None, judged):
+        raise ValueError(f"{args.file} holds samples of {dataset}, {args.judge} judges {judged}; pass another --judge")
+    print("\n".join(report(args.judge, images.float(), labels, seed)))
 
 
 @command

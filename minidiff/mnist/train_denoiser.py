@@ -21,7 +21,7 @@ Read `mnist/training.py` first. Next: `mnist/train_diffusion.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     levels = {"mean image": floors.mean_image_mse(train.images)}
     if preset.sigma is not None:
         levels["linear optimum"] = floors.linear_mse(variances, 1, preset.sigma).item()
-        levels["memorisation"] = floors.memorised_denoiser_loss(train.images, preset.sigma)
+        levels["memorisation"] = floors.memorised_denoiser_loss(train, preset.sigma)
     torch.manual_seed(args.seed)
     model = UNet(UNetConfig(4 if args.quick else preset.hidden)).to(device)
-    run = Run(model, Denoising(preset.sigma), train, test, plan, out / "training", what=training.named(args, train),
-              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+    what = training.named(args, len(train))
+    run = Run(model, Denoising(preset.sigma), train, test, plan, out / "training", what=what, seed=args.seed,
+              floors=levels, compiled=args.compile)  # fmt: skip
     save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
     shown = test.of_each_class(4 if args.four else 1)
 
@@ -147,12 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"epoch {epoch}, " + ("noise alone" if preset.sigma is None else f"sigma {preset.sigma}")
         save_strip(*sample_figure(model, shown, preset.sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
 
-    finished = run.train(after_epoch)
     config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": preset.sigma}
-    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
-    if not finished:
+    if not run.complete(out, config, after_epoch):
         return
-    run.report()
     if preset.sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
         print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")

@@ -24,8 +24,7 @@ Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from minidiff.cli import Clock, command, device_of, settings
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.drawing import (
+    DROPOUT,
     GUIDANCE_SCALE,
     T,
     course_schedule,
@@ -71,9 +71,6 @@ PRESETS = {
 }
 
 
-Draw = Callable[..., Tensor]  # draw(labels, guidance_scale, n, on_step): n samples of the network in training
-
-
 class Diffusion:
     """The loss, for a network told the time, and the class if it takes one."""
 
@@ -104,14 +101,6 @@ def cleaned(
     return rows, names
 
 
-def animate(draw: Draw, labels: Tensor | None, guidance_scale: float, steps: int, path: Path) -> None:
-    """The walk of the first ten digits as a GIF of some thirty pictures."""
-    frames: list[Tensor] = []
-    every = max(1, steps // 30)
-    end = draw(labels, guidance_scale, on_step=lambda i, t, x_t, *_: i % every or frames.append(x_t))
-    save_animation([*frames, end], path)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "out/mnist/ddpm", PRESETS)
@@ -125,40 +114,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = course_schedule()
     left = schedule.alphas_cumprod[-1].item()
     print(f"alpha_bar at the last of {T} times: {left:.4f}; {left**0.5:.1%} of the picture's amplitude are left there")
+    told = bool(preset.unet.num_classes)
     levels = {
         "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
-        "memorisation": floors.memorised_eps_loss(train.images, schedule),
+        "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
     }
     torch.manual_seed(args.seed)
     model = UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
-    run = Run(model, Diffusion(schedule), train, test, plan, out / "training", what=training.named(args, train),
+    run = Run(model, Diffusion(schedule), train, test, plan, out / "training", what=training.named(args, len(train)),
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
-    labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
+    labels = torch.arange(CLASSES).repeat(count) if told else None
 
     def draw(labels: Tensor | None, guidance_scale: float, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
         predict = prediction(model, None if labels is None else labels[:n], guidance_scale)
         return draw_ddpm(predict, seeded(args.seed, n), device, steps, on_step)
 
-    told = None if labels is None else args.guidance_scale
-
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            save_samples(draw(labels, args.guidance_scale, count * CLASSES), "DDPM", told, epoch, out, about)
+            x, scale = draw(labels, args.guidance_scale, count * CLASSES), args.guidance_scale if told else None
+            save_samples(x, "DDPM", scale, epoch, out, about)
 
-    finished = run.train(after_epoch)
     config = {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}
-    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
-    if not finished:
+    if not run.complete(out, config, after_epoch):
         return
-    run.report()
-    animate(draw, labels, args.guidance_scale, steps, out / "sampling.gif")
-    if labels is not None:
-        animate(draw, None, 1.0, steps, out / "unconditional.gif")
+    save_animation(lambda note: draw(labels, args.guidance_scale, on_step=note), steps, out / "sampling.gif")
+    if told:
+        save_animation(lambda note: draw(None, 1.0, on_step=note), steps, out / "unconditional.gif")
         save_guidance(lambda scale: draw(labels, scale), out, about)
-    rows = cleaned(lambda c: prediction(model, None if labels is None else c), test.of_each_class(1),
+    rows = cleaned(lambda c: prediction(model, c if told else None), test.of_each_class(1),
                    (4, 8) if quick else (60, 120, 200))  # fmt: skip
-    told = ", told which digit they are" if labels is not None else ""
-    save_strip(*rows, f"Noisy test digits, cleaned by the rest of the walk{told}", out / "cleaned.png", about)
+    title = "Noisy test digits, cleaned by the rest of the walk" + (", told which digit they are" if told else "")
+    save_strip(*rows, title, out / "cleaned.png", about)
     print(f"wrote {out}   ({clock})")
 
 

@@ -23,14 +23,14 @@ Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.   
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,6 +41,7 @@ from minidiff.hub import WEIGHTS
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
+    DROPOUT,
     FLOW_STEPS,
     GUIDANCE_SCALE,
     dropped,
@@ -51,11 +52,12 @@ from minidiff.mnist.drawing import (
     save_strip,
     velocity,
 )
-from minidiff.mnist.training import Plan, Run
+from minidiff.mnist.training import TEST_PICTURES, Plan, Run
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
 
 PAIRS = 10  # purpose of a generator, beside those of training.py
+AT_ONCE = 500  # pairs that are made together, and a file of them
 
 
 @dataclass(frozen=True)
@@ -94,42 +96,42 @@ class FlowMatching:
         return flow.loss(x_0, x_1, model(flow.path(x_0, x_1, time), time, c).float()).mean()
 
 
-def make_pairs(teacher: UNet, count: int, seed: int, device: torch.device, steps: int, batch_size: int = 500) -> Digits:
-    """Digits of the teacher in channel 0, the noises they came from in channel 1, and the class they were told.
+def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits:
+    """Digits of the teacher in channel 0, the noises x_0 they came from in channel 1, and the class they were told.
 
     Paths of one velocity field never cross, so neither, nearly, do the lines from start to end.
     Source: Rectified Flow Sec. 2.1 (reflow).
     """
-    x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, PAIRS), device=device)
-    labels = torch.arange(count, device=device) % CLASSES
-    ends = []
-    for i in tqdm(range(0, count, batch_size), desc=f"{count} digits of the teacher", unit="batch"):
-        part = slice(i, i + batch_size)
-        ends.append(flow.solve(velocity(teacher, labels[part]), x_0[part], flow.grid(steps)))
-    return Digits(torch.cat([torch.cat(ends), x_0], dim=1), labels)
+    return Digits(torch.cat([flow.solve(velocity(teacher, labels), x_0, flow.grid(steps)), x_0], dim=1), labels)
 
 
-def kept_pairs(path: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
-    """`make_pairs`, or what it wrote to path in an earlier run.
+def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
+    """`make_pairs` of new noises, written down AT_ONCE at a time, so that a run that was stopped goes on with the rest.
 
-    Raises ValueError if those are of another teacher or other settings, or path cannot be written.
+    Raises ValueError if pairs in the folder are damaged, of another teacher or other settings, or it cannot be written.
     """
-    device = next(teacher.parameters()).device
+    device, parts = next(teacher.parameters()).device, []
     digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
     made_from = {"teacher": digest, "count": str(count), "seed": str(seed), "steps": str(steps)}
-    if path.is_file():
-        with safe_open(path, "pt") as f:
-            if f.metadata() != made_from:
-                raise ValueError(f"{path} holds pairs of another teacher or other settings; pass another --out")
-        kept = load_file(path, device=str(device))
-        return Digits(kept["images"], kept["labels"])
+    x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, PAIRS), device=device)
+    labels = torch.arange(count, device=device) % CLASSES
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); pass another --out") from error
-    made = make_pairs(teacher, count, seed, device, steps)
-    weights.save({"images": made.images, "labels": made.labels}, path, made_from)
-    return made
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
+    for i in tqdm(range(0, count, AT_ONCE), desc=f"{count} digits of the teacher", unit="part"):
+        path, part = folder / f"pairs-{i:06d}.safetensors", slice(i, i + AT_ONCE)
+        if not path.is_file():
+            made = make_pairs(teacher, labels[part], x_0[part], steps)
+            weights.save({"images": made.images, "labels": made.labels}, path, made_from)
+        try:
+            with safe_open(path, "pt", device=str(device)) as f:
+                if f.metadata() != made_from:
+                    raise ValueError(f"{path} holds pairs of another teacher or other settings; pass another --out")
+                parts.append(Digits(f.get_tensor("images"), f.get_tensor("labels")))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    return Digits(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 def by_solver(v: Velocity, x_0: Tensor, steps: int) -> tuple[list[Tensor], list[str]]:
@@ -148,6 +150,28 @@ def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
     return [flow.solve(models[name], x_0, flow.grid(n)) for name, n in runs], [f"{name}, {n}" for name, n in runs]
 
 
+def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tuple[Digits, Digits]:
+    """What reflow learns: `kept_pairs` for training, and a tenth for the test.
+
+    Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, and
+    if the pairs would not fill a batch.
+    """
+    pairs, folder = 200 if args.quick else args.pairs, args.out / "training"
+    tenth = pairs // 10
+    if not tenth or pairs - tenth < plan.batch_size:
+        raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
+                         f"of {plan.batch_size}")  # fmt: skip
+    training.checkpoint_of(folder, training.named(args, pairs - tenth), plan, args.seed)
+    joined = kept_pairs(folder, teacher, pairs, args.seed, steps)
+    return joined[tenth:], joined[:tenth]
+
+
+@torch.no_grad()
+def loss_of(model: UNet, lines: Digits, seed: int) -> float:
+    """The loss of a network on these lines: what reflow starts from."""
+    return FlowMatching()(model, lines[:TEST_PICTURES], generator(lines.images.device, seed, PAIRS)).item()
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "out/mnist/flow", PRESETS)
@@ -161,52 +185,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps, count = (3, 1) if quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
     torch.manual_seed(args.seed)
     if preset.unet is None:
-        teacher, model, levels = load(args.teacher, "flow", device), load(args.teacher, "flow", device), {}
-        pairs = 200 if quick else args.pairs
-        if pairs < 10 or pairs - pairs // 10 < plan.batch_size:
-            raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
-                             f"of {plan.batch_size}")  # fmt: skip
-        joined = kept_pairs(out / "training" / "pairs.safetensors", teacher, pairs, args.seed, steps)
-        train, test = joined[pairs // 10 :], joined[: pairs // 10]
+        teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
+        args.dataset = training.read(args.teacher, "flow")[0].get("dataset", "mnist")
+        train, test = lines(args, teacher, plan, steps)
+        levels = {"the teacher": loss_of(teacher, test, args.seed)}
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
         train, test = training.pictures(args, device)
+        dropout = DROPOUT if preset.unet.num_classes else 1.0
         levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
-                  "memorisation": floors.memorised_flow_loss(train.images)}  # fmt: skip
-    run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, train),
+                  "memorisation": floors.memorised_flow_loss(train, dropout)}  # fmt: skip
+    run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
-    labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
+    told = bool(model.config.num_classes)
+    labels = torch.arange(CLASSES).repeat(count) if told else None
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
 
-    def draw(guidance_scale: float, n: int = CLASSES) -> Tensor:
-        told = None if labels is None else labels[:n]
-        return flow.solve(velocity(model, told, guidance_scale), x_0[:n], flow.grid(steps))
-
-    told = None if labels is None else args.guidance_scale
+    def draw(guidance_scale: float, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
+        v = velocity(model, labels[:n] if told else None, guidance_scale)
+        return flow.solve(v, x_0[:n], flow.grid(steps), on_step=on_step)
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", told, epoch, out, about)
+            x, scale = draw(args.guidance_scale, count * CLASSES), args.guidance_scale if told else None
+            save_samples(x, "Flow", scale, epoch, out, about)
 
-    finished = run.train(after_epoch)
-    config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
-    training.write(out, model, config | {"trained": run.progress(), "unet": asdict(model.config)})
-    if not finished:
+    if not run.complete(out, {"kind": "flow", "preset": args.preset, "dataset": args.dataset}, after_epoch):
         return
-    run.report()
-    if labels is not None:
+    save_animation(lambda note: draw(args.guidance_scale, on_step=note), steps, out / "sampling.gif")
+    if told:
         save_guidance(draw, out, about)
-    labels, x_0 = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
-    plain = {"the teacher": velocity(teacher, labels)} if teacher is not None else {}
-    plain["this model"] = velocity(model, labels)
+    labels, x_0 = labels[:CLASSES] if told else None, x_0[:CLASSES]
+    strong = velocity(model, labels, args.guidance_scale)
+    save_strip(*by_solver(strong, x_0, steps), "Solvers and their evaluations", out / "solvers.png", about)
+    plain = {"this model": velocity(model, labels)}
     if teacher is not None:
+        plain = {"the teacher": velocity(teacher, labels)} | plain
         save_strip(*few_steps(plain, x_0, steps), "Euler steps before and after reflow", out / "reflow.png", about)
     straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in plain.items()}
     print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
-    strong, frames = velocity(model, labels, args.guidance_scale), []
-    save_strip(*by_solver(strong, x_0, steps), "Solvers and their evaluations", out / "solvers.png", about)
-    end = flow.solve(strong, x_0, flow.grid(steps), on_step=lambda i, time, x: frames.append(x))
-    save_animation([*frames, end], out / "sampling.gif")
     print(f"wrote {out}   ({clock})")
 
 

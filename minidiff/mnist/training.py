@@ -10,6 +10,7 @@ What lies in OUT afterwards, beside the trainer's pictures:
     training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
     training/loss.png        whole run, first and last epoch, the floors as lines, if matplotlib is installed
     config.json, model.fp16.safetensors     the network, for `read`; also of a run that was stopped, as far as it came
+                                            (of the judge only at the end)
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
 step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
@@ -37,6 +38,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +52,7 @@ from minidiff.mnist.data import DATASETS, Digits, generator, load
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
 ORDER, STEP, TEST = range(3)  # what a generator is for
 TEST_PICTURES = 2000  # on which the loss is measured after each epoch
+CHECKPOINT = ("model", "optimizer", "losses", "test_losses", "what", "plan", "seed", "way")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -89,8 +92,8 @@ class Run:
         """model, train and test on the device to train on.  floors: name -> level, lines in the plot.
 
         what: what is trained, in words; a run only goes on with the same.
-        Goes on from folder/checkpoint.pt if there is one. Raises ValueError if that is of another run, if a batch is
-        larger than the training set, or the folder cannot be written.
+        Goes on from folder/checkpoint.pt if there is one. Raises ValueError as `checkpoint_of`, if a batch is larger
+        than the training set, or the folder cannot be written.
         """
         if not 1 <= plan.batch_size <= len(train):
             raise ValueError(f"batch_size must lie in 1..{len(train)}, the pictures there are, got {plan.batch_size}")
@@ -102,14 +105,15 @@ class Run:
         self.losses: list[float] = []  # of every step
         self.test_losses: list[float] = []  # of every epoch
         self.checkpoint = folder / "checkpoint.pt"
+        state = checkpoint_of(folder, what, plan, seed, self.device)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (probe := self.checkpoint.with_suffix(".tmp")).touch()
             probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
-        if self.checkpoint.is_file():
-            self.resume()
+        if state is not None:
+            self.resume(state)
         else:
             self.way = measure(model, loss, train[: plan.batch_size])
             self.save()
@@ -118,35 +122,28 @@ class Run:
         if compiled:
             self.model.compile()
 
-    def resume(self) -> None:
-        try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            kept = {name: state[name] for name in ("what", "plan", "seed")}
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{self.checkpoint} is no checkpoint of a run; delete it, or pass another --out"
-            ) from error
-        for name, value in (("what", self.what), ("plan", asdict(self.plan)), ("seed", self.seed)):
-            if kept[name] != value:
-                raise ValueError(
-                    f"{self.checkpoint} is of a run with another {name} ({kept[name]}, now {value}); "
-                    "pass its settings to go on with it, or another --out"
-                )
+    def resume(self, state: dict) -> None:
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ValueError(f"{self.checkpoint} is of another network; pass another --out") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.test_losses, self.way = state["losses"], state["test_losses"], tuple(state["way"])
+        self.draw_curves()
         print(f"going on from step {len(self.losses)} of {self.checkpoint}")
 
     def save(self) -> None:
         """The checkpoint and the curves, each complete or not there."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            self.diverged(f"there are weights that are not finite after step {len(self.losses)}")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
                  "test_losses": self.test_losses, "what": self.what, "plan": asdict(self.plan), "seed": self.seed,
                  "way": list(self.way)}  # fmt: skip
         torch.save(state, self.checkpoint.with_suffix(".tmp"))
         os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
+        self.draw_curves()
+
+    def draw_curves(self) -> None:
         _write_csv(self.folder / "loss.csv", ("step", "loss"), enumerate(self.losses, 1))
         _write_csv(self.folder / "test.csv", ("epoch", "loss"), enumerate(self.test_losses, 1))
         plot(self.folder / "loss.png", self.losses, self.test_losses, self.steps_per_epoch, self.floors)
@@ -164,15 +161,29 @@ class Run:
     def train(self, after_epoch: Callable[[int], None] | None = None) -> bool:
         """To the plan's end, or until Ctrl-C: was the end reached? after_epoch(epoch) is called with 1, 2, ..."""
         n, total = self.steps_per_epoch, self.plan.epochs * self.steps_per_epoch
+        self.model.eval()
         with stopped_between_steps() as stopped:
-            while len(self.losses) < total and not stopped():
-                self.one_epoch(len(self.losses) // n, stopped)
-                if len(self.losses) % n == 0 and after_epoch is not None:
-                    after_epoch(len(self.losses) // n)
-        self.model.eval()  # also if there was nothing left to train
+            while True:
+                epoch, torn = divmod(len(self.losses), n)
+                if epoch and not torn and after_epoch is not None:
+                    after_epoch(epoch)  # once more if the run was killed while it did this
+                if epoch == self.plan.epochs or stopped():
+                    break
+                self.one_epoch(epoch, stopped)
         if len(self.losses) < total:
             print(f"stopped after step {len(self.losses)}; the same command goes on from there")
         return len(self.losses) == total
+
+    def complete(self, out: Path, config: Mapping[str, object], after_epoch: Callable[[int], None]) -> bool:
+        """`train`, write the network of digits into out with this config, say how good it is; was the end reached?"""
+        finished = self.train(after_epoch)
+        write(out, self.model, dict(config) | {"trained": self.progress(), "unet": asdict(self.model.config)})
+        if finished:
+            print(f"loss on {len(self.test_set)} test pictures: {self.test_loss(len(self.test_set)):.5f}"
+                  + "".join(f"; {name} {level:.4f}" for name, level in self.floors.items()))  # fmt: skip
+            if not (self.folder / "loss.png").is_file():
+                print('no loss.png, since matplotlib is not installed: `pip install -e ".[plots]"`, then this again')
+        return finished
 
     def one_epoch(self, epoch: int, stopped: Callable[[], bool]) -> None:
         """The steps of an epoch that are still to be made, and the checkpoint."""
@@ -196,7 +207,10 @@ class Run:
         per_second = (len(self.losses) - epoch * n - first) * size / (time.perf_counter() - start)
         self.model.eval()
         if len(self.losses) == (epoch + 1) * n:
-            self.test_losses.append(self.finite(self.test_loss(TEST_PICTURES)))
+            test_loss = self.test_loss(TEST_PICTURES)
+            if not math.isfinite(test_loss):
+                self.diverged(f"loss on test pictures is {test_loss} after step {len(self.losses)}")
+            self.test_losses.append(test_loss)
             print(f"{what}: loss {sum(self.losses[-n:]) / n:.5f}, on test pictures {self.test_losses[-1]:.5f}, "
                   f"{per_second:.0f} images/s")  # fmt: skip
         self.save()
@@ -204,17 +218,18 @@ class Run:
     def take_down(self, pending: list[Tensor]) -> None:
         """Move losses from the device to the list."""
         for loss in torch.stack(pending).tolist():
-            self.losses.append(self.finite(loss))
+            if not math.isfinite(loss):
+                self.diverged(f"loss is {loss} at step {len(self.losses) + 1}")
+            self.losses.append(loss)
         pending.clear()
 
-    def finite(self, loss: float) -> float:
-        """The loss. Raises FloatingPointError if it is not finite, before anything is saved."""
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss} at step {len(self.losses) + 1}; the last good checkpoint is {self.checkpoint}: "
-                "train with a smaller --lr into another --out"
-            )
-        return loss
+    def diverged(self, how: str) -> NoReturn:
+        """Ends the run: the curves show how it came to this, the checkpoint stays as it was."""
+        self.draw_curves()
+        raise FloatingPointError(
+            f"{how}; the last good checkpoint is {self.checkpoint}, the curves lie beside it: "
+            "train with a smaller --lr into another --out"
+        )
 
     @torch.no_grad()
     def test_loss(self, pictures: int) -> float:
@@ -227,10 +242,30 @@ class Run:
         """How far the run has come, like "3.5 of 20 epochs"."""
         return f"{len(self.losses) / self.steps_per_epoch:.3g} of {self.plan.epochs} epochs"
 
-    def report(self) -> None:
-        """Print the loss on all test pictures, beside the floors."""
-        print(f"loss on {len(self.test_set)} test pictures: {self.test_loss(len(self.test_set)):.5f}"
-              + "".join(f"; {name} {level:.4f}" for name, level in self.floors.items()))  # fmt: skip
+
+def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int, device: torch.device | str = "cpu") -> dict | None:
+    """What folder/checkpoint.pt holds, or None if the run is new.
+
+    Raises ValueError if it is damaged or of another run, or if there is none, but the folder above has a network, which
+    a new run would replace.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        if (folder.parent / "config.json").is_file():
+            raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
+        return None
+    try:
+        state = dict(torch.load(path, map_location=device, weights_only=True))
+        state = {name: state[name] for name in CHECKPOINT}
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint of a run; delete it, or pass another --out") from error
+    for name, value in (("what", what), ("plan", asdict(plan)), ("seed", seed)):
+        if state[name] != value:
+            raise ValueError(
+                f"{path} is of a run with another {name} ({state[name]}, now {value}); "
+                "pass its settings to go on with it, or another --out"
+            )
+    return state
 
 
 @contextlib.contextmanager
@@ -240,6 +275,7 @@ def stopped_between_steps() -> Iterator[Callable[[], bool]]:
     before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, _: object) -> None:
+        os.write(2, b"\nstopping at the end of this step or picture; Ctrl-C again stops at once\n")
         pressed.append(number)
         signal.signal(signal.SIGINT, before)
 
@@ -387,17 +423,22 @@ def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.Argume
 
 
 def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
-    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick."""
+    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick.
+
+    Raises ValueError as `Plan`, and if the seed is negative.
+    """
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
     if args.quick:
         plan = Plan(epochs=1, batch_size=16, lr=1e-2)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
     return replace(plan, **given)
 
 
-def named(args: argparse.Namespace, train: Digits) -> str:
-    """What a run trains, in words: its preset, and the pictures."""
+def named(args: argparse.Namespace, pictures: int) -> str:
+    """What a run trains, in words: its preset, and how many pictures of what."""
     teacher = f", teacher {args.teacher}" if args.preset == "reflow" else ""
-    return f"{args.preset}{teacher}, {len(train)} pictures of {args.dataset}"
+    return f"{args.preset}{teacher}, {pictures} pictures of {args.dataset}"
 
 
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:

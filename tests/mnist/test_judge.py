@@ -143,8 +143,13 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "2 images, but 3 labels" in fails("score", str(tmp_path / "s.safetensors"))
     for images in (torch.zeros(0, 1, 28, 28), torch.full((2, 1, 28, 28), torch.nan)):
         assert "no samples, or not finite" in judge.report(trained, images, None, 0)[0]
-    save_file({"images": torch.zeros(5, 28, 28)}, tmp_path / "s.safetensors")
-    assert "images must be (N, 1, 28, 28), got (5, 28, 28)" in fails("score", str(tmp_path / "s.safetensors"))
+    for images, told in ((torch.zeros(5, 28, 28), "(5, 28, 28) torch.float32"),
+                         (torch.zeros(5, 1, 28, 28, dtype=torch.uint8), "(5, 1, 28, 28) torch.uint8")):  # fmt: skip
+        save_file({"images": images}, tmp_path / "s.safetensors")
+        assert f"(N, 1, 28, 28), floats from 0 to 1, got {told}" in fails("score", str(tmp_path / "s.safetensors"))
+    save_file({"images": torch.zeros(1, 1, 28, 28, dtype=torch.float64)}, tmp_path / "s.safetensors")
+    judge.main(["score", str(tmp_path / "s.safetensors"), "--judge", str(trained)])
+    assert "N = 1" in capsys.readouterr().out
     save_file({"images": torch.zeros(1, 1, 28, 28)}, tmp_path / "s.safetensors")
     assert "no trained judge in" in fails("score", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path))
 

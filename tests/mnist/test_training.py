@@ -194,9 +194,57 @@ def test_a_nan_that_only_the_test_pictures_show_is_not_saved_either(start):
     def breaks(net, batch, generator):
         return loss(net, batch, generator) * (1 if net.training else torch.nan)
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 11; the last good checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss on test pictures is nan after step 10; the last good checkpoint"
+    ):
         start("other", loss=breaks).train()
+    assert len(numbers(start("other").folder / "loss.csv")) == 0  # drawn again from the checkpoint
     assert len(start("other").losses) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved_though_the_loss_was(start):
+    """A gradient that explodes at the root of 0, and Ctrl-C in the same step."""
+
+    def breaks(net, batch, generator):
+        if net.training and len(run.losses) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+            return loss(net, batch, generator) + (net[0].weight * 0).sqrt().sum()
+        return loss(net, batch, generator)
+
+    run = start(loss=breaks)
+    with pytest.raises(
+        FloatingPointError, match=r"weights that are not finite after step 11; the last good .*, the cur"
+    ):
+        run.train()
+    assert len(numbers(run.folder / "loss.csv")) == 11  # the curves show how far it came
+    kept = start()
+    assert len(kept.losses) == 10 and all(v.isfinite().all() for v in weights_of(kept).values())
+
+
+def test_what_is_drawn_after_an_epoch_is_drawn_again_if_the_run_was_killed_while_it_did(start):
+    def die(epoch):
+        raise MemoryError("killed")
+
+    with pytest.raises(MemoryError):
+        start().train(die)
+    epochs = []
+    start().train(epochs.append)
+    assert epochs == [1, 2, 3]
+
+
+def test_the_first_ctrl_c_is_answered_and_the_second_stops_at_once(capfd):
+    with training.stopped_between_steps() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped() and "Ctrl-C again stops at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_trained_network_is_not_replaced_by_a_new_run(start, tmp_path):
+    training.write(tmp_path, model(), {"kind": "flow"})
+    with pytest.raises(ValueError, match="holds a trained network, which this would replace; pass another --out"):
+        start("training")
+    assert not (tmp_path / "training").exists()
 
 
 def test_ctrl_c_between_two_looks_loses_no_step(start):
@@ -249,8 +297,11 @@ def test_bad_input_is_told(start, tmp_path):
         with pytest.raises(ValueError, match="need epochs and batch_size of at least 1, lr of at least 0"):
             Plan(*numbers_of)
     (tmp_path / "file").write_text("")
-    torch.save({"a": 1}, tmp_path / "foreign")
-    for i, broken in enumerate((b"", b"PK\3\4 half", b"nonsense", (tmp_path / "foreign").read_bytes())):
+    files = [b"", b"PK\3\4 half", b"nonsense"]
+    for foreign in ({"a": 1}, [1], torch.zeros(()), 3):
+        torch.save(foreign, tmp_path / "foreign")
+        files.append((tmp_path / "foreign").read_bytes())
+    for i, broken in enumerate(files):
         (tmp_path / f"b{i}").mkdir()
         (tmp_path / f"b{i}" / "checkpoint.pt").write_bytes(broken)
         with pytest.raises(ValueError, match="is no checkpoint of a run; delete it, or pass another --out"):
