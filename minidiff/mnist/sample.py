@@ -63,10 +63,14 @@ class Row:
     solver: str
     steps: int
 
-    def __str__(self) -> str:
+    def words(self) -> tuple[str, str, str]:
+        """The network, what it is told, and how it is followed."""
         told = "not told the digit" if self.scale is None else f"scale {self.scale:g}"
         how = {"ddpm": f"{self.steps} steps", "dormand-prince": self.solver}
-        return f"{self.folder.name}, {told}, " + how.get(self.solver, f"{self.solver}, {self.steps} steps")
+        return self.folder.name, told, how.get(self.solver, f"{self.solver}, {self.steps} steps")
+
+    def __str__(self) -> str:
+        return ", ".join(self.words())
 
     def draw(self, labels: Tensor, seed: int, device: torch.device) -> Tensor:
         """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, AT_ONCE at a time."""
@@ -138,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, clock = device_of(args.device), Clock()
     labels = torch.tensor(parse_digits(args.digits or "0-9")).repeat(args.num_images)
     rows = planned(args, device)
+    shared = set.intersection(*(set(row.words()) for row in rows))  # said in the title, not under every digit
     pictures, texts = [], []
     for row in rows:
         x, dataset = row.draw(labels, args.seed, device), row.config.get("dataset", "mnist")
@@ -153,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n  ".join([f"{row}{trained}:", *verdict]))
         for i, shown in enumerate(x[:SHOWN].split(10)):
             pictures.append(shown)
-            texts.append("" if i else str(row))
-    title = f"{args.kind}, seeds {args.seed} to {args.seed + len(labels) - 1}"
+            texts.append("" if i else ", ".join(word for word in row.words() if word not in shared))
+    common = [word for word in rows[0].words() if word in shared]
+    title = ", ".join([*common, f"seeds {args.seed} to {args.seed + len(labels) - 1}"])
     drawing.save_strip(pictures, texts, title, args.out, settings(args, "mnist.sample"))
     print(f"wrote {args.out}   ({clock})")
 
