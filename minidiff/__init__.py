@@ -15,6 +15,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     images.py                plumbing: picture files, labelled strips, GIFs
     hub.py                   plumbing: which models there are, where they lie, fetching them
     weights.py               plumbing: mapping weights into networks, writing and checking them
+    cli.py                   plumbing: flags, errors and the last line of every command
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states
@@ -25,7 +26,6 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned pictures
 
-    cli.py                   plumbing: flags, errors and the last line of every command
     cascade.py               what the commands on pictures are made of
     encode.py                prompts to a file of embeddings
     denoise.py               noise added to a picture, and three ways to take it away

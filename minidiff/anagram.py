@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     if args.check:
         sys.exit(report(args.check))
-    animation = cli.animation_beside(args.out)
+    animation = cli.animation_beside(args)
     chosen = [views.named(name) for name in args.view]
     for view in chosen:
         for fault in views.check(view).faults:

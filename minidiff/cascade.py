@@ -139,6 +139,8 @@ class Cascade:
         folders = [hub.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":
             folders.append(hub.resolve(args.stage2, 2, ("unet",), print))
+        for folder in folders:
+            stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
         check_widths(folders, None)
         embeds = encode(args, args.model, [args.negative_prompt, *texts])[:, None]  # (1 + N, 1, L, D)
         self.negative, self.prompts = embeds[0], list(embeds[1:])
@@ -194,12 +196,9 @@ def check_pictures(args: argparse.Namespace, steps: str) -> None:
 
     Raises ValueError.
     """
-    for name in ("image", "mask", "reference"):
-        path = getattr(args, name, None)
-        if path is not None:
-            images.load(path)
-            if path.expanduser().resolve() == args.out.expanduser().resolve():
-                raise ValueError(f"the result would take the place of {path}; pass another --out")
+    cli.keep_inputs(args, args.out)
+    for path in cli.inputs(args):
+        images.load(path, 64)
     if hasattr(args, "mask"):
         mask = load_mask(args, 64)
         if mask is None and args.feather:

@@ -1,18 +1,22 @@
-"""Plumbing: what every command shares: flags, errors in one line, the device, and the last line it prints.
+"""Plumbing: what every command shares: flags, errors in one line, Ctrl-C, the device, and the last line it prints.
 
 A command is `main(argv=None)` wrapped in `command`, which turns errors of the user's making into one line that says
-what to do. Skim it. Next: `cascade.py`, what the commands on pictures are made of.
+what to do. Skim it. Next: `deepfloyd/tokenizer.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
+import os
+import re
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from minidiff import images, weights
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 QUICK_STEPS = "4"
+NO_MEMORY = re.compile("can't allocate memory|out of memory")  # of a CPU, of Apple's GPUs
 
 
 def finite(text: str) -> float:
@@ -70,7 +75,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             main(argv)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
+                raise
             print(f"error: {error}; ask for less at once: fewer --num-images, --split-batch, or in training a smaller "
                   "--batch-size", file=sys.stderr)  # fmt: skip
             sys.exit(2)
@@ -82,6 +89,24 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             sys.exit(2)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def stopped_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C inside only sets a flag, so that no step is torn apart; a second one interrupts at once."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _: object) -> None:
+        os.write(2, b"\nstopping at the end of this step or picture; Ctrl-C again stops at once\n")
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def device_of(name: str) -> torch.device:
@@ -104,14 +129,28 @@ def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, weights.default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
 
 
-def animation_beside(out: Path) -> Path:
-    """Where the animation that goes with a picture is written. Raises ValueError if it cannot be there."""
+def inputs(args: argparse.Namespace) -> list[Path]:
+    """The pictures that a command was given."""
+    return [path for name in ("image", "mask", "reference") if (path := getattr(args, name, None)) is not None]
+
+
+def keep_inputs(args: argparse.Namespace, out: Path) -> None:
+    """Raises ValueError if what is written to out would take the place of a picture that was given."""
+    for path in inputs(args):
+        if path.expanduser().resolve() == out.expanduser().resolve():
+            raise ValueError(f"the result would take the place of {path}; pass another --out")
+
+
+def animation_beside(args: argparse.Namespace) -> Path:
+    """Where the animation that goes with the picture is written. Raises ValueError if it cannot be there."""
+    out, animation = args.out, args.out.with_suffix(".gif")
     if out.suffix.lower() == ".gif":
         raise ValueError(
             f"the animation goes to {out}; pass another name for the picture: --out {out.with_suffix('.png')}"
         )
-    images.check_output(out.with_suffix(".gif"))
-    return out.with_suffix(".gif")
+    keep_inputs(args, animation)
+    images.check_output(animation)
+    return animation
 
 
 class Clock:

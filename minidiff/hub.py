@@ -82,7 +82,12 @@ def resolve(
 
 
 def short_name(model: str, stage: int) -> str:
-    """One name for one model, however it was spelled: "mini" for the embedded one, a released one without its owner."""
+    """One name for one model, however it was spelled: "mini" for the embedded one, a released one without its owner.
+
+    A folder of such a name comes first, here as in `resolve`, and keeps its own.
+    """
+    if Path(model).expanduser().is_dir():
+        return model
     return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")
 
 
@@ -261,8 +266,12 @@ def in_words(size: float) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a folder. Raises WeightsError if it is missing or no JSON object."""
-    path = folder / "config.json"
+    """The config.json of a folder. Raises WeightsError as `read_json`."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict:
+    """A file of a model folder. Raises WeightsError if it is missing or no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -50,7 +50,7 @@ FRAMES = 30
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    animation = cli.animation_beside(args.out)
+    animation = cli.animation_beside(args)
     chosen = components.of_kind(args.kind, args.sigma, args.weights)
     cascade = Cascade(args, args.prompts)
     # A given component needs no prompt; what the network says of it is replaced, so the first prompt may say it.

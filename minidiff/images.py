@@ -11,6 +11,7 @@ This is plumbing: skim it.
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -93,7 +94,6 @@ def _open(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} {what}; pass the path of a picture file, such as {path.stem or 'picture'}.png")
     try:
         with Image.open(path) as file:
-            file.seek(0)
             file.load()
             return ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's decoders raise errors of many classes on broken files
@@ -183,10 +183,10 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
                 line = word
             else:
                 line = f"{line} {word}" if line else word
-            while font.getlength(line) > width and len(line) > 1:
-                fits = max(1, next(n for n in range(len(line), -1, -1) if font.getlength(line[:n]) <= width))
-                lines.append(line[:fits])
-                line = line[fits:]
+            while len(line) > 1 and font.getlength(line[: width + 1]) > width:  # no letter is narrower than a pixel
+                fits = bisect.bisect(range(1, min(len(line), width + 1)), width, key=lambda n: font.getlength(line[:n]))
+                lines.append(line[: max(1, fits)])
+                line = line[max(1, fits) :]
         lines.append(line)
     return lines
 
@@ -225,16 +225,17 @@ def check_output(path: str | Path, known: Sequence[str] = KNOWN) -> None:
 def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) -> Path:
     """Write a picture. In a PNG, metadata (prompt, seed, flags ...) goes along as text; other kinds leave it out.
 
-    Returns the path written to: one that ends in .png if the picture is too large for the kind of file asked for.
+    Returns the path written to: with .png behind it if the picture is too large for the kind of file asked for.
     Raises ValueError if the ending is not one of KNOWN.
     """
     options: dict[str, object] = {}
     if max(picture.size) > MOST_PIXELS.get(Path(path).suffix.lower(), math.inf):
-        path = Path(path).with_suffix(".png")
+        path = Path(f"{path}.png")
     if Path(path).suffix.lower() == ".png":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in metadata.items():
-            options["pnginfo"].add_text(key, str(value))  # iTXt where Latin-1 does not suffice
+            text = str(value).encode("utf-8", "backslashreplace").decode()  # file names need not be Unicode
+            options["pnginfo"].add_text(key, text)  # iTXt where Latin-1 does not suffice
     elif Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp"):
         options["quality"] = 95
     _write(path, lambda file, kind: picture.save(file, kind, **options))

@@ -120,7 +120,8 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
 
     0..T-1 is cut into equal sections, the first holding the lowest times; a section of n times with m steps is visited
     at round(k (n - 1) / (m - 1)), so both its ends are (m = 1: its first time alone). A plain count N is one section:
-    it starts at T - 1, where the input is pure noise (but N = 1 visits 0 alone). Returns (S,) int64, descending.
+    it starts at T - 1, where the input is pure noise; N = 1 is T - 1 alone (the original's 0 takes pure noise for a
+    clean picture). Returns (S,) int64, descending.
     Raises ValueError on unknown names and on sections too small for their steps.    Source: iDDPM Sec. 4 (striding).
     """
     text = RESPACINGS.get(str(steps), str(steps))
@@ -129,6 +130,8 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
     except ValueError:
         known = ", ".join(RESPACINGS)
         raise ValueError(f"steps must be a count, a list like '10,10,3' or one of {known}, got {steps!r}") from None
+    if counts == [1]:
+        return torch.tensor([num_train_timesteps - 1])
     size, larger = divmod(num_train_timesteps, len(counts))
     times, begin = [], 0
     for i, count in enumerate(counts):

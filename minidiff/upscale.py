@@ -36,6 +36,15 @@ from minidiff.factorized import Part, averaged, factorized
 from minidiff.sampling import seeded
 
 
+def text_model_of(model: str) -> str:
+    """Whose text encoder a stage 2 reads: mini's or, whoever else's it is, the one that all released models share."""
+    folder = hub.WEIGHTS / hub.MINI[2] if model == "mini" else Path(model).expanduser()
+    if not (folder / "unet" / "config.json").is_file():
+        return "IF-I-XL-v1.0"
+    widths = [hub.read_config(f / "unet").get("encoder_hid_dim") for f in (folder, hub.WEIGHTS / hub.MINI[2])]
+    return "mini" if widths[0] == widths[1] else "IF-I-XL-v1.0"
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
@@ -47,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [views.named(name) for name in args.view]
     device, dtype = cli.choose(args)
     folder = hub.resolve(args.model, 2, ("unet",), print)
+    stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
     embeds = encode(args, args.text_model, [args.negative_prompt, *args.prompts])[:, None]
     check_widths([folder], embeds)
     stage = stages.load_stage(folder, dtype, device)
@@ -82,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     mini = args.model == "mini"
     args.prompts, args.num_images = args.prompts or [""], 1
     args.guidance_scale = args.guidance_scale if args.guidance_scale is not None else 1.0 if mini else 4.0
-    args.text_model = hub.short_name(args.text_model or ("mini" if mini else "IF-I-XL-v1.0"), 1)
+    args.text_model = hub.short_name(args.text_model or text_model_of(args.model), 1)
     if not 0 <= args.noise_level < 1000:
         raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
     for name in args.view:

@@ -156,6 +156,20 @@ class _NoNormals(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def built(network: Callable[[dict], nn.Module], checkpoint: Checkpoint) -> nn.Module:
+    """network(config) `on_meta`, into which the checkpoint fits exactly.
+
+    Raises WeightsError if the config cannot be built, or with all missing, unexpected and misshapen keys.
+    """
+    try:
+        with on_meta():
+            module = network(checkpoint.config)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:  # of values nobody foresaw
+        raise WeightsError(f"{checkpoint.folder / 'config.json'} cannot be built: {error}") from error
+    check_fit(module, checkpoint)
+    return module
+
+
 def load(
     module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
 ) -> nn.Module:
@@ -165,11 +179,9 @@ def load(
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
     keep_float32: layers whose float32 weights stay float32, by their own name ("wo": T5's feed-forward output
     overflows half precision).
-    Raises WeightsError with all missing, unexpected and misshapen keys if the checkpoint does not fit exactly.
+    Raises WeightsError as `check_fit`.
     """
-    report = compare(module, checkpoint)
-    if report:
-        raise WeightsError(report)
+    check_fit(module, checkpoint)
     as_stored, converted = [], []
     for key, stored in checkpoint.dtypes.items():
         kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
@@ -181,8 +193,8 @@ def load(
     return module.eval().requires_grad_(False)
 
 
-def compare(module: nn.Module, checkpoint: Checkpoint) -> str:
-    """A report of all keys and shapes of the checkpoint that do not fit the module; empty if every one does."""
+def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises WeightsError with all missing, unexpected and misshapen keys if the checkpoint does not fit exactly."""
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     found = checkpoint.shapes
     missing = [key for key in expected if key not in found]
@@ -194,13 +206,14 @@ def compare(module: nn.Module, checkpoint: Checkpoint) -> str:
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if not any(problems.values()):
-        return ""
+        return
     lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
     for word, keys in problems.items():
         if keys:
             lines += [f"  {len(keys)} {word}:"] + [f"    {key}" for key in keys[:10]]
             lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
-    return "\n".join([*lines, f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"])
+    lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
+    raise WeightsError("\n".join(lines))
 
 
 def _in_portions(keys: list[str], checkpoint: Checkpoint) -> list[list[str]]:
@@ -221,8 +234,13 @@ def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] 
     path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody else read
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -266,13 +284,11 @@ def check(folder: Path, say: Callable[[str], None]) -> bool:
             types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
             parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
             say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-            with on_meta():
-                module = build[part](checkpoint.config)
-            report = compare(module, checkpoint)
+            built(build[part], checkpoint)
+            say(f"  {part}: every key and shape fits")
         except ValueError as error:
-            report = str(error)
-        say(f"  {part}: {report or 'every key and shape fits'}")
-        good = good and not report
+            say(f"  {part}: {error}")
+            good = False
     return good
 
 

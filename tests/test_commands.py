@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -212,3 +213,58 @@ def test_a_noise_level_out_of_range_and_a_missing_picture_are_told(cascade, tmp_
 def test_a_long_prompt_warns_and_still_makes_a_picture(cascade, tmp_path, capsys):
     make(cascade, tmp_path / "g.png", prompt="castle " * 100)
     assert "warning: the prompt has" in capsys.readouterr().err
+
+
+def test_a_broken_model_is_told_before_the_prompts_are_encoded(cascade, tmp_path, capsys, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(cascade[0], one)
+    shutil.copytree(cascade[1], two)
+    monkeypatch.setattr(cascades, "encode", lambda *args: pytest.fail("encoded"))
+    monkeypatch.setattr(upscale, "encode", lambda *args: pytest.fail("encoded"))
+    (two / "scheduler" / "scheduler_config.json").write_text("{")
+    flags = ["--out", tmp_path / "x.png", "--quick"]
+    said = fails(capsys, generate.main, PROMPT, "--model", one, "--stage2", two, *flags)
+    assert "scheduler_config.json is not valid JSON" in said
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    said = fails(capsys, upscale.main, tmp_path / "a.png", "--model", two, "--text-model", one, *flags)
+    assert "scheduler_config.json is not valid JSON" in said
+    file = next((one / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    said = fails(capsys, generate.main, PROMPT, "--model", one, "--stage2", "none", *flags)
+    assert "cut short" in said
+
+
+def test_a_stage_2_of_minis_width_reads_minis_text_and_others_the_released_one(cascade, tmp_path):
+    mini = hub.WEIGHTS / hub.MINI[2]
+    assert upscale.text_model_of("mini") == upscale.text_model_of(str(mini)) == "mini"
+    assert upscale.text_model_of("IF-II-M-v1.0") == upscale.text_model_of(str(cascade[1])) == "IF-I-XL-v1.0"
+
+
+def test_names_that_are_no_unicode_are_written_down_readably(cascade, tmp_path):
+    """A file name of bytes that are no UTF-8, as Linux allows, reaches Python as lone surrogates."""
+    make(cascade, tmp_path / "g.png", prompt=b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert images.read_metadata(tmp_path / "g.png")["prompt"] == "caf\\udce9"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "ask for less at once"),
+     (RuntimeError("MPS backend out of memory"), 2, "ask for less at once"), (KeyboardInterrupt(), 130, "stopped")],
+)  # fmt: skip
+def test_lack_of_memory_and_ctrl_c_end_a_command_without_a_traceback(error, status, said, capsys):
+    @cli.command
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == status and said in capsys.readouterr().err
+
+
+def test_other_runtime_errors_are_not_hidden():
+    @cli.command
+    def main(argv=None):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()

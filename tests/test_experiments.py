@@ -327,6 +327,14 @@ def test_a_picture_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, 
     model = ["--model", cascade[0], "--stage2", "none", "--quick"]
     said = fails(capsys, sdedit.main, photo, PROMPT, *model, "--out", photo)
     assert "the result would take the place of" in said and photo.read_bytes() == before
+    moving = tmp_path / "moving.gif"  # where the animation would go
+    Image.open(photo).save(moving)
+    before = moving.read_bytes()
+    for main, flags in ((anagram.main, ["--image", moving, "--box", 16, 16, 48, 48]),
+                        (hybrid.main, ["--reference", moving])):  # fmt: skip
+        texts = ["a"] if main is hybrid.main else ["a", "b"]
+        said = fails(capsys, main, *texts, *flags, *model, "--out", moving.with_suffix(".png"))
+        assert "the result would take the place of" in said and moving.read_bytes() == before
     Image.new("L", (128, 64), 255).save(tmp_path / "wide.png")
     said = fails(capsys, inpaint.main, photo, tmp_path / "wide.png", PROMPT, *model, "--out", tmp_path / "o.png")
     assert "must have the shape of its picture" in said and "is 90x70" in said and "is 128x64" in said

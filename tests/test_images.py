@@ -256,6 +256,11 @@ def test_wrapping_keeps_every_word_and_every_width():
     assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
     assert lines[-1] == "new paragraph"
     assert images._wrap("", 120, font) == []
+    words, long = "il.W" * 3000, []  # without a space: letters of all widths
+    for line in images._wrap(words, 120, font)[:-1]:
+        long.append(font.getlength(line + "i"))
+        assert font.getlength(line) <= 120
+    assert min(long) > 110 and "".join(images._wrap(words, 120, font)) == words
     assert ImageDraw.Draw(Image.new("L", (1, 1))).textlength(lines[0], font) <= 120
 
 
@@ -291,7 +296,7 @@ def test_metadata_of_no_picture(tmp_path):
 
 def test_what_is_too_large_for_its_kind_becomes_a_png(tmp_path):
     written = images.save(Image.new("RGB", (2, 17000)), tmp_path / "long.webp", {"seed": 3})
-    assert written == tmp_path / "long.png" and images.read_metadata(written)["seed"] == "3"
+    assert written == tmp_path / "long.webp.png" and images.read_metadata(written)["seed"] == "3"
     assert not (tmp_path / "long.webp").exists()
 
 

@@ -114,7 +114,7 @@ def test_respaced_worked_by_hand():
     assert schedule.respaced("3,2", 10).tolist() == [9, 5, 4, 2, 0]
     assert schedule.respaced("2,1,2", 10).tolist() == [9, 7, 4, 3, 0]
     assert schedule.respaced(4, 10).tolist() == [9, 6, 3, 0]
-    assert schedule.respaced(1, 10).tolist() == [0]
+    assert schedule.respaced(1, 10).tolist() == [9]
 
 
 def test_respaced_rounds_halves_to_even_as_the_original_does():

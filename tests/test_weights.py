@@ -396,6 +396,12 @@ def test_save_writes_values_and_metadata(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_others_may_read_what_is_saved(tmp_path):
+    (tmp_path / "plain").touch()
+    weights.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("failing", ["save_file", "replace"])
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "x.safetensors"
@@ -437,6 +443,14 @@ def test_resolve_finds_mini_paths_and_names(here):
     assert hub.embedded() == ["mini-IF-I", "mini-IF-II"]
     (here / "mini-IF-I").rename(here / "IF-I-M-v1.0")
     assert hub.resolve("IF-I-M-v1.0", 1) == hub.resolve("DeepFloyd/IF-I-M-v1.0", 1) == here / "IF-I-M-v1.0"
+
+
+def test_one_model_has_one_name_but_a_folder_keeps_its_own(here):
+    assert hub.short_name("mini-IF-I", 1) == hub.short_name("mini", 1) == "mini"
+    assert hub.short_name("DeepFloyd/IF-I-M-v1.0", 1) == "IF-I-M-v1.0"
+    for name in ("mini-IF-I", "DeepFloyd/IF-I-M-v1.0"):  # as `hf download --local-dir`, or a training, leaves it
+        Path(name).mkdir(parents=True)
+        assert hub.short_name(name, 1) == name
 
 
 def test_resolve_takes_the_shared_text_encoder_of_another_model(here):

@@ -27,7 +27,7 @@ class Pictures:
         packed = folder / f"images_{size}.npy"
         if packed.is_file():
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
-            rows = json.loads((folder / "captions.json").read_text())
+            rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
             self.captions = [row["captions"] for row in rows]
             self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
         else:
@@ -37,7 +37,7 @@ class Pictures:
             if not files:
                 raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
-            self.captions = [p.with_suffix(".txt").read_text().strip().splitlines() for p in files]
+            self.captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip().splitlines() for p in files]
             self.weights = torch.ones(len(files))
         if len(self.pixels) != len(self.captions) or not all(self.captions):
             raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} captions; each needs one")
@@ -59,9 +59,9 @@ def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = sorted({clean(c) for row in captions for c in row}) + ["a high quality photo", "a high quality picture"] * 5
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix(".tmp")), vocab_size=vocab_size,
         hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         pad_piece="<pad>", normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
     )  # fmt: skip
-    path.with_suffix(".vocab").unlink()
-    path.with_suffix(".model").replace(path)
+    path.with_suffix(".tmp.vocab").unlink()
+    path.with_suffix(".tmp.model").replace(path)

@@ -12,6 +12,7 @@ Next: `unet.py`, which reads the states.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from torch import Tensor
 from minidiff import hub, weights
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
 from minidiff.deepfloyd.tokenizer import Tokenizer, clean
+
+UNKNOWN_MEMORY = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,12 @@ def load_text_encoder(
     """
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
-    config = T5Config.from_dict(checkpoint.config)
-    with weights.on_meta():
-        encoder = T5Encoder(config)
+    encoder = weights.built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
+    config, pieces = encoder.config, tokenizer.pieces.get_piece_size()
+    if pieces > config.vocab_size:
+        raise hub.WeightsError(f"{folder}: the tokenizer has {pieces} pieces, the text encoder knows "
+                               f"{config.vocab_size}; are they of one model?")  # fmt: skip
     if streamed:
-        report = weights.compare(encoder, checkpoint)
-        if report:
-            raise hub.WeightsError(report)
         fetch, rows = checkpoint.tensors, checkpoint.rows
         return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, dtype, ids, mask))
     weights.load(encoder, checkpoint, dtype, keep_float32=("wo",)).to(device)
@@ -68,23 +70,32 @@ def load_text_encoder(
 def should_stream(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
 
-    False where free memory cannot be asked for (macOS, Windows).
+    Where free memory cannot be asked for (macOS, Windows): if it is larger than UNKNOWN_MEMORY.
     """
     checkpoint = weights.Checkpoint(folder, "text_encoder", dtype)
-    with weights.on_meta():
-        parameters = dict(T5Encoder(T5Config.from_dict(checkpoint.config)).named_parameters())
+    encoder = weights.built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
+    parameters = dict(encoder.named_parameters())
     size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize) for name, p in parameters.items())  # wo: float32
     if device.type == "cuda":
         return size > torch.cuda.mem_get_info(device)[0] * 0.9
+    free = free_memory()
+    return size > (UNKNOWN_MEMORY if free is None else free / 2)
+
+
+def free_memory() -> int | None:
+    """Bytes that could be had, the page cache included, within the limit of a container; None if not known here."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not known on this system
-        return False
-    return size > free / 2
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):  # not Linux
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max", no limit
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 def fingerprint(folder: Path) -> str:
-    """Which text encoder this is: sha256 over its config and, of each weight file, the length and both ends."""
+    """Which text encoder this is: sha256 over its shapes and, of each weight file, the length and both ends."""
     digest = hashlib.sha256()
     checkpoint = weights.Checkpoint(folder, "text_encoder")
     digest.update(json.dumps(sorted(map(str, checkpoint.shapes.items()))).encode())
@@ -118,25 +129,34 @@ def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) 
         try:
             with safetensors.safe_open(path, "pt") as f:
                 metadata, embeds = f.metadata() or {}, f.get_tensor("prompt_embeds")
-        except safetensors.SafetensorError as error:
+                texts = [str(text) for text in json.loads(metadata.get("prompts", "[]"))]
+            if embeds.ndim != 3 or len(texts) != len(embeds):
+                raise ValueError(f"{len(texts)} prompts, but states of shape {tuple(embeds.shape)}")
+        except (safetensors.SafetensorError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is no file of encoded prompts ({error}); encode them again") from None
         if encoder is not None and metadata.get("encoder") != encoder:
             raise ValueError(f"{path} was made by another text encoder ({metadata.get('encoder')}, not {encoder}); "
                              "encode the prompts again with this model")  # fmt: skip
-        table = dict(zip(json.loads(metadata.get("prompts", "[]")), embeds))
+        table = dict(zip(texts, embeds))
     missing = [p for p in prompts if clean(p) not in table]
     if missing:
         raise ValueError(f"{path} lacks {missing}; it holds {sorted(table)}")
-    return torch.stack([table[clean(p)] for p in prompts])
+    found = torch.stack([table[clean(p)] for p in prompts])
+    if not found.isfinite().all():
+        raise ValueError(f"{path}: the states of {list(prompts)} are not all finite; encode them again")
+    return found
 
 
 def _read_course(path: Path) -> dict[str, Tensor]:
     """{prompt: (1, L, D)} -> {cleaned prompt: (L, D)}."""
     try:
         table = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is broken or holds more than tensors, and was not opened: {reason}") from None
-    if not isinstance(table, dict) or not all(isinstance(v, Tensor) and v.ndim == 3 for v in table.values()):
-        raise ValueError(f"{path} must hold a dictionary from prompt to tensor (1, 77, D)")
+    except pickle.UnpicklingError:  # torch's own message says how to open it all the same
+        raise ValueError(f"{path} holds more than tensors, which could run anything, and was not opened") from None
+    except Exception as error:  # of many classes, on files that are no pickles
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is broken or no .pth file, and was not opened: {reason}") from None
+    good = isinstance(table, dict) and all(isinstance(p, str) and isinstance(v, Tensor) for p, v in table.items())
+    if not good or len({tuple(v.shape) for v in table.values()}) != 1 or next(iter(table.values())).shape[:-2] != (1,):
+        raise ValueError(f"{path} must hold a dictionary from prompts to tensors (1, 77, D), all alike")
     return {clean(prompt): embeds[0] for prompt, embeds in table.items()}

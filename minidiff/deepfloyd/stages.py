@@ -10,7 +10,7 @@ Next: `pictures.py`, where making such a cascade begins; or `minidiff/generate.p
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff import weights
+from minidiff import hub, weights
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.editing import Keep
 from minidiff.guidance import Condition, Model, dynamic_threshold
@@ -49,29 +49,36 @@ class Stage:
 
 
 def load_stage(folder: Path, dtype: torch.dtype | None, device: str) -> Stage:
-    """The UNet and scheduler of a folder in the released layout.    Raises hub.WeightsError, ValueError."""
+    """The UNet and scheduler of a folder in the released layout.    Raises hub.WeightsError as `plan_stage`."""
+    stage, checkpoint = plan_stage(folder, dtype)
+    weights.load(stage.unet, checkpoint, dtype).to(device)
+    return stage
+
+
+def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, weights.Checkpoint]:
+    """A stage whose UNet has no numbers yet, and the file that has them: in a moment, all that could be wrong is told.
+
+    Raises hub.WeightsError if files are missing or broken, or describe another architecture or process.
+    """
     checkpoint = weights.Checkpoint(folder, "unet", dtype)
-    with weights.on_meta():
-        unet = UNet(UNetConfig.from_dict(checkpoint.config))
-    weights.load(unet, checkpoint, dtype).to(device)
-    process = _read_json(folder / "scheduler" / "scheduler_config.json")
-    noising = folder / "image_noising_scheduler" / "scheduler_config.json"
-    return Stage(
-        unet,
-        Schedule.from_config(process),
-        process.get("dynamic_thresholding_ratio", 0.95),
-        process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0),
-        Schedule.from_config(_read_json(noising)) if noising.is_file() else squaredcos_cap_v2(),
-    )
-
-
-def _read_json(path: Path) -> dict:
+    unet = weights.built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
+    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
+    process = hub.read_json(path)
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy it from the model's repository") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON; download it again") from None
+        stage = Stage(
+            unet,
+            Schedule.from_config(process),
+            process.get("dynamic_thresholding_ratio", 0.95),
+            process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0),
+            Schedule.from_config(hub.read_json(noising)) if noising.is_file() else squaredcos_cap_v2(),
+        )
+        _ = stage.fix_x_start  # thresholds out of range
+    except (TypeError, ValueError) as error:
+        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
+    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
+        if process.get(key, expected) != expected:
+            warnings.warn(f"{path}: {key} is {process[key]!r}; IF's {expected!r} is used", stacklevel=2)
+    return stage, checkpoint
 
 
 def base_model(unet: UNet) -> Model:

@@ -150,7 +150,7 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The whole encoder. Build it inside `weights.on_meta` and fill it by `weights.load`."""
+    """The whole encoder. `weights.built` makes it, `weights.load` fills it."""
 
     def __init__(self, config: T5Config):
         super().__init__()

@@ -25,9 +25,10 @@ import argparse
 import csv
 import json
 import os
+import pickle
 import shutil
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minidiff import ddpm, hub, images, weights
+from minidiff import cli, ddpm, hub, images, weights
 from minidiff.deepfloyd import prompts, stages
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
@@ -115,9 +116,7 @@ class Trainee(nn.Module):
 
 def load_into(module: nn.Module, checkpoint: weights.Checkpoint) -> None:
     """The weights of a released-layout folder as float32 to train on. Raises hub.WeightsError if they do not fit."""
-    report = weights.compare(module, checkpoint)
-    if report:
-        raise hub.WeightsError(report)
+    weights.check_fit(module, checkpoint)
     module.load_state_dict({key: tensor.float() for key, tensor in checkpoint.tensors().items()})
 
 
@@ -243,8 +242,10 @@ class Run:
         spiece = text_encoder / "tokenizer" / "spiece.model"
         if args.stage == 1 and rank == 0 and not spiece.is_file():
             if args.start_from:
-                spiece.parent.mkdir(parents=True)
-                shutil.copy(args.start_from / "tokenizer" / "spiece.model", spiece)
+                Tokenizer(args.start_from / "tokenizer" / "spiece.model")  # raises if it is none
+                spiece.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(args.start_from / "tokenizer" / "spiece.model", spiece.with_suffix(".tmp"))
+                os.replace(spiece.with_suffix(".tmp"), spiece)
             else:
                 train_tokenizer(self.pictures.captions, spiece, MINI_T5.vocab_size)
         if world > 1:
@@ -252,13 +253,12 @@ class Run:
         self.tokenizer, self.text_folder = Tokenizer(spiece), text_encoder
         torch.manual_seed(args.seed)
         default = MINI_1 if args.stage == 1 else MINI_2
-        self.config = UNetConfig.from_dict(json.loads(args.config.read_text())) if args.config else default
+        self.config = UNetConfig.from_dict(hub.read_json(args.config)) if args.config else default
         self.t5_config = MINI_T5
         unet, t5 = UNet(self.config), T5Encoder(MINI_T5)
         if args.stage == 2:
             checkpoint = weights.Checkpoint(text_encoder, "text_encoder", torch.float32)
-            with weights.on_meta():
-                t5 = T5Encoder(T5Config.from_dict(checkpoint.config))
+            t5 = weights.built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
             weights.load(t5, checkpoint, torch.float32)
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
         initialise(self.model)
@@ -278,10 +278,14 @@ class Run:
         self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
 
     def resume(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema, self.step = state["ema"], state["step"]
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = dict(torch.load(path, map_location=self.device, weights_only=True))
+            self.ema, self.step = state["ema"], state["step"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is no checkpoint of such a run; delete it, or pass another --out") from error
         path = self.folder / "loss.csv"
         if path.is_file():  # steps after the checkpoint are made again
             header, *rows = path.read_text().splitlines()
@@ -294,8 +298,14 @@ class Run:
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
                  "step": self.step}  # fmt: skip
-        torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        temporary = self.folder / "checkpoint.tmp"
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
         write_folder(self.args.out, self.stage, self.ema, self.config, self.t5_config)
         plot(self.folder / "loss.csv")
 
@@ -331,8 +341,8 @@ class Run:
         losses, start = [], time.time()
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0, mininterval=5)
-        try:
-            while self.step < self.args.steps:
+        with cli.stopped_between_steps() as stopped:
+            while self.step < self.args.steps and not self.anyone(stopped()):
                 losses.append(self.one_step())
                 bar.update()
                 if self.step % LOG_EVERY == 0 and self.rank == 0:
@@ -343,9 +353,17 @@ class Run:
                     self.save()
                     if self.rank == 0:
                         preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures)
-        except KeyboardInterrupt:
+        if self.step < self.args.steps:
             self.save()
             tqdm.write(f"stopped at step {self.step}; the same command goes on from there")
+
+    def anyone(self, stopped: bool) -> bool:
+        """Has Ctrl-C reached any process? All must stop after the same step."""
+        if self.world == 1:
+            return stopped
+        flag = torch.tensor(float(stopped), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def log(self, loss: float, seconds: float) -> None:
         path = self.folder / "loss.csv"
@@ -357,7 +375,8 @@ class Run:
             writer.writerow([self.step, f"{loss:.6f}", f"{seconds:.1f}"])
 
 
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", type=int, choices=(1, 2))
     parser.add_argument("pictures", type=Path, help="folder of captioned pictures")
@@ -381,11 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    try:
-        Run(args, rank, world, device).train()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    Run(args, rank, world, device).train()
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -78,6 +78,9 @@ class UNetConfig:
         for key, expected in FIXED.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
+        for key, expected in (("class_embed_type", "timestep"), ("time_embedding_act_fn", "gelu")):
+            if config.get(key) not in (None, expected):
+                raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r} or none")
         missing = [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]
         if missing:
             raise ValueError(f"unet/config.json lacks {', '.join(missing)}: is this the config of an IF UNet?")
@@ -273,7 +276,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of either stage. Build it inside `weights.on_meta` and fill it by `weights.load`."""
+    """The network of either stage. `weights.built` makes it, `weights.load` fills it."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

@@ -25,7 +25,6 @@ Read `mnist/floors.py` first. Next: `mnist/judge.py`, the smallest trainer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
 import itertools
@@ -33,9 +32,8 @@ import json
 import math
 import os
 import pickle
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
@@ -47,6 +45,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import weights
+from minidiff.cli import stopped_between_steps
 from minidiff.mnist.data import DATASETS, Digits, generator, load
 
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
@@ -266,24 +265,6 @@ def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int, device: torch.
                 "pass its settings to go on with it, or another --out"
             )
     return state
-
-
-@contextlib.contextmanager
-def stopped_between_steps() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside only sets a flag, so that no step is torn apart; a second one interrupts at once."""
-    pressed: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, _: object) -> None:
-        os.write(2, b"\nstopping at the end of this step or picture; Ctrl-C again stops at once\n")
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def some(digits: Digits, n: int) -> Digits:

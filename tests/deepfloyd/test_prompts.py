@@ -1,6 +1,7 @@
 """Whole and streamed encoding agree, and files of encoded prompts are read back or refused with a reason."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,14 +19,14 @@ CONFIG = {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers":
 TEXTS = ["a castle", "", "an old man with a beard"]
 
 
-def write_encoder(folder: Path, seed: int = 0, half: bool = True) -> Path:
+def write_encoder(folder: Path, seed: int = 0, half: bool = True, vocab_size: int | None = None) -> Path:
     """A tiny random encoder in the released layout: float16 with float32 wo, or all float32."""
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "text_encoder").mkdir()
     shutil.copy(REFERENCE / "spiece.model", folder / "tokenizer")
     (folder / "text_encoder" / "config.json").write_text(json.dumps(CONFIG))
     torch.manual_seed(seed)
-    vocab = prompts.Tokenizer(REFERENCE / "spiece.model").pieces.vocab_size()
+    vocab = vocab_size or prompts.Tokenizer(REFERENCE / "spiece.model").pieces.vocab_size()
     config = CONFIG | {"vocab_size": vocab}
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
     state = T5Encoder(T5Config.from_dict(config)).state_dict()
@@ -68,11 +69,42 @@ def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
         T5Config.from_dict({k: v for k, v in CONFIG.items() if k not in ("d_kv", "num_heads")})
 
 
-def test_a_small_encoder_is_not_streamed_and_an_endless_one_is(tmp_path, monkeypatch):
-    folder = write_encoder(tmp_path / "m")
-    assert not prompts.should_stream(folder, torch.float32, torch.device("cpu"))
-    monkeypatch.setattr(prompts.os, "sysconf", lambda name: 1)
-    assert prompts.should_stream(folder, torch.float32, torch.device("cpu"))
+def test_an_encoder_is_streamed_if_it_would_take_half_of_the_free_memory(tmp_path, monkeypatch):
+    folder, cpu = write_encoder(tmp_path / "m"), torch.device("cpu")
+    size = sum(4 * math.prod(shape) for shape in weights.Checkpoint(folder, "text_encoder").shapes.values())
+    assert not prompts.should_stream(folder, torch.float32, cpu)
+    for free, streamed in ((2 * size, False), (2 * size - 2, True)):
+        monkeypatch.setattr(prompts, "free_memory", lambda free=free: free)
+        assert prompts.should_stream(folder, torch.float32, cpu) is streamed
+    monkeypatch.setattr(prompts, "free_memory", lambda: None)  # a system that does not tell
+    assert not prompts.should_stream(folder, torch.float32, cpu)
+    monkeypatch.setattr(prompts, "UNKNOWN_MEMORY", size - 1)
+    assert prompts.should_stream(folder, torch.float32, cpu)
+
+
+def test_free_memory_counts_the_page_cache_and_heeds_a_container(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 900 kB\nMemFree:  100 kB\nMemAvailable:     600 kB\n"}
+
+    def read(path, *args, **more):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert prompts.free_memory() == 600 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert prompts.free_memory() == 600 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "5000\n"
+    assert prompts.free_memory() == 5000
+    del files["/proc/meminfo"]
+    assert prompts.free_memory() is None
+
+
+def test_a_tokenizer_of_another_model_is_told_before_it_asks_for_rows_that_are_not_there(tmp_path):
+    folder = write_encoder(tmp_path / "m", vocab_size=100)  # the tokenizer has more pieces
+    for streamed in (False, True):
+        with pytest.raises(hub.WeightsError, match="the text encoder knows 100; are they of one model"):
+            prompts.load_text_encoder(folder, torch.float32, streamed=streamed)
 
 
 def test_embeds_come_back_bit_by_bit_whatever_the_order(tmp_path):
@@ -100,9 +132,22 @@ def test_files_that_cannot_serve_are_told(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is no file of encoded prompts"):
         prompts.read_embeds(tmp_path / "bad.safetensors", ["a castle"])
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="must hold a dictionary from prompt to tensor"):
-        prompts.read_embeds(tmp_path / "list.pth", ["a castle"])
+    for i, wrong in enumerate(([torch.zeros(1)], {}, {5: torch.zeros(1, 77, 8)}, {"a": torch.zeros(0, 77, 8)},
+                               {"a": torch.zeros(2, 77, 8)}, {"a": torch.zeros(1, 77, 8), "b": torch.zeros(1, 5, 8)},
+                               {"a": torch.zeros(77, 8)}, {"a": 3})):  # fmt: skip
+        torch.save(wrong, tmp_path / f"{i}.pth")
+        with pytest.raises(ValueError, match="must hold a dictionary from prompts to tensors"):
+            prompts.read_embeds(tmp_path / f"{i}.pth", ["a castle"])
+    (tmp_path / "text.pth").write_text("a castle")
+    with pytest.raises(ValueError, match="is broken or no .pth file, and was not opened"):
+        prompts.read_embeds(tmp_path / "text.pth", ["a castle"])
+    for metadata in ({"prompts": "5"}, {"prompts": "[]"}, {"prompts": "{"}, {}):
+        weights.save({"prompt_embeds": torch.zeros(1, 77, 8)}, tmp_path / "odd.safetensors", metadata)
+        with pytest.raises(ValueError, match="is no file of encoded prompts"):
+            prompts.read_embeds(tmp_path / "odd.safetensors", ["a castle"])
+    prompts.write_embeds(tmp_path / "nan.safetensors", ["a castle"], torch.full((1, 77, 8), torch.nan), "abc")
+    with pytest.raises(ValueError, match="are not all finite; encode them again"):
+        prompts.read_embeds(tmp_path / "nan.safetensors", ["a castle"])
 
 
 class Evil:
@@ -115,7 +160,7 @@ class Evil:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a castle": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="holds more than tensors, and was not opened"):
+    with pytest.raises(ValueError, match="holds more than tensors, which could run anything, and was not opened"):
         prompts.read_embeds(tmp_path / "evil.pth", ["a castle"])
     assert not (tmp_path / "unpickled").exists()
 

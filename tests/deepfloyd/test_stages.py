@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minidiff import ddpm, schedule
+from minidiff import ddpm, hub, schedule
 from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.deepfloyd.unet import UNet, UNetConfig
@@ -224,11 +224,36 @@ def test_scheduler_file_errors(tmp_path):
     folder = write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match="scheduler_config.json is not valid JSON; download it again"):
-        stages.load_stage(folder, None, "cpu")
+    with pytest.raises(ValueError, match="scheduler_config.json is not valid JSON"):
+        stages.plan_stage(folder, None)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="scheduler_config.json must hold a JSON object, got list"):
+        stages.plan_stage(folder, None)
+    for wrong in ({"sample_max_value": None}, {"sample_max_value": 0.5}, {"dynamic_thresholding_ratio": 95},
+                  {"num_train_timesteps": "many"}, {"beta_schedule": "cubic"}):  # fmt: skip
+        path.write_text(json.dumps(RELEASED_SCHEDULER | wrong))
+        with pytest.raises(hub.WeightsError, match="scheduler_config.json describes no process of IF"):
+            stages.plan_stage(folder, None)
+    path.write_text(json.dumps(RELEASED_SCHEDULER | {"variance_type": "fixed_small"}))
+    with pytest.warns(UserWarning, match="variance_type is 'fixed_small'; IF's 'learned_range' is used"):
+        stages.plan_stage(folder, None)
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(ValueError, match="scheduler_config.json is missing; copy it from the model's repository"):
-        stages.load_stage(folder, None, "cpu")
+    with pytest.raises(ValueError, match="there is no .*scheduler_config.json"):
+        stages.plan_stage(folder, None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block_out_channels": 5}, {"attention_head_dim": None}, {"attention_head_dim": 0}, {"encoder_hid_dim": None},
+     {"norm_num_groups": 7}, {"time_embedding_act_fn": "silu"}, {"class_embed_type": "projection"},
+     {"layers_per_block": "two"}],
+)  # fmt: skip
+def test_configs_that_cannot_be_built_name_their_file(tmp_path, wrong):
+    folder = write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(hub.WeightsError, match=r"unet/config.json cannot be built: \S|does not fit UNet"):
+        stages.plan_stage(folder, None)
 
 
 def test_super_resolution_input_errors():

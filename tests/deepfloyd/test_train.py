@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,17 +98,17 @@ def test_it_learns(pictures, tmp_path):
 def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(1, pictures, whole, 7)
-    original = train.Run.one_step
+    average = train.update_average
 
-    def interrupted(self):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return original(self)
+    def interrupted(ema, module, step):  # between the optimizer's step and the count of it
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        average(ema, module, step)
 
-    monkeypatch.setattr(train.Run, "one_step", interrupted)
+    monkeypatch.setattr(train, "update_average", interrupted)
     run(1, pictures, parts, 7)
     assert state(parts)["step"] == 3
-    monkeypatch.setattr(train.Run, "one_step", original)
+    monkeypatch.setattr(train, "update_average", average)
     run(1, pictures, parts, 7)
     a, b = state(whole), state(parts)
     assert a["step"] == b["step"] == 7
@@ -125,6 +126,11 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsy
     assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
     flags = ["--start-from", str(one), "--text-encoder", str(one)]
     assert "missing" in fails(capsys, 2, pictures, tmp_path / "three", 1, *flags)
+    # A wrong path does not spoil the folder for the right one.
+    assert "no tokenizer at nowhere" in fails(capsys, 1, pictures, tmp_path / "four", 1, "--start-from", "nowhere")
+    run(1, pictures, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
+    (one / "training" / "checkpoint.pt").write_bytes(b"PK cut")
+    assert "is no checkpoint of such a run; delete it" in fails(capsys, 1, pictures, one, 2)
 
 
 @pytest.mark.parametrize("which", ["loss", "gradient"])

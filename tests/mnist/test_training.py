@@ -233,7 +233,7 @@ def test_what_is_drawn_after_an_epoch_is_drawn_again_if_the_run_was_killed_while
 
 
 def test_the_first_ctrl_c_is_answered_and_the_second_stops_at_once(capfd):
-    with training.stopped_between_steps() as stopped:
+    with cli.stopped_between_steps() as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped() and "Ctrl-C again stops at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
