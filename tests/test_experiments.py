@@ -276,6 +276,7 @@ def cli_args(cascade, photo):
         (inpaint.main, ["PHOTO"], "which region? pass a mask picture after the image, or --box X0 Y0 X1 Y1"),
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of a picture file"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--box", "0", "0", "9", "9"], "is a file, but --mask or --box says where"),
         (inpaint.main, ["PHOTO", "--box", "9", "0", "9", "9"], "a box is x0 y0 x1 y1"),
         (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "the feather's width must lie in 0..20 pixels, got -1"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "at least 1, got 0 and 3"),

@@ -4,7 +4,7 @@
     python -m minidiff.mnist.sample --kind flow                            from the embedded flow model
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --kind flow --solver euler midpoint heun --steps 5 10
-    python -m minidiff.mnist.sample --kind flow --model out/mnist/flow out/mnist/reflow    two models, the same noise
+    python -m minidiff.mnist.sample --model out/mnist/flow out/mnist/reflow    two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minidiff import flow, images, weights
 from minidiff.cli import Clock, command, device_of, finite, settings
-from minidiff.hub import WEIGHTS
+from minidiff.hub import WEIGHTS, read_json
 from minidiff.mnist import drawing, judge, training
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.unet import UNet
@@ -50,6 +50,13 @@ def parse_digits(text: str) -> list[int]:
             raise ValueError(f"--digits must be like 0-9, 3,7 or 0-2,9, got {text!r}")
         digits += range(int(first), int(last or first) + 1)
     return digits
+
+
+def kind_of(folder: Path) -> str:
+    """What a trained network is, as its config says; "ddpm" if it does not, which `drawing.load` will complain of."""
+    path = folder / "config.json"
+    kind = read_json(path).get("kind") if path.is_file() else None
+    return kind if kind in STEPS else "ddpm"
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Row:
 
 def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """The rows that the flags ask for. Raises ValueError on what cannot be drawn, before anything is."""
+    args.kind = args.kind or (kind_of(args.model[0]) if args.model else "ddpm")
     if args.kind == "ddpm" and args.solver:
         raise ValueError("--solver is for --kind flow; a DDPM is sampled by its own steps")
     solvers = ["ddpm"] if args.kind == "ddpm" else args.solver or ["euler"]
@@ -119,7 +127,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kind", choices=list(STEPS), default="ddpm", help="default %(default)s")
+    p.add_argument("--kind", choices=list(STEPS), help="default: what --model holds, or ddpm")
     p.add_argument("--model", type=Path, nargs="+", help="folders of trained networks (default: the embedded one)")
     p.add_argument("--digits", help="like 0-9, 3,7 or 0-2,9 (default 0-9)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")

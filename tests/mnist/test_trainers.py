@@ -216,7 +216,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
     flags = ["--preset", "reflow", "--teacher", tmp_path / "f", "--out", tmp_path / "few"]
     assert "--pairs 70 is too few: a tenth is kept" in fails(capsys, train_flow.main, *flags, "--pairs", 70)
-    sample.main(["--kind", "flow", "--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
+    sample.main(["--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
                  "--num-images", "2", "--quick", "--guidance-scale", "1", "5",
                  "--tensors", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "s.png")])  # fmt: skip
     kept = training.load_file(tmp_path / "s.safetensors")
