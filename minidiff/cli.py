@@ -33,7 +33,7 @@ from minidiff import images, weights
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 QUICK_STEPS = "4"
-NO_MEMORY = re.compile("can't allocate memory|out of memory")  # of a CPU, of Apple's GPUs
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # Linux, Windows, Apple's GPUs
 
 
 def finite(text: str) -> float:
@@ -100,7 +100,7 @@ def stopped_between_steps() -> Iterator[Callable[[], bool]]:
     def note(number: int, _: object) -> None:
         os.write(2, b"\nstopping at the end of this step or picture; Ctrl-C again stops at once\n")
         pressed.append(number)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -15,6 +15,7 @@ Source: RePaint Eq. 8 and `editing.py`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,10 +89,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if len(words) == 1 and not Path(words[0]).suffix:  # a prompt, and no mask
             raise ValueError("which region? pass a mask picture after the image, or --box X0 Y0 X1 Y1")
         args.mask = Path(words.pop(0))
-    elif words and Path(words[0]).expanduser().is_file():
-        raise ValueError(
-            f"{words[0]} is a file, but --mask or --box says where to paint already; leave one of them out"
-        )
+    elif words and Path(words[0]).suffix.lower() in images.KNOWN and os.path.isfile(os.path.expanduser(words[0])):
+        raise ValueError(f"{words[0]} is a picture, but --mask or --box says where to paint already; leave one out")
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
     args.prompt = words[0] if words else neutral_prompt(args.model)

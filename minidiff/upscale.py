@@ -38,11 +38,12 @@ from minidiff.sampling import seeded
 
 def text_model_of(model: str) -> str:
     """Whose text encoder a stage 2 reads: mini's or, whoever else's it is, the one that all released models share."""
-    folder = hub.WEIGHTS / hub.MINI[2] if model == "mini" else Path(model).expanduser()
-    if not (folder / "unet" / "config.json").is_file():
-        return "IF-I-XL-v1.0"
-    widths = [hub.read_config(f / "unet").get("encoder_hid_dim") for f in (folder, hub.WEIGHTS / hub.MINI[2])]
-    return "mini" if widths[0] == widths[1] else "IF-I-XL-v1.0"
+    mini = hub.WEIGHTS / hub.MINI[2]
+    for folder in (mini,) if model == "mini" else (Path(model).expanduser(), hub.WEIGHTS / model):
+        if (folder / "unet" / "config.json").is_file():
+            widths = [hub.read_config(f / "unet").get("encoder_hid_dim") for f in (folder, mini)]
+            return "mini" if widths[0] == widths[1] else "IF-I-XL-v1.0"
+    return "IF-I-XL-v1.0"
 
 
 @cli.command

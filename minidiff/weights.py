@@ -245,6 +245,29 @@ def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] 
         temporary.unlink(missing_ok=True)
 
 
+def save_checkpoint(state: dict, path: Path) -> None:
+    """What a training needs to go on, complete or not there. Raises OSError, also where torch has a word of its own."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:  # of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, keys: Iterable[str]) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Raises WeightsError if it is damaged or lacks one of the keys."""
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        return {key: state[key] for key in keys}
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of many classes, on files that are no checkpoints
+        raise WeightsError(f"{path} is no checkpoint of a run; delete it, or pass another --out") from error
+
+
 # ---------------------------------------------------------------------------------------------- precision
 
 

@@ -237,6 +237,7 @@ def test_a_broken_model_is_told_before_the_prompts_are_encoded(cascade, tmp_path
 def test_a_stage_2_of_minis_width_reads_minis_text_and_others_the_released_one(cascade, tmp_path):
     mini = hub.WEIGHTS / hub.MINI[2]
     assert upscale.text_model_of("mini") == upscale.text_model_of(str(mini)) == "mini"
+    assert upscale.text_model_of(hub.MINI[2]) == "mini"  # a name in weights/
     assert upscale.text_model_of("IF-II-M-v1.0") == upscale.text_model_of(str(cascade[1])) == "IF-I-XL-v1.0"
 
 
@@ -249,6 +250,7 @@ def test_names_that_are_no_unicode_are_written_down_readably(cascade, tmp_path):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "ask for less at once"),
+     (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, "ask for less at once"),
      (RuntimeError("MPS backend out of memory"), 2, "ask for less at once"), (KeyboardInterrupt(), 130, "stopped")],
 )  # fmt: skip
 def test_lack_of_memory_and_ctrl_c_end_a_command_without_a_traceback(error, status, said, capsys):

@@ -276,7 +276,7 @@ def cli_args(cascade, photo):
         (inpaint.main, ["PHOTO"], "which region? pass a mask picture after the image, or --box X0 Y0 X1 Y1"),
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of a picture file"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
-        (inpaint.main, ["PHOTO", "PHOTO", "--box", "0", "0", "9", "9"], "is a file, but --mask or --box says where"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--box", "0", "0", "9", "9"], "is a picture, but --mask or --box says where"),
         (inpaint.main, ["PHOTO", "--box", "9", "0", "9", "9"], "a box is x0 y0 x1 y1"),
         (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "the feather's width must lie in 0..20 pixels, got -1"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "at least 1, got 0 and 3"),
@@ -339,6 +339,11 @@ def test_a_picture_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, 
     Image.new("L", (128, 64), 255).save(tmp_path / "wide.png")
     said = fails(capsys, inpaint.main, photo, tmp_path / "wide.png", PROMPT, *model, "--out", tmp_path / "o.png")
     assert "must have the shape of its picture" in said and "is 90x70" in said and "is 128x64" in said
+
+
+def test_a_long_prompt_is_no_file_name(cascade, photo):
+    for prompt in ("a very " * 50 + "large castle", "~nobody's castle.png"):
+        assert inpaint._parse([str(photo), prompt, "--box", "0", "0", "9", "9"]).prompt == prompt
 
 
 def test_the_prompt_may_come_after_the_flags(cascade, photo, tmp_path, shown):

@@ -64,21 +64,24 @@ def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, weights.
     unet = weights.built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
     path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
     process = hub.read_json(path)
+    ratio = process.get("dynamic_thresholding_ratio", 0.95)
+    largest = process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0)
     try:
-        stage = Stage(
-            unet,
-            Schedule.from_config(process),
-            process.get("dynamic_thresholding_ratio", 0.95),
-            process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0),
-            Schedule.from_config(hub.read_json(noising)) if noising.is_file() else squaredcos_cap_v2(),
-        )
-        _ = stage.fix_x_start  # thresholds out of range
+        dynamic_threshold(ratio, largest)
     except (TypeError, ValueError) as error:
         raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
     for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
         if process.get(key, expected) != expected:
-            warnings.warn(f"{path}: {key} is {process[key]!r}; IF's {expected!r} is used", stacklevel=2)
-    return stage, checkpoint
+            warnings.warn(f"{path}: {key} is {process[key]!r}; IF's {expected!r} is used", stacklevel=1)
+    low_res = _schedule(noising) if noising.is_file() else squaredcos_cap_v2()
+    return Stage(unet, _schedule(path), ratio, largest, low_res), checkpoint
+
+
+def _schedule(path: Path) -> Schedule:
+    try:
+        return Schedule.from_config(hub.read_json(path))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
 
 
 def base_model(unet: UNet) -> Model:

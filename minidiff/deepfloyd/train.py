@@ -25,7 +25,6 @@ import argparse
 import csv
 import json
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Sequence
@@ -279,13 +278,14 @@ class Run:
 
     def resume(self) -> None:
         path = self.folder / "checkpoint.pt"
+        state = weights.read_checkpoint(path, ("model", "optimizer", "ema", "step"))
         try:
-            state = dict(torch.load(path, map_location=self.device, weights_only=True))
-            self.ema, self.step = state["ema"], state["step"]
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is no checkpoint of such a run; delete it, or pass another --out") from error
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of another network or stage; pass another --out") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = {key: value.to(self.device) for key, value in state["ema"].items()}
+        self.step = state["step"]
         path = self.folder / "loss.csv"
         if path.is_file():  # steps after the checkpoint are made again
             header, *rows = path.read_text().splitlines()
@@ -298,14 +298,7 @@ class Run:
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
                  "step": self.step}  # fmt: skip
-        temporary = self.folder / "checkpoint.tmp"
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.folder / "checkpoint.pt")
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {self.folder / 'checkpoint.pt'}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        weights.save_checkpoint(state, self.folder / "checkpoint.pt")
         write_folder(self.args.out, self.stage, self.ema, self.config, self.t5_config)
         plot(self.folder / "loss.csv")
 

@@ -132,12 +132,12 @@ def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) ->
 
 
 def save_animation(draw: Callable[[Callable], Tensor], steps: int, path: Path) -> None:
-    """A walk as a GIF of some thirty pictures, five digits in a row, from the noise to the result, on which it rests.
+    """A walk as a GIF of at most 31 pictures, five digits in a row, from the noise to the result, on which it rests.
 
     draw(on_step) makes it, (B, 1, 28, 28), in so many steps, and shows on_step(i, t, x) each state.
     """
     frames: list[Tensor] = []
-    every = max(1, steps // 30)
+    every = -(-steps // 30)
     end = draw(lambda i, t, x, *_: i % every or frames.append(x))
     rows = [[_pictures(row) for row in x.split(5)] for x in (*frames, end)]
     pages = [images.strip(page, [[""] * len(row) for row in page]) for page in rows]

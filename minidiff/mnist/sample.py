@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minidiff import flow, images, weights
 from minidiff.cli import Clock, command, device_of, finite, settings
-from minidiff.hub import WEIGHTS, read_json
+from minidiff.hub import WEIGHTS, WeightsError, read_config
 from minidiff.mnist import drawing, judge, training
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.unet import UNet
@@ -54,8 +54,10 @@ def parse_digits(text: str) -> list[int]:
 
 def kind_of(folder: Path) -> str:
     """What a trained network is, as its config says; "ddpm" if it does not, which `drawing.load` will complain of."""
-    path = folder / "config.json"
-    kind = read_json(path).get("kind") if path.is_file() else None
+    try:
+        kind = read_config(folder).get("kind")
+    except WeightsError:
+        return "ddpm"
     return kind if kind in STEPS else "ddpm"
 
 
@@ -65,7 +67,7 @@ class Row:
 
     unet: UNet
     config: dict
-    folder: Path
+    name: str
     scale: float | None
     solver: str
     steps: int
@@ -74,7 +76,7 @@ class Row:
         """The network, what it is told, and how it is followed."""
         told = "not told the digit" if self.scale is None else f"scale {self.scale:g}"
         how = {"ddpm": f"{self.steps} steps", "dormand-prince": self.solver}
-        return self.folder.name, told, how.get(self.solver, f"{self.solver}, {self.steps} steps")
+        return self.name, told, how.get(self.solver, f"{self.solver}, {self.steps} steps")
 
     def __str__(self) -> str:
         return ", ".join(self.words())
@@ -107,8 +109,10 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     counts = [4] if args.quick else args.steps or [STEPS[args.kind]]
     for steps in counts:
         respaced(steps, drawing.T) if args.kind == "ddpm" else flow.grid(steps)  # raise on wrong ones
-    rows = []
-    for folder in args.model or [WEIGHTS / "mnist" / args.kind]:
+    rows, folders = [], args.model or [WEIGHTS / "mnist" / args.kind]
+    for folder in folders:
+        alike = [other for other in folders if other.name == folder.name]
+        name = folder.name if folder.name and len(alike) == 1 else str(folder)
         unet, config = drawing.load(folder, args.kind, device), training.read(folder, args.kind)[0]
         scales = args.guidance_scale or [drawing.GUIDANCE_SCALE]
         if not unet.config.num_classes:
@@ -120,7 +124,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
             scales = [None]
         for scale, solver in itertools.product(scales, solvers):
             for steps in counts[:1] if solver == "dormand-prince" else counts:
-                rows.append(Row(unet, config, folder, scale, solver, steps))
+                rows.append(Row(unet, config, name, scale, solver, steps))
     return rows
 
 

@@ -52,7 +52,7 @@ from minidiff.mnist.drawing import (
     save_strip,
     velocity,
 )
-from minidiff.mnist.training import TEST_PICTURES, Plan, Run
+from minidiff.mnist.training import Plan, Run, some
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
 
@@ -166,12 +166,6 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     return joined[tenth:], joined[:tenth]
 
 
-@torch.no_grad()
-def loss_of(model: UNet, lines: Digits, seed: int) -> float:
-    """The loss of a network on these lines: what reflow starts from."""
-    return FlowMatching()(model, lines[:TEST_PICTURES], generator(lines.images.device, seed, PAIRS)).item()
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "out/mnist/flow", PRESETS)
@@ -181,20 +175,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     preset, quick = PRESETS[args.preset], args.quick
     device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    about = settings(args, "mnist.train_flow")
     steps, count = (3, 1) if quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-        args.dataset = training.read(args.teacher, "flow")[0].get("dataset", "mnist")
+        args.dataset = training.read(args.teacher, "flow")[0].get("dataset", "mnist")  # its pictures are learned
         train, test = lines(args, teacher, plan, steps)
-        levels = {"the teacher": loss_of(teacher, test, args.seed)}
+        levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
         train, test = training.pictures(args, device)
         dropout = DROPOUT if preset.unet.num_classes else 1.0
         levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
                   "memorisation": floors.memorised_flow_loss(train, dropout)}  # fmt: skip
+    about = settings(args, "mnist.train_flow")
     run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     told = bool(model.config.num_classes)

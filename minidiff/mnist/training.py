@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -104,7 +103,7 @@ class Run:
         self.losses: list[float] = []  # of every step
         self.test_losses: list[float] = []  # of every epoch
         self.checkpoint = folder / "checkpoint.pt"
-        state = checkpoint_of(folder, what, plan, seed, self.device)
+        state = checkpoint_of(folder, what, plan, seed)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (probe := self.checkpoint.with_suffix(".tmp")).touch()
@@ -138,8 +137,7 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
                  "test_losses": self.test_losses, "what": self.what, "plan": asdict(self.plan), "seed": self.seed,
                  "way": list(self.way)}  # fmt: skip
-        torch.save(state, self.checkpoint.with_suffix(".tmp"))
-        os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
+        weights.save_checkpoint(state, self.checkpoint)
         self.draw_curves()
 
     def draw_curves(self) -> None:
@@ -158,7 +156,10 @@ class Run:
         return loss.detach()
 
     def train(self, after_epoch: Callable[[int], None] | None = None) -> bool:
-        """To the plan's end, or until Ctrl-C: was the end reached? after_epoch(epoch) is called with 1, 2, ..."""
+        """To the plan's end, or until Ctrl-C: which was it? after_epoch(epoch) is called with 1, 2, ...
+
+        False after Ctrl-C, even in the last step.
+        """
         n, total = self.steps_per_epoch, self.plan.epochs * self.steps_per_epoch
         self.model.eval()
         with stopped_between_steps() as stopped:
@@ -169,16 +170,18 @@ class Run:
                 if epoch == self.plan.epochs or stopped():
                     break
                 self.one_epoch(epoch, stopped)
-        if len(self.losses) < total:
-            print(f"stopped after step {len(self.losses)}; the same command goes on from there")
-        return len(self.losses) == total
+            interrupted = stopped()
+        if interrupted:
+            print(f"stopped after step {len(self.losses)} of {total}; the same command goes on from there")
+        return not interrupted
 
     def complete(self, out: Path, config: Mapping[str, object], after_epoch: Callable[[int], None]) -> bool:
-        """`train`, write the network of digits into out with this config, say how good it is; was the end reached?"""
+        """`train`, write the network of digits into out with this config, say how good it is; as `train`."""
         finished = self.train(after_epoch)
         write(out, self.model, dict(config) | {"trained": self.progress(), "unet": asdict(self.model.config)})
         if finished:
-            print(f"loss on {len(self.test_set)} test pictures: {self.test_loss(len(self.test_set)):.5f}"
+            print(f"loss on {len(self.test_set)} test pictures: "
+                  f"{loss_on(some(self.test_set, len(self.test_set)), self.model, self.loss, self.seed):.5f}"
                   + "".join(f"; {name} {level:.4f}" for name, level in self.floors.items()))  # fmt: skip
             if not (self.folder / "loss.png").is_file():
                 print('no loss.png, since matplotlib is not installed: `pip install -e ".[plots]"`, then this again')
@@ -206,7 +209,7 @@ class Run:
         per_second = (len(self.losses) - epoch * n - first) * size / (time.perf_counter() - start)
         self.model.eval()
         if len(self.losses) == (epoch + 1) * n:
-            test_loss = self.test_loss(TEST_PICTURES)
+            test_loss = loss_on(some(self.test_set, TEST_PICTURES), self.model, self.loss, self.seed)
             if not math.isfinite(test_loss):
                 self.diverged(f"loss on test pictures is {test_loss} after step {len(self.losses)}")
             self.test_losses.append(test_loss)
@@ -230,19 +233,12 @@ class Run:
             "train with a smaller --lr into another --out"
         )
 
-    @torch.no_grad()
-    def test_loss(self, pictures: int) -> float:
-        """The loss on so many test pictures, with the same noise every time; for a model in eval mode."""
-        random, test = generator(self.device, self.seed, TEST), some(self.test_set, pictures)
-        parts = [test[i : i + 500] for i in range(0, len(test), 500)]
-        return sum(self.loss(self.model, part, random).item() * len(part) for part in parts) / len(test)
-
     def progress(self) -> str:
         """How far the run has come, like "3.5 of 20 epochs"."""
         return f"{len(self.losses) / self.steps_per_epoch:.3g} of {self.plan.epochs} epochs"
 
 
-def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int, device: torch.device | str = "cpu") -> dict | None:
+def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int) -> dict | None:
     """What folder/checkpoint.pt holds, or None if the run is new.
 
     Raises ValueError if it is damaged or of another run, or if there is none, but the folder above has a network, which
@@ -253,11 +249,7 @@ def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int, device: torch.
         if (folder.parent / "config.json").is_file():
             raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
         return None
-    try:
-        state = dict(torch.load(path, map_location=device, weights_only=True))
-        state = {name: state[name] for name in CHECKPOINT}
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint of a run; delete it, or pass another --out") from error
+    state = weights.read_checkpoint(path, CHECKPOINT)
     for name, value in (("what", what), ("plan", asdict(plan)), ("seed", seed)):
         if state[name] != value:
             raise ValueError(
@@ -271,6 +263,14 @@ def some(digits: Digits, n: int) -> Digits:
     """n of them (all, if there are fewer), the same ones every time, drawn from all: MNIST's first half is easier."""
     order = torch.randperm(len(digits), generator=generator("cpu", TEST))
     return digits[order[:n].to(digits.labels.device)]
+
+
+@torch.no_grad()
+def loss_on(test: Digits, model: nn.Module, loss: Loss, seed: int) -> float:
+    """The loss on these pictures, with the same noise every time; for a model in eval mode."""
+    random = generator(test.images.device, seed, TEST)
+    parts = [test[i : i + 500] for i in range(0, len(test), 500)]
+    return sum(loss(model, part, random).item() * len(part) for part in parts) / len(test)
 
 
 def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:

@@ -86,9 +86,9 @@ def test_free_memory_counts_the_page_cache_and_heeds_a_container(monkeypatch):
     files = {"/proc/meminfo": "MemTotal: 900 kB\nMemFree:  100 kB\nMemAvailable:     600 kB\n"}
 
     def read(path, *args, **more):
-        if str(path) not in files:
+        if path.as_posix() not in files:
             raise FileNotFoundError
-        return files[str(path)]
+        return files[path.as_posix()]
 
     monkeypatch.setattr(Path, "read_text", read)
     assert prompts.free_memory() == 600 * 1024

@@ -230,12 +230,18 @@ def test_scheduler_file_errors(tmp_path):
     with pytest.raises(ValueError, match="scheduler_config.json must hold a JSON object, got list"):
         stages.plan_stage(folder, None)
     for wrong in ({"sample_max_value": None}, {"sample_max_value": 0.5}, {"dynamic_thresholding_ratio": 95},
-                  {"num_train_timesteps": "many"}, {"beta_schedule": "cubic"}):  # fmt: skip
+                  {"num_train_timesteps": "many"}, {"beta_schedule": "cubic"},
+                  {"beta_schedule": "linear", "num_train_timesteps": -3}):  # fmt: skip
         path.write_text(json.dumps(RELEASED_SCHEDULER | wrong))
         with pytest.raises(hub.WeightsError, match="scheduler_config.json describes no process of IF"):
             stages.plan_stage(folder, None)
     path.write_text(json.dumps(RELEASED_SCHEDULER | {"variance_type": "fixed_small"}))
     with pytest.warns(UserWarning, match="variance_type is 'fixed_small'; IF's 'learned_range' is used"):
+        stages.plan_stage(folder, None)
+    path.write_text(json.dumps(RELEASED_SCHEDULER))
+    (folder / "image_noising_scheduler").mkdir()
+    (folder / "image_noising_scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "cubic"}')
+    with pytest.raises(hub.WeightsError, match="image_noising_scheduler/scheduler_config.json describes no process"):
         stages.plan_stage(folder, None)
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(ValueError, match="there is no .*scheduler_config.json"):

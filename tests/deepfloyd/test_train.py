@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
 
     def interrupted(ema, module, step):  # between the optimizer's step and the count of it
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         average(ema, module, step)
 
     monkeypatch.setattr(train, "update_average", interrupted)
@@ -130,7 +130,7 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsy
     assert "no tokenizer at nowhere" in fails(capsys, 1, pictures, tmp_path / "four", 1, "--start-from", "nowhere")
     run(1, pictures, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
     (one / "training" / "checkpoint.pt").write_bytes(b"PK cut")
-    assert "is no checkpoint of such a run; delete it" in fails(capsys, 1, pictures, one, 2)
+    assert "is no checkpoint of a run; delete it" in fails(capsys, 1, pictures, one, 2)
 
 
 @pytest.mark.parametrize("which", ["loss", "gradient"])

@@ -2,7 +2,7 @@
 
 import functools
 import json
-import os
+import shutil
 import signal
 from dataclasses import asdict
 
@@ -282,6 +282,14 @@ def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, cap
     assert "holds samples of fashion" in fails(capsys, judge.main, "score", tmp_path / "s.safetensors")
 
 
+def test_networks_in_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    embedded, own = WEIGHTS / "mnist" / "flow", tmp_path / "flow"
+    shutil.copytree(embedded, own)
+    sample.main(["--model", str(embedded), str(own), "--digits", "3", "--quick", "--out", str(tmp_path / "s.png")])
+    shown = capsys.readouterr().out
+    assert f"{embedded}, scale 5, euler, 4 steps:" in shown and f"{own}, scale 5, euler, 4 steps" in shown
+
+
 def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample.Row, "draw", lambda *args: pytest.fail("drawn"))
     embedded = str(WEIGHTS / "mnist" / "flow")
@@ -339,7 +347,7 @@ def test_a_run_that_is_stopped_leaves_its_network(module, kind, folder, tmp_path
 
     def interrupted(self, batch, step):
         if step == 9:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, batch, step)
 
     monkeypatch.setattr(training.Run, "one_step", interrupted)
@@ -358,7 +366,7 @@ def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
 
 
 def test_the_presets_are_the_courses():
-    """K/L74: batch, epochs, rate and width of FEATURES' table, and what the schedule is."""
+    """Batch, epochs, rate and width of the course's pages, and its schedule."""
     from minidiff.mnist.train_denoiser import PRESETS as denoiser
     from minidiff.mnist.train_diffusion import PRESETS as diffusion
     from minidiff.mnist.train_flow import PRESETS as flows
@@ -380,7 +388,7 @@ def test_the_presets_are_the_courses():
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
 def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
-    """K/L73 in small: right at guidance 5, by chance at 0, where the digits are as mixed as without a class."""
+    """Right at guidance 5, by chance at 0, where the digits are as mixed as without a class."""
     cpu, judging = torch.device("cpu"), judge.load(judge.EMBEDDED)[0]
     unet = drawing.load(WEIGHTS / "mnist" / kind, kind, cpu)
 
@@ -404,7 +412,7 @@ def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
 )  # fmt: skip
 @torch.no_grad()
 def test_the_embedded_networks_lie_between_the_floors_of_all_of_mnist(kind, loss, floor, linear, digits):
-    """K/L72: well below the best linear answer, above what knowing the training set by heart would give."""
+    """Well below the best linear answer, above what knowing the training set by heart would give (README)."""
     unet = drawing.load(WEIGHTS / "mnist" / kind, kind, torch.device("cpu"))
     assert 2 * floor < loss(unet, digits, generator("cpu", 0)) < 0.7 * linear
 

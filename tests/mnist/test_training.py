@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import os
 import signal
 import sys
 
@@ -157,9 +156,9 @@ def test_ctrl_c_saves_at_once_and_the_next_run_goes_on_from_there(start, capsys)
     whole.train()
 
     before = signal.getsignal(signal.SIGINT)
-    run = start("parts", loss=with_accident(14, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    run = start("parts", loss=with_accident(14, lambda: signal.raise_signal(signal.SIGINT)))
     assert not run.train() and signal.getsignal(signal.SIGINT) is before
-    assert "stopped after step 14; the same command goes on from there" in capsys.readouterr().out
+    assert "stopped after step 14 of 30; the same command goes on from there" in capsys.readouterr().out
     resumed = start("parts")
     assert len(resumed.losses) == 14 and "going on from step 14" in capsys.readouterr().out
     assert resumed.train() and resumed.losses == whole.losses and resumed.test_losses == whole.test_losses
@@ -207,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_saved_though_the_loss_was(start):
 
     def breaks(net, batch, generator):
         if net.training and len(run.losses) == 10:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return loss(net, batch, generator) + (net[0].weight * 0).sqrt().sum()
         return loss(net, batch, generator)
 
@@ -234,10 +233,10 @@ def test_what_is_drawn_after_an_epoch_is_drawn_again_if_the_run_was_killed_while
 
 def test_the_first_ctrl_c_is_answered_and_the_second_stops_at_once(capfd):
     with cli.stopped_between_steps() as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stopped() and "Ctrl-C again stops at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_trained_network_is_not_replaced_by_a_new_run(start, tmp_path):
@@ -245,6 +244,23 @@ def test_a_trained_network_is_not_replaced_by_a_new_run(start, tmp_path):
     with pytest.raises(ValueError, match="holds a trained network, which this would replace; pass another --out"):
         start("training")
     assert not (tmp_path / "training").exists()
+
+
+def test_ctrl_c_in_the_last_step_is_obeyed_too(start, capsys):
+    run = start(loss=with_accident(30, lambda: signal.raise_signal(signal.SIGINT)))
+    assert not run.train() and "stopped after step 30 of 30" in capsys.readouterr().out
+    assert start().train()
+
+
+def test_lack_of_memory_is_not_taken_for_a_broken_checkpoint(start, monkeypatch):
+    start().train()
+
+    def full(*args, **more):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        start()
 
 
 def test_ctrl_c_between_two_looks_loses_no_step(start):
@@ -270,12 +286,12 @@ def test_a_checkpoint_is_never_half_written(start, monkeypatch):
 
     def full(state, file):
         file.write_bytes(b"half")
-        raise OSError("disk full")
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says of a full disk
 
-    monkeypatch.setattr(training.torch, "save", full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: unexpected pos"):
         start().save()
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
 
 
 def test_other_settings_do_not_continue_a_run(start, tmp_path):
@@ -297,7 +313,7 @@ def test_bad_input_is_told(start, tmp_path):
         with pytest.raises(ValueError, match="need epochs and batch_size of at least 1, lr of at least 0"):
             Plan(*numbers_of)
     (tmp_path / "file").write_text("")
-    files = [b"", b"PK\3\4 half", b"nonsense"]
+    files = [b"", b"PK\3\4 half", b"nonsense", b"a castle"]
     for foreign in ({"a": 1}, [1], torch.zeros(()), 3):
         torch.save(foreign, tmp_path / "foreign")
         files.append((tmp_path / "foreign").read_bytes())
