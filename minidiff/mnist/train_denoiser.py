@@ -5,7 +5,8 @@
 
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
-`better` trains longer and at a higher rate; `small` is for a machine without fast half precision.
+`better` trains longer and at a higher rate; `small` has a sixteenth of the arithmetic, for a machine without fast half
+precision, and at that higher rate reaches 0.0079 on the test digits all the same (the course's staff, 0.0084).
 
 Pictures in the folder: noising.png, samples/ after every epoch, training/loss.png, out-of-distribution.png: the same
 digits and the same noise at strengths it was not trained on, with the test error beside that of the best linear
