@@ -40,6 +40,7 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     mnist/data.py            the digits in memory
     mnist/unet.py            the small UNet of the course
+    mnist/networks.py        trained networks on disk
     mnist/floors.py          what no network can beat, and what any must
     mnist/training.py        the loop that every network of digits is trained in
     mnist/judge.py           a classifier that judges samples

@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff import flow, images
 from minidiff.flow import Velocity
 from minidiff.guidance import Model, guided
-from minidiff.mnist import training
+from minidiff.mnist import networks
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import Prediction, denoise, draw_noise
@@ -96,13 +96,13 @@ def draw_flow(
 
 
 def load(folder: Path, kind: str, device: torch.device) -> UNet:
-    """A trained network, ready to draw. Raises ValueError as `training.read`."""
-    config, tensors = training.read(folder, kind)
+    """A trained network, ready to draw. Raises ValueError as `networks.read`."""
+    config, tensors = networks.read(folder, kind)
     try:
         unet = UNet(UNetConfig(**config["unet"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
-    training.fill(unet, tensors, folder)
+    networks.fill(unet, tensors, folder)
     return unet.to(device).eval()
 
 

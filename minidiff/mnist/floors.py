@@ -13,7 +13,7 @@ All three are about x_t = a x_start + b noise. The denoiser has a = 1, b = sigma
 b = sqrt(1 - alpha_bar_t); flow matching a = t, b = 1 - t. An error e in x_start is an error a e / b in eps and e / b in
 the velocity (with a = t, b = 1 - t), which is how one number serves all three.
 
-Read `mnist/unet.py` first. Next: `mnist/training.py`.
+Read `mnist/networks.py` first. Next: `mnist/training.py`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import training
+from minidiff.mnist import networks, training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.training import Plan, Run
 
@@ -132,10 +132,10 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
 
 def load(folder: Path) -> tuple[Judge, dict, tuple[Tensor, Tensor]]:
     """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features."""
-    config, tensors = training.read(folder, "judge")
+    config, tensors = networks.read(folder, "judge")
     reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
     judge = Judge().eval()
-    training.fill(judge, tensors, folder)
+    networks.fill(judge, tensors, folder)
     return judge, config, reference
 
 
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
     accuracy = agreement(verdicts, test.labels)
     mean, covariance = gaussian(look(judge, digits.images)[0])
     floors = real_distances(features, (mean, covariance))
-    training.write(args.out, judge, {"kind": "judge", "dataset": args.dataset, "accuracy": accuracy, "floors": floors},
+    networks.write(args.out, judge, {"kind": "judge", "dataset": args.dataset, "accuracy": accuracy, "floors": floors},
                    {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
     print(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
           + ", ".join(f"{value:.3f} for {n}" for n, value in floors.items()))  # fmt: skip

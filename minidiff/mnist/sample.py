@@ -29,7 +29,7 @@ from tqdm import tqdm
 from minidiff import flow, images, weights
 from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.hub import WEIGHTS, WeightsError, read_config
-from minidiff.mnist import drawing, judge, training
+from minidiff.mnist import drawing, judge, networks
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
@@ -113,7 +113,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     for folder in folders:
         alike = [other for other in folders if other.name == folder.name]
         name = folder.name if folder.name and len(alike) == 1 else str(folder)
-        unet, config = drawing.load(folder, args.kind, device), training.read(folder, args.kind)[0]
+        unet, config = drawing.load(folder, args.kind, device), networks.read(folder, args.kind)[0]
         scales = args.guidance_scale or [drawing.GUIDANCE_SCALE]
         if not unet.config.num_classes:
             if args.guidance_scale:

@@ -38,7 +38,7 @@ from minidiff import flow, weights
 from minidiff.cli import Clock, command, device_of, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import floors, training
+from minidiff.mnist import floors, networks, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
     DROPOUT,
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-        args.dataset = training.read(args.teacher, "flow")[0].get("dataset", "mnist")  # its pictures are learned
+        args.dataset = networks.read(args.teacher, "flow")[0].get("dataset", "mnist")  # its pictures are learned
         train, test = lines(args, teacher, plan, steps)
         levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
     else:

@@ -9,8 +9,8 @@ What lies in OUT afterwards, beside the trainer's pictures:
     training/checkpoint.pt   network, optimizer, step, all losses: every epoch and on Ctrl-C, first under another name
     training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
     training/loss.png        whole run, first and last epoch, the floors as lines, if matplotlib is installed
-    config.json, model.fp16.safetensors     the network, for `read`; also of a run that was stopped, as far as it came
-                                            (of the judge only at the end)
+    config.json, model.fp16.safetensors     the network (`mnist/networks.py`); also of a run that was stopped, as far as
+                                            it came (of the judge only at the end)
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
 step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
@@ -28,7 +28,6 @@ import argparse
 import copy
 import csv
 import itertools
-import json
 import math
 import os
 import time
@@ -38,13 +37,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import weights
 from minidiff.cli import stopped_between_steps
+from minidiff.mnist import networks
 from minidiff.mnist.data import DATASETS, Digits, generator, load
 
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
@@ -178,7 +176,7 @@ class Run:
     def complete(self, out: Path, config: Mapping[str, object], after_epoch: Callable[[int], None]) -> bool:
         """`train`, write the network of digits into out with this config, say how good it is; as `train`."""
         finished = self.train(after_epoch)
-        write(out, self.model, dict(config) | {"trained": self.progress(), "unet": asdict(self.model.config)})
+        networks.write(out, self.model, dict(config) | {"trained": self.progress(), "unet": asdict(self.model.config)})
         if finished:
             print(f"loss on {len(self.test_set)} test pictures: "
                   f"{loss_on(some(self.test_set, len(self.test_set)), self.model, self.loss, self.seed):.5f}"
@@ -333,53 +331,6 @@ def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, fl
         writer.writerow(header)
         writer.writerows((i, f"{value:.9g}") for i, value in rows)
     os.replace(path.with_suffix(".tmp"), path)
-
-
-# ---------------------------------------------------------------------------------------------- trained networks
-
-
-def write(
-    folder: Path, model: nn.Module, config: Mapping[str, object], more: Mapping[str, Tensor] | None = None
-) -> None:
-    """config.json and model.fp16.safetensors. Matrices become float16; vectors (norms, biases) and `more` do not.
-
-    config: what `read` needs to build the network again, its "kind" first.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
-    weights.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
-    (folder / "config.tmp").write_text(json.dumps(dict(config), indent=2) + "\n")
-    os.replace(folder / "config.tmp", folder / "config.json")
-
-
-def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """What `write` wrote: the config, and tensors as float32.
-
-    Raises ValueError naming the command that trains one if there is none, or what is wrong with it.
-    """
-    maker = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion --preset class",
-             "flow": "train_flow --preset class"}  # fmt: skip
-    how = f"train one with `python -m minidiff.mnist.{maker[kind]} --out {folder}`"
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"no trained {kind} in {folder}; {how}")
-    try:
-        config = json.loads(path.read_text())
-        tensors = load_file(folder / "model.fp16.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read ({error}); {how}") from error
-    found = config.get("kind") if isinstance(config, dict) else None
-    if found != kind:
-        raise ValueError(f"{folder} holds a {found}, not a {kind}; {how}")
-    return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """What `read` gave, into the network. Raises ValueError if it does not fit."""
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: config.json and model.fp16.safetensors do not fit each other ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------- flags

@@ -14,7 +14,7 @@ an FCBlock turns each of the two into a vector per channel, which acts on the ou
     time only      u + t   ("add": the course of 2024)     or     u * t   ("mul": that of 2025)
     with class     c * u + t
 
-Read `mnist/data.py` first. Next: `mnist/floors.py`, what such a network can and cannot reach.
+Read `mnist/data.py` first. Next: `mnist/networks.py`, where trained ones are kept.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minidiff import views
-from minidiff.mnist import anagram, drawing, judge, training
+from minidiff.mnist import anagram, drawing, judge, networks
 from minidiff.mnist.unet import UNet, UNetConfig
 from tests.mnist.test_drawing import LABELS, X, net
 from tests.test_commands import fails
@@ -34,9 +34,9 @@ def test_a_success_is_right_in_every_view(monkeypatch):
 def test_the_command_draws_and_counts(tmp_path, capsys):
     torch.manual_seed(0)
     unet, judge_of = UNet(UNetConfig(4, time=True, num_classes=10)), judge.Judge()
-    training.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
+    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
     zeros = {"feature_mean": torch.zeros(64), "feature_covariance": torch.eye(64)}
-    training.write(tmp_path / "judge", judge_of, {"kind": "judge", "accuracy": 0.5, "floors": {}}, zeros)
+    networks.write(tmp_path / "judge", judge_of, {"kind": "judge", "accuracy": 0.5, "floors": {}}, zeros)
     flags = ["--model", str(tmp_path / "ddpm"), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "a.png")]
     anagram.main(["6", "9", *flags, "--quick"])
     printed = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_missing_models_say_how_to_train_them(tmp_path, capsys, kind):
     flags = ["--model", tmp_path / "ddpm", "--judge", tmp_path / "judge", "--out", tmp_path / "a.png"]
     if kind == "judge":
         unet = UNet(UNetConfig(4, time=True, num_classes=10))
-        training.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
+        networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
     message = fails(capsys, anagram.main, "6", "9", *flags)
     maker = {"ddpm": "train_diffusion", "judge": "judge train"}[kind]
     assert f"no trained {kind} in" in message and f"python -m minidiff.mnist.{maker}" in message

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import judge, training
+from minidiff.mnist import judge, networks
 from minidiff.mnist.judge import Judge
 
 
@@ -72,7 +72,7 @@ def trained(tmp_path_factory, digits):
     features, verdicts = judge.look(net, digits.images)
     mean, covariance = judge.gaussian(features)
     folder = tmp_path_factory.mktemp("judge")
-    training.write(folder, net, {"kind": "judge", "accuracy": judge.agreement(verdicts, digits.labels),
+    networks.write(folder, net, {"kind": "judge", "accuracy": judge.agreement(verdicts, digits.labels),
                                  "floors": {"100": 0.5}},
                    {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
     return folder

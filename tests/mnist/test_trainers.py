@@ -8,10 +8,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minidiff import flow, images
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, judge, sample, train_denoiser, train_diffusion, train_flow, training
+from minidiff.mnist import drawing, judge, networks, sample, train_denoiser, train_diffusion, train_flow, training
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.training import Plan
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -188,7 +189,7 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
         capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--preset", "pure-noise"
     )
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
-    config, tensors = training.read(tmp_path / "d", "denoiser")
+    config, tensors = networks.read(tmp_path / "d", "denoiser")
     UNet(UNetConfig(**config["unet"])).load_state_dict(tensors)
     assert run(train_denoiser, tmp_path / "p", folder, "--preset", "pure-noise") == [
         "mean-image.png", "noising.png", "samples/epoch-01.png",
@@ -211,7 +212,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"), "--lr", "0")
     shown = capsys.readouterr().out
     assert "reflow.png" in made and "; the teacher 0." in shown and "(0 is straight): the teacher" in shown
-    (_, teacher), (config, student) = (training.read(tmp_path / name, "flow") for name in ("f", "r"))
+    (_, teacher), (config, student) = (networks.read(tmp_path / name, "flow") for name in ("f", "r"))
     assert config["dataset"] == "fashion"  # the teacher's
     assert all(torch.equal(student[k], v) for k, v in teacher.items() if "running" not in k and "num_" not in k)
     flags = ["--preset", "reflow", "--teacher", tmp_path / "f", "--out", tmp_path / "few"]
@@ -219,7 +220,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     sample.main(["--model", str(tmp_path / "f"), str(tmp_path / "r"), "--digits", "3,7-8",
                  "--num-images", "2", "--quick", "--guidance-scale", "1", "5",
                  "--tensors", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "s.png")])  # fmt: skip
-    kept = training.load_file(tmp_path / "s.safetensors")
+    kept = load_file(tmp_path / "s.safetensors")
     assert kept["labels"].tolist() == [3, 7, 8, 3, 7, 8] and kept["images"].shape == (6, 1, 28, 28)
     net = drawing.load(tmp_path / "f", "flow", torch.device("cpu"))
     with torch.no_grad():
@@ -266,10 +267,10 @@ def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path, capsys):
 
 def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, capsys):
     unet = UNet(UNetConfig(4, time=True))
-    training.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
+    networks.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
     flags = ["--kind", "flow", "--model", str(tmp_path / "f"), "--quick", "--out", str(tmp_path / "s.png")]
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors"), "--digits", "3"])
-    assert "labels" not in training.load_file(tmp_path / "s.safetensors")
+    assert "labels" not in load_file(tmp_path / "s.safetensors")
     shown = capsys.readouterr()
     assert "agreement" not in shown.out and "f, not told the digit, euler, 4 steps:" in shown.out
     assert "is not told the digit: --digits only says how many" in shown.err
@@ -352,7 +353,7 @@ def test_a_run_that_is_stopped_leaves_its_network(module, kind, folder, tmp_path
 
     monkeypatch.setattr(training.Run, "one_step", interrupted)
     run(module, tmp_path / "n", folder)
-    config, tensors = training.read(tmp_path / "n", kind)
+    config, tensors = networks.read(tmp_path / "n", kind)
     assert config["trained"] == "0.4 of 1 epochs"  # 10 of 25 steps
     kept = torch.load(tmp_path / "n" / "training" / "checkpoint.pt", weights_only=True)["model"]
     assert torch.equal(tensors["down1.0.0.weight"], kept["down1.0.0.weight"].half().float())

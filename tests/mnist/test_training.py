@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from minidiff import cli
-from minidiff.mnist import drawing, training
+from minidiff.mnist import drawing, networks, training
 from minidiff.mnist.data import Digits
 from minidiff.mnist.training import Plan, Run
 
@@ -240,7 +240,7 @@ def test_the_first_ctrl_c_is_answered_and_the_second_stops_at_once(capfd):
 
 
 def test_a_trained_network_is_not_replaced_by_a_new_run(start, tmp_path):
-    training.write(tmp_path, model(), {"kind": "flow"})
+    networks.write(tmp_path, model(), {"kind": "flow"})
     with pytest.raises(ValueError, match="holds a trained network, which this would replace; pass another --out"):
         start("training")
     assert not (tmp_path / "training").exists()
@@ -358,8 +358,8 @@ def test_networks_are_written_in_half_precision_and_read_back(tmp_path):
     net = model()
     with torch.no_grad():
         net[1].running_var.fill_(1e-9)  # float16 would make it 0
-    training.write(tmp_path / "n", net, {"kind": "flow", "more": 3}, {"extra": torch.ones(2, 2)})
-    config, tensors = training.read(tmp_path / "n", "flow")
+    networks.write(tmp_path / "n", net, {"kind": "flow", "more": 3}, {"extra": torch.ones(2, 2)})
+    config, tensors = networks.read(tmp_path / "n", "flow")
     assert config == {"kind": "flow", "more": 3} and torch.equal(tensors.pop("extra"), torch.ones(2, 2))
     assert tensors["1.running_var"].tolist() == [pytest.approx(1e-9)] * 4
     assert torch.equal(tensors["0.weight"], net[0].weight.half().float())
@@ -370,20 +370,20 @@ def test_missing_and_wrong_networks_are_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"no trained ddpm in .*none; train one with `python -m minidiff.mnist.train_diff"
     ):
-        training.read(tmp_path / "none", "ddpm")
-    training.write(tmp_path / "n", model(), {"kind": "flow"})
+        networks.read(tmp_path / "none", "ddpm")
+    networks.write(tmp_path / "n", model(), {"kind": "flow"})
     with pytest.raises(ValueError, match="holds a flow, not a judge; train one with .*judge train"):
-        training.read(tmp_path / "n", "judge")
+        networks.read(tmp_path / "n", "judge")
     with pytest.raises(ValueError, match="do not fit each other"):
-        training.fill(nn.Conv2d(1, 1, 1), training.read(tmp_path / "n", "flow")[1], tmp_path / "n")
+        networks.fill(nn.Conv2d(1, 1, 1), networks.read(tmp_path / "n", "flow")[1], tmp_path / "n")
     with pytest.raises(ValueError, match="config.json describes no network of digits"):
         drawing.load(tmp_path / "n", "flow", torch.device("cpu"))
     (tmp_path / "n" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a None, not a flow"):
-        training.read(tmp_path / "n", "flow")
+        networks.read(tmp_path / "n", "flow")
     (tmp_path / "n" / "model.fp16.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="n cannot be read .*train one with"):
-        training.read(tmp_path / "n", "flow")
+        networks.read(tmp_path / "n", "flow")
 
 
 def test_without_matplotlib_there_is_only_no_curve(tmp_path, monkeypatch):
