@@ -42,18 +42,18 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     """
     maker = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion --preset class",
              "flow": "train_flow --preset class"}  # fmt: skip
-    how = f"train one with `python -m minidiff.mnist.{maker[kind]} --out {folder}`"
+    how = f"train one with `python -m minidiff.mnist.{maker[kind]}"
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"no trained {kind} in {folder}; {how}")
+        raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
     try:
         config = json.loads(path.read_text())
         tensors = load_file(folder / "model.fp16.safetensors")
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read ({error}); {how}") from error
+        raise ValueError(f"{folder} cannot be read ({error}); {how}` into another folder") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
-        raise ValueError(f"{folder} holds a {found}, not a {kind}; {how}")
+        raise ValueError(f"{folder} holds a {found}, not a {kind}; pass another folder, or {how}`")
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 

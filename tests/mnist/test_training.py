@@ -372,7 +372,9 @@ def test_missing_and_wrong_networks_are_told(tmp_path):
     ):
         networks.read(tmp_path / "none", "ddpm")
     networks.write(tmp_path / "n", model(), {"kind": "flow"})
-    with pytest.raises(ValueError, match="holds a flow, not a judge; train one with .*judge train"):
+    with pytest.raises(
+        ValueError, match="holds a flow, not a judge; pass another folder, or train one with .*judge train`$"
+    ):
         networks.read(tmp_path / "n", "judge")
     with pytest.raises(ValueError, match="do not fit each other"):
         networks.fill(nn.Conv2d(1, 1, 1), networks.read(tmp_path / "n", "flow")[1], tmp_path / "n")
