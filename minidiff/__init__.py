@@ -13,6 +13,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     editing.py               starting from a picture, and keeping some of it
 
     images.py                plumbing: picture files, labelled strips, GIFs
+    charts.py                plumbing: loss curves
     hub.py                   plumbing: which models there are, where they lie, fetching them
     weights.py               plumbing: mapping weights into networks, writing and checking them
     cli.py                   plumbing: flags, errors and the last line of every command

@@ -13,17 +13,7 @@ ROOT = Path(minidiff.__file__).parent
 ORDER = re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE)
 FILES = {name: ROOT / f"{name}.py" for name in ORDER}
 EXPERIMENTS = {"denoise", "encode", "generate", "sdedit", "inpaint", "anagram", "hybrid", "upscale"}
-ALLOWED = {
-    "torch",
-    "torchvision",
-    "huggingface_hub",
-    "safetensors",
-    "sentencepiece",
-    "numpy",
-    "PIL",
-    "tqdm",
-    "matplotlib",
-}
+ALLOWED = {"torch", "torchvision", "huggingface_hub", "safetensors", "sentencepiece", "numpy", "PIL", "tqdm"}
 TAG = re.compile(r"\b([A-Za-z]+) Eq\. (\d+)")
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minidiff import cli, ddpm, hub, images, weights
+from minidiff import charts, cli, ddpm, hub, images, weights
 from minidiff.deepfloyd import prompts, stages
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
@@ -215,18 +215,13 @@ def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pict
 
 
 def plot(csv_path: Path) -> None:
-    """loss.png from loss.csv, if matplotlib is installed (pip install -e ".[plots]")."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """loss.png from loss.csv."""
     if not csv_path.is_file():  # stopped before the first row
         return
-    rows = np.genfromtxt(csv_path, delimiter=",", names=True)
-    axes = (figure := Figure(figsize=(7, 4))).subplots()
-    axes.semilogy(np.atleast_1d(rows["step"]), np.atleast_1d(rows["loss"]))
-    axes.set(xlabel="step", ylabel=f"loss (mean of {LOG_EVERY} steps)")
-    figure.savefig(csv_path.with_suffix(".png"))
+    rows = np.atleast_1d(np.genfromtxt(csv_path, delimiter=",", names=True))
+    points = list(zip(rows["step"].astype(int).tolist(), rows["loss"].tolist()))
+    chart = charts.chart([("", {f"mean of {LOG_EVERY} steps": points})], {})
+    images.save(chart, csv_path.with_suffix(".png"), {})
 
 
 class Run:

@@ -8,7 +8,7 @@ What lies in OUT afterwards, beside the trainer's pictures:
 
     training/checkpoint.pt   network, optimizer, step, all losses: every epoch and on Ctrl-C, first under another name
     training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
-    training/loss.png        whole run, first and last epoch, the floors as lines, if matplotlib is installed
+    training/loss.png        whole run, first and last epoch, the floors as lines
     config.json, model.fp16.safetensors     the network (`mnist/networks.py`); also of a run that was stopped, as far as
                                             it came (of the judge only at the end)
 
@@ -37,10 +37,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import weights
+from minidiff import charts, images, weights
 from minidiff.cli import stopped_between_steps
 from minidiff.mnist import networks
 from minidiff.mnist.data import DATASETS, Digits, generator, load
@@ -141,7 +142,9 @@ class Run:
     def draw_curves(self) -> None:
         _write_csv(self.folder / "loss.csv", ("step", "loss"), enumerate(self.losses, 1))
         _write_csv(self.folder / "test.csv", ("epoch", "loss"), enumerate(self.test_losses, 1))
-        plot(self.folder / "loss.png", self.losses, self.test_losses, self.steps_per_epoch, self.floors)
+        if self.losses:
+            chart = curves(self.losses, self.test_losses, self.steps_per_epoch, self.floors)
+            images.save(chart, self.folder / "loss.png", {})
 
     def one_step(self, batch: Digits, step: int) -> Tensor:
         """Loss, gradient, Adam. Returns the loss, still on the device, so that no step waits for the one before."""
@@ -181,8 +184,6 @@ class Run:
             print(f"loss on {len(self.test_set)} test pictures: "
                   f"{loss_on(some(self.test_set, len(self.test_set)), self.model, self.loss, self.seed):.5f}"
                   + "".join(f"; {name} {level:.4f}" for name, level in self.floors.items()))  # fmt: skip
-            if not (self.folder / "loss.png").is_file():
-                print('no loss.png, since matplotlib is not installed: `pip install -e ".[plots]"`, then this again')
         return finished
 
     def one_epoch(self, epoch: int, stopped: Callable[[], bool]) -> None:
@@ -302,27 +303,14 @@ def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:
     return best
 
 
-def plot(path: Path, losses: list[float], test_losses: list[float], n: int, floors: Mapping[str, float]) -> None:
-    """The whole run, its first and its last epoch of n steps; floors as lines. Nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if not losses:
-        return
-    steps, last = range(1, len(losses) + 1), (len(losses) - 1) // n * n
-    axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3)
-    for ax, part, title in zip(axes, (slice(None), slice(n), slice(last, None)),
-                               ("whole run", "first epoch", f"epoch {last // n + 1}")):  # fmt: skip
-        ax.semilogy(steps[part], losses[part], linewidth=0.6, label="training, each step")
-        for i, (name, level) in enumerate(floors.items()):
-            ax.axhline(level, color=f"C{i + 2}", linestyle="--", linewidth=1, label=f"{name}: {level:.4f}")
-        ax.set(title=title, xlabel="step", ylabel="loss")
-    ends = [n * (i + 1) for i in range(len(test_losses))]
-    axes[0].semilogy(ends, test_losses, "o-", color="C1", markersize=3, label="test pictures, each epoch")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path.with_suffix(".tmp"), format="png")
-    os.replace(path.with_suffix(".tmp"), path)
+def curves(losses: list[float], test_losses: list[float], n: int, floors: Mapping[str, float]) -> Image.Image:
+    """The whole run, its first and its last epoch of n steps; floors as dashed lines."""
+    steps, name = list(enumerate(losses, 1)), "training, each step"
+    tests = [(n * epoch, value) for epoch, value in enumerate(test_losses, 1)]
+    last = max(0, len(losses) - 1) // n
+    panels = [("whole run", {name: steps, "test pictures, each epoch": tests}), ("first epoch", {name: steps[:n]}),
+              (f"epoch {last + 1}", {name: steps[n * last :]})]  # fmt: skip
+    return charts.chart(panels, {f"{floor}: {level:.4f}": level for floor, level in floors.items()})
 
 
 def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, float]]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import hub, weights
+from minidiff import charts, hub, images, weights
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import prompts, stages, train
 from minidiff.deepfloyd.initial import initialise, pass_through
@@ -79,6 +79,8 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path,
     run(1, pictures, one, 3)
     run(2, pictures, two, 4, "--text-encoder", str(one))
     assert [step for step, _ in losses(one)] == [2] and [step for step, _ in losses(two)] == [2, 4]
+    chart = images.load(two / "training" / "loss.png")
+    assert chart.equal(images.from_pil(charts.chart([("", {"mean of 2 steps": losses(two)})], {})))
     encode = prompts.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
         loaded = stages.load_stage(hub.resolve(str(folder), stage), torch.float32, "cpu")

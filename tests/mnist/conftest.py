@@ -1,4 +1,4 @@
-"""Shared by the tests of the small models: real digits, and no seconds spent on measuring or plotting."""
+"""Shared by the tests of the small models: real digits, and no seconds spent on measuring."""
 
 import pytest
 
@@ -18,6 +18,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Trainers do not measure what is fastest here, and draw no curves."""
+    """Trainers do not measure what is fastest here."""
     monkeypatch.setattr(training, "measure", lambda *args: ("float32", "contiguous"))
-    monkeypatch.setattr(training, "plot", lambda *args: None)

@@ -3,14 +3,12 @@
 import csv
 import itertools
 import signal
-import sys
 
 import pytest
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
-from minidiff import cli
+from minidiff import charts, cli, images
 from minidiff.mnist import drawing, networks, training
 from minidiff.mnist.data import Digits
 from minidiff.mnist.training import Plan, Run
@@ -53,22 +51,20 @@ def test_it_learns_and_writes_down_every_step(start, capsys):
     assert len(written) == 30 and written == pytest.approx(run.losses, rel=1e-8)
     assert numbers(run.folder / "test.csv") == pytest.approx(run.test_losses, rel=1e-8)
     assert run.test_losses[-1] < run.test_losses[0] < 0.3 and len(run.test_losses) == 3
+    assert images.load(run.folder / "loss.png").shape[1:] == (3, *charts.chart([("", {})] * 3, {}).size[::-1])
     assert "epoch 3/3: loss 0.0" in capsys.readouterr().out
 
 
-def test_the_curve_has_three_parts_and_the_floors(tmp_path, monkeypatch):
-    lines, curves = [], []
-    monkeypatch.setattr(Axes, "axhline", lambda self, y, **more: lines.append((y, more["label"])))
-    original = Axes.semilogy
-
-    def note(self, x, y, *args, **more):
-        curves.append((list(x), list(y)))
-        return original(self, x, y, *args, **more)
-
-    monkeypatch.setattr(Axes, "semilogy", note)
-    training.plot(tmp_path / "loss.png", [5.0, 4.0, 3.0, 2.0, 1.0], [4.5, 2.5], 2, {"mean image": 0.067251})
-    assert curves == [([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]), ([1, 2], [5, 4]), ([5], [1]), ([2, 4], [4.5, 2.5])]
-    assert lines == [(0.067251, "mean image: 0.0673")] * 3 and (tmp_path / "loss.png").is_file()
+def test_the_curve_has_three_parts_and_the_floors(monkeypatch):
+    monkeypatch.setattr(charts, "chart", lambda panels, levels: (panels, levels))
+    panels, levels = training.curves([5.0, 4.0, 3.0, 2.0, 1.0], [4.5, 2.5], 2, {"mean image": 0.067251})
+    each, tests = "training, each step", "test pictures, each epoch"
+    whole = {each: [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0), (5, 1.0)], tests: [(2, 4.5), (4, 2.5)]}
+    first, last = {each: [(1, 5.0), (2, 4.0)]}, {each: [(5, 1.0)]}
+    assert panels == [("whole run", whole), ("first epoch", first), ("epoch 3", last)]
+    assert levels == {"mean image: 0.0673": 0.067251}
+    ended_with_an_epoch, _ = training.curves([4.0, 3.0, 2.0, 1.0], [], 2, {})
+    assert ended_with_an_epoch[2] == ("epoch 2", {each: [(3, 2.0), (4, 1.0)]})
 
 
 def test_an_epoch_sees_every_digit_once_in_an_order_of_its_own(start):
@@ -386,9 +382,3 @@ def test_missing_and_wrong_networks_are_told(tmp_path):
     (tmp_path / "n" / "model.fp16.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="n cannot be read .*train one with"):
         networks.read(tmp_path / "n", "flow")
-
-
-def test_without_matplotlib_there_is_only_no_curve(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    training.plot(tmp_path / "loss.png", [1.0], [], 1, {})
-    assert not (tmp_path / "loss.png").exists()
