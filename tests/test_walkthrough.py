@@ -41,13 +41,15 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_walkthrough_runs(line, tmp_path, monkeypatch):
-    """With --quick, one picture each, and its result in a folder of the test's own."""
+    """With --quick, one picture or two digits each, and its result in a folder of the test's own."""
     monkeypatch.chdir(ROOT)
     python, _, module, *argv = shlex.split(line)
     assert python == "python"
     argv[argv.index("--out") + 1] = str(tmp_path / "out.png")
     if "--num-images" in argv:
         argv[argv.index("--num-images") + 1] = "1"
+    if module == "minidiff.mnist.sample":
+        argv += ["--digits", "3,7"]
     importlib.import_module(module).main([*argv, "--quick"])
     with Image.open(tmp_path / "out.png") as opened:
         assert opened.width > 200

@@ -179,7 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if preset.unet is None:
         teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-        args.dataset = networks.read(args.teacher, "flow")[0].get("dataset", "mnist")  # its pictures are learned
+        drawn = networks.read(args.teacher, "flow")[0].get("dataset", "mnist")
+        if args.dataset not in (drawn, p.get_default("dataset")):
+            raise ValueError(
+                f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset"
+            )
+        args.dataset = drawn
         train, test = lines(args, teacher, plan, steps)
         levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
     else:

@@ -180,7 +180,7 @@ def run(module, out, folder, *flags):
 
 def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     made = run(train_denoiser, tmp_path / "d", folder, "--four")
-    assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png"]
+    assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png", "training/loss.png"]
     shown = capsys.readouterr().out
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
     run(train_denoiser, tmp_path / "d", folder, "--four")  # again: nothing is trained, all is said as before
@@ -192,23 +192,24 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     config, tensors = networks.read(tmp_path / "d", "denoiser")
     UNet(UNetConfig(**config["unet"])).load_state_dict(tensors)
     assert run(train_denoiser, tmp_path / "p", folder, "--preset", "pure-noise") == [
-        "mean-image.png", "noising.png", "samples/epoch-01.png",
+        "mean-image.png", "noising.png", "samples/epoch-01.png", "training/loss.png",
     ]  # fmt: skip
     assert "outputs differ from the mean digit by 0." in capsys.readouterr().out
 
 
 def test_train_diffusion_makes_its_pictures(folder, tmp_path, capsys):
     made = run(train_diffusion, tmp_path / "d", folder, "--preset", "class")
-    assert made == ["cleaned.png", "guidance.png", "samples/epoch-01.png", "sampling.gif", "unconditional.gif"]
+    always = ["cleaned.png", "samples/epoch-01.png", "sampling.gif", "training/loss.png"]
+    assert made == sorted([*always, "guidance.png", "unconditional.gif"])
     shown = capsys.readouterr().out
     assert "alpha_bar at the last of 300 times: 0.0481; 21.9%" in shown and "; memorisation 0.0" in shown
-    assert run(train_diffusion, tmp_path / "t", folder) == ["cleaned.png", "samples/epoch-01.png", "sampling.gif"]
+    assert run(train_diffusion, tmp_path / "t", folder) == always
 
 
 def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder, tmp_path, capsys, monkeypatch):
     made = run(train_flow, tmp_path / "f", folder, "--preset", "class")
     edit_config(tmp_path / "f", dataset="fashion")
-    assert made == ["guidance.png", "samples/epoch-01.png", "sampling.gif", "solvers.png"]
+    assert made == ["guidance.png", "samples/epoch-01.png", "sampling.gif", "solvers.png", "training/loss.png"]
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"), "--lr", "0")
     shown = capsys.readouterr().out
     assert "reflow.png" in made and "; the teacher 0." in shown and "(0 is straight): the teacher" in shown
@@ -238,6 +239,9 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     monkeypatch.setattr(train_flow, "kept_pairs", lambda *args: pytest.fail("pairs were drawn"))
     assert "of a run with another what (class, 400 pictures of mnist, now reflow, teacher" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--out", tmp_path / "f"
+    )
+    assert "draws mnist, which is what reflow learns; leave out --dataset" in fails(
+        capsys, train_flow.main, "--quick", "--preset", "reflow", "--dataset", "fashion", "--out", tmp_path / "x"
     )
 
 
@@ -399,11 +403,11 @@ def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
             return judge.look(judging, drawing.draw_ddpm(drawing.prediction(unet, labels, scale), seeds, cpu, 30))[1]
         return judge.look(judging, drawing.draw_flow(drawing.velocity(unet, labels, scale), seeds, cpu, 10))[1]
 
+    labels = torch.arange(10)
+    assert judge.agreement(verdicts(labels, 5.0), labels) >= 0.9
     labels = torch.arange(10).repeat(2)
-    assert judge.agreement(verdicts(labels, 5.0), labels) >= 0.85
-    labels = torch.arange(10).repeat(3)
     ignored = verdicts(labels, 0.0)
-    assert judge.agreement(ignored, labels) < 0.4 and judge.entropy(ignored) > 1.9  # 2.15 is to be expected of 30
+    assert judge.agreement(ignored, labels) < 0.4 and judge.entropy(ignored) > 1.8  # 2.1 is to be expected of 20
 
 
 @pytest.mark.parametrize(
@@ -415,7 +419,7 @@ def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
 def test_the_embedded_networks_lie_between_the_floors_of_all_of_mnist(kind, loss, floor, linear, digits):
     """Well below the best linear answer, above what knowing the training set by heart would give (README)."""
     unet = drawing.load(WEIGHTS / "mnist" / kind, kind, torch.device("cpu"))
-    assert 2 * floor < loss(unet, digits, generator("cpu", 0)) < 0.7 * linear
+    assert 2 * floor < loss(unet, digits[:200], generator("cpu", 0)) < 0.7 * linear
 
 
 def test_digits_are_parsed():
