@@ -337,7 +337,11 @@ def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.Argume
     p.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, then faster")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a minute at the start; on some machines faster from then on",
+    )
     p.add_argument("--quick", action="store_true", help="a tiny network on few pictures: a smoke test, in seconds")
     return p
 
