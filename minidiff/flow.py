@@ -77,7 +77,16 @@ def heun(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
     return x + h / 2 * (first + velocity(x + h * first, time + h))
 
 
-METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun}
+def rk4(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
+    """One step along a mean of four directions, the classical method of Runge and Kutta: order 4, four evaluations."""
+    first = velocity(x, time)
+    second = velocity(x + h / 2 * first, time + h / 2)
+    third = velocity(x + h / 2 * second, time + h / 2)
+    fourth = velocity(x + h * third, time + h)
+    return x + h / 6 * (first + 2 * second + 2 * third + fourth)
+
+
+METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def test_a_straight_path_is_followed_exactly_by_any_solver(method, steps):
     torch.testing.assert_close(found, x_1, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_the_error_falls_with_the_solvers_order(method, order):
     """dx/dt = (1 + t) x has x(1) = exp(1.5) x(0); halving the step divides the error by 2^order."""
     x_0 = noise()
@@ -65,10 +65,12 @@ def test_the_error_falls_with_the_solvers_order(method, order):
 
 def test_one_step_of_each_solver_by_hand():
     """dx/dt = t x, x = 2 at t = 1, h = 0.5. Euler: 2 + 0.5 * 2 = 3. Midpoint: x = 2.5 at 1.25, so 2 + 0.5 * 3.125.
-    Heun: x = 3 at 1.5, slope 4.5, so 2 + 0.25 * (2 + 4.5) = 3.625."""
+    Heun: x = 3 at 1.5, slope 4.5, so 2 + 0.25 * (2 + 4.5) = 3.625. Runge and Kutta: slopes 2, 1.25 * 2.5 = 3.125,
+    1.25 * (2 + 0.25 * 3.125) = 3.4765625, 1.5 * (2 + 0.5 * 3.4765625) = 5.607421875."""
     x, times = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64), torch.tensor([1.0, 1.5])
     found = {m: flow.solve(lambda x, t: t.view(-1, 1, 1, 1) * x, x, times, m).item() for m in flow.METHODS}
-    assert found == {"euler": 3.0, "midpoint": 3.5625, "heun": 3.625}
+    fourth = 2 + (2 + 2 * 3.125 + 2 * 3.4765625 + 5.607421875) / 12
+    assert found == {"euler": 3.0, "midpoint": 3.5625, "heun": 3.625, "rk4": pytest.approx(fourth, rel=1e-14)}
 
 
 def test_dormand_prince_has_order_five_and_its_error_estimate_order_five_too():
@@ -90,8 +92,9 @@ def test_dormand_prince_has_order_five_and_its_error_estimate_order_five_too():
     assert estimate == pytest.approx([0] * 4, abs=1e-15)  # h * O(h^4)
 
 
-@pytest.mark.parametrize("method", flow.METHODS)
-def test_every_solver_against_torchdiffeq(method):
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+def test_solvers_against_torchdiffeq(method):
+    """Its "rk4" is another method of order 4, the rule of three eighths."""
     found = flow.solve(bent, normal("flow.x_0", 4, 1, 2, 3).double(), flow.grid(7), method)
     torch.testing.assert_close(found, read("flow")[method], rtol=0, atol=1e-12)
 
@@ -143,6 +146,19 @@ def test_dormand_prince_takes_short_steps_only_where_they_are_needed():
         flow.dormand_prince(lambda x, time: torch.full_like(x, torch.nan), torch.zeros(1, 1, 1, 1))
 
 
+def test_dormand_princes_steps_are_short_enough_for_the_worst_picture():
+    """Beside 99 pictures that stand still, the one that moves takes the steps it takes alone."""
+    speed = torch.zeros(100, 1, 1, 1, dtype=torch.float64)
+    speed[37] = 1
+
+    def velocity(x, time):
+        return speed[: len(x)] * (30 * (30 * time).cos()).view(-1, 1, 1, 1)
+
+    x, evaluations = flow.dormand_prince(velocity, torch.zeros_like(speed))
+    alone = flow.dormand_prince(lambda x, time: velocity(x, time) + 30 * (30 * time).cos().view(-1, 1, 1, 1), x[:1] * 0)
+    assert evaluations == alone[1] > 60 and x[37].item() == pytest.approx(alone[0].item(), abs=1e-12)
+
+
 def test_a_gaussian_flows_to_its_closed_form_and_back():
     """The flow of a Gaussian is x_1 = MEAN + STD x_0; the flipped grid leads back to the noise."""
     x_0 = noise(100)
@@ -169,7 +185,8 @@ def test_a_diffusion_model_is_a_velocity_field_on_another_clock():
 
 
 def test_diffusion_can_be_inverted_better_with_more_steps():
-    """Data to noise and back again by Euler steps: the error falls with the number of steps."""
+    """Data to noise and back again: the error falls with the number of steps. Euler's, which are DDIM's, miss by 0.16
+    in 50 steps and by less than 0.01 only in 1000; Heun's by less than 0.001 in 50."""
     schedule = linear(1000)
     velocity = flow.from_eps(toy.gaussian(schedule, MEAN, STD), schedule)
     x_1 = MEAN + STD * noise(20)
@@ -179,6 +196,10 @@ def test_diffusion_can_be_inverted_better_with_more_steps():
         back = flow.solve(velocity, flow.solve(velocity, x_1, times), times.flip(0))
         errors.append((back - x_1).abs().max().item())
     assert errors[1] < 0.5 * errors[0] and errors[2] < 1e-2
+    assert times[0] == 1 and times[-1] == flow.clock(schedule)[-1] < 0.01  # from the data to the noisiest time
+    fifty = torch.cat([torch.ones(1, dtype=torch.float64), flow.clock(schedule)[::20]])
+    back = flow.solve(velocity, flow.solve(velocity, x_1, fifty, "heun"), fifty.flip(0), "heun")
+    assert (back - x_1).abs().max() < 1e-3
 
 
 def test_straightness_is_zero_on_lines_and_known_on_a_circle():
@@ -231,7 +252,7 @@ def test_on_step_sees_every_time_and_state_before_the_step():
 
 
 def test_bad_input_is_told():
-    with pytest.raises(ValueError, match="method must be one of euler, midpoint, heun, got 'rk4'"):
-        flow.solve(gaussian, noise(), flow.grid(2), "rk4")
+    with pytest.raises(ValueError, match="method must be one of euler, midpoint, heun, rk4, got 'leapfrog'"):
+        flow.solve(gaussian, noise(), flow.grid(2), "leapfrog")
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         flow.grid(0)

@@ -16,6 +16,12 @@ def folder(tmp_path_factory):
     return real.write_folder(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory):
+    """The same digits where FashionMNIST would lie, so that nothing else can have been read."""
+    return real.write_folder(tmp_path_factory.mktemp("clothes"), "FashionMNIST")
+
+
 @pytest.fixture
 def fast(monkeypatch):
     """Trainers do not measure what is fastest here."""

@@ -27,9 +27,9 @@ def digits() -> Digits:
     return Digits(torch.from_numpy(x)[:, None].float() / 255, torch.from_numpy(labels).long())
 
 
-def write_folder(folder: Path, train: int = 400) -> Path:
-    """400 to train, 100 to test, in the files of MNIST's original format."""
-    raw = folder / "MNIST" / "raw"
+def write_folder(folder: Path, name: str = "MNIST", train: int = 400) -> Path:
+    """400 to train, 100 to test, in the files of MNIST's original format, under torchvision's name of a data set."""
+    raw = folder / name / "raw"
     raw.mkdir(parents=True)
     x, labels = pixels()
     for name, part in (("train", slice(train)), ("t10k", slice(train, None))):

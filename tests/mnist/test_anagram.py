@@ -31,7 +31,7 @@ def test_a_success_is_right_in_every_view(monkeypatch):
     assert anagram.aligned(None, x, [6, 9], TURN).tolist() == [True, False, False]
 
 
-def test_the_command_draws_and_counts(tmp_path, capsys):
+def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     unet, judge_of = UNet(UNetConfig(4, time=True, num_classes=10)), judge.Judge()
     networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
@@ -42,6 +42,18 @@ def test_the_command_draws_and_counts(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "of 5 are 6 and 9 through identity, rotate_180; of plain samples of 6:" in printed
     assert (tmp_path / "a.png").is_file()
+
+    # What is counted: the anagrams first (here all are right), then plain samples of the first digit (none is).
+    asked, plain, anagrams = [], drawing.prediction, anagram.prediction
+    monkeypatch.setattr(drawing, "prediction", lambda u, labels, scale: asked.append(("plain", labels[0], scale)))
+    monkeypatch.setattr(anagram, "prediction", lambda u, digits, seen, scale: asked.append(("both", digits, scale)))
+    monkeypatch.setattr(drawing, "draw_ddpm", lambda *_: torch.full((5, 1, 28, 28), float(asked[-1][0] == "both")))
+    monkeypatch.setattr(anagram, "aligned", lambda net, x, digits, seen: x[:, 0, 0, 0] == 1)
+    anagram.main(["6", "9", *flags, "--quick", "--guidance-scale", "3"])
+    assert asked == [("both", [6, 9], 3.0), ("plain", 6, 3.0)]
+    assert "5 of 5 are 6 and 9 through identity, rotate_180; of plain samples of 6: 0;" in capsys.readouterr().out
+    monkeypatch.setattr(drawing, "prediction", plain)
+    monkeypatch.setattr(anagram, "prediction", anagrams)
     message = fails(capsys, anagram.main, "6", "9", "8", *flags)
     assert "need one digit 0..9 for each view" in message
     assert "need one digit 0..9" in fails(capsys, anagram.main, "6", "10", *flags)

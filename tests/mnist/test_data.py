@@ -17,6 +17,15 @@ def test_real_digits_are_read_with_their_labels(folder, digits):
     assert 0.12 < digits.images.mean() < 0.14 and 0.29 < digits.images.std() < 0.32  # all of MNIST: 0.1307, 0.3081
 
 
+def test_each_data_set_is_read_from_its_own_folder(fashion, digits, monkeypatch):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    assert torch.equal(data.load(fashion, "fashion").images, digits.images[:400])
+    with pytest.raises(ValueError, match="no readable MNIST in"):
+        data.load(fashion, "mnist")
+
+
 def test_of_each_class_are_in_order_and_told_if_too_few(digits):
     some = digits.of_each_class(3)
     assert some.labels.tolist() == [k for k in range(10) for _ in range(3)]

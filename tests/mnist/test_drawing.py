@@ -85,6 +85,27 @@ def test_ddpm_sampling_equals_the_courses_algorithm_written_out():
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
 
 
+def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep():
+    """Walked from t to s, beta is 1 - alpha_bar_t / alpha_bar_s; estimates of x_0 are not clipped."""
+    unet, T = net(classes=False), 300
+    alpha_bar = [1.0]
+    for i in range(T):
+        alpha_bar.append(alpha_bar[-1] * (1 - (1e-4 + (0.02 - 1e-4) * i / (T - 1))))
+    times = [300, 200, 101, 1, 0]  # in the course's counting: evenly spread, both ends
+    generators = seeded(3, 2)
+    x = draw_noise((2, 1, 28, 28), generators)
+    for t, s in zip(times, times[1:]):
+        beta = 1 - alpha_bar[t] / alpha_bar[s]
+        eps = unet(x, torch.full((2,), t / T))
+        x_0 = (x - (1 - alpha_bar[t]) ** 0.5 * eps) / alpha_bar[t] ** 0.5
+        x = (alpha_bar[s] ** 0.5 * beta / (1 - alpha_bar[t]) * x_0
+             + (1 - beta) ** 0.5 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * x)  # fmt: skip
+        x = x + beta**0.5 * draw_noise(x.shape, generators) if s else x
+    found = drawing.draw_ddpm(drawing.prediction(unet), seeded(3, 2), torch.device("cpu"), 4)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-3)
+    assert found.max() > 1.5  # as far out as clipping would not leave it
+
+
 def test_ddpm_asks_once_for_every_time():
     asked = []
 

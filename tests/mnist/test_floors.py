@@ -114,3 +114,6 @@ def test_the_memorised_losses_of_two_pictures_by_quadrature():
     eps = (alpha_bar / (1 - alpha_bar) * mse(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())).mean().item()
     assert floors.memorised_flow_loss(known, samples=4000) == pytest.approx(flow, rel=0.1)
     assert floors.memorised_eps_loss(known, linear(300), samples=4000) == pytest.approx(eps, rel=0.1)
+    for sigma in (0.5, 1.5):
+        x = mse(torch.ones(1, dtype=torch.float64), torch.full((1,), sigma, dtype=torch.float64)).item()
+        assert floors.memorised_denoiser_loss(known, sigma, samples=4000) == pytest.approx(x, rel=0.15)

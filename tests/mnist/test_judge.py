@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import judge, networks
+from minidiff.mnist import data, judge, networks
 from minidiff.mnist.judge import Judge
 
 
@@ -26,7 +26,8 @@ def test_the_frechet_distance_by_hand():
 def test_the_frechet_distance_uses_the_whole_covariance():
     """Against the root found by Denman and Beavers' iteration on the product itself; symmetric; 0 for equals."""
     x, y = torch.randn(2, 50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a, b = judge.gaussian(x), judge.gaussian(y @ torch.randn(6, 6, dtype=torch.float64) + 1)
+    mix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a, b = judge.gaussian(x), judge.gaussian(y @ mix + 1)
     root, inverse = a[1] @ b[1], torch.eye(6, dtype=torch.float64)
     for _ in range(60):
         root, inverse = (root + inverse.inverse()) / 2, (inverse + root.inverse()) / 2
@@ -110,22 +111,52 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     )
     judge.main(["score", str(tmp_path / "s.safetensors"), "--judge", str(trained)])
     shown = capsys.readouterr().out
-    verdicts = judge.look(judge.load(trained)[0], some.images)[1]
+    net, _, reference = judge.load(trained)
+    features, verdicts = judge.look(net, some.images)
     wrong = judge.agreement(verdicts, (some.labels + 1) % 10)
     assert "N = 100, seed 7; the judge is right about" in shown and wrong < 0.2
-    assert f"agreement with the class asked for: {wrong:.2%}" in shown and "entropy 2.2" in shown
-    assert "Frechet distance to the training digits:" in shown and "of real test digits: 0.500 for 100" in shown
+    assert (
+        f"agreement with the class asked for: {wrong:.2%}" in shown
+        and f"entropy {judge.entropy(verdicts):.3f} of" in shown
+    )
+    distance = judge.frechet(judge.gaussian(features), reference)
+    assert f"Frechet distance to the training digits: {distance:.3f};" in shown and distance > 0.001
+    assert "of real test digits: 0.500 for 100" in shown
     assert "no Frechet distance: 64 features need more than 64" in "".join(
         judge.report(trained, some.images[:5], None, 0)
     )
 
 
-def test_training_keeps_weights_accuracy_and_floors(folder, tmp_path, fast, capsys):
-    judge.main(["train", "--quick", "--data", str(folder), "--out", str(tmp_path / "j")])
-    _, config, (mean, covariance) = judge.load(tmp_path / "j")
-    assert 0 <= config["accuracy"] <= 1 and list(config["floors"]) == ["100"]
-    assert mean.shape == (64,) and mean.dtype == torch.float64 and (covariance - covariance.T).abs().max() < 1e-12
+def test_training_keeps_weights_accuracy_and_floors(fashion, tmp_path, fast, capsys):
+    """Accuracy and floors are those of the test pictures, what they are compared with is of the training pictures."""
+    flags = ["--quick", "--lr", "1e-3", "--dataset", "fashion", "--data", str(fashion)]
+    judge.main(["train", *flags, "--out", str(tmp_path / "j")])
+    net, config, (mean, covariance) = judge.load(tmp_path / "j")
+    train, test = (data.load(fashion, "fashion", part) for part in (True, False))
+    features, verdicts = judge.look(net, test.images)
+    expected = judge.gaussian(judge.look(net, train.images)[0])
+    assert mean.dtype == torch.float64
+    torch.testing.assert_close(mean, expected[0], rtol=0.01, atol=0.01)  # the weights are kept in half precision
+    torch.testing.assert_close(covariance, expected[1], rtol=0.01, atol=0.01)
+    assert config["floors"] == pytest.approx(judge.real_distances(features, expected), rel=0.05)
+    assert abs(config["accuracy"] - judge.agreement(verdicts, test.labels)) < 0.015 and config["dataset"] == "fashion"
     assert "of 100 test digits; Frechet distance of test to training digits" in capsys.readouterr().out
+
+
+def test_only_training_sees_shifted_pictures(digits):
+    seen = []
+
+    class Undecided(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.zeros(len(x), 10)
+
+    net, some = Undecided(), digits[:8]
+    for training in (True, False):
+        found = judge.loss(net.train(training), some, torch.Generator().manual_seed(5))
+        assert found.item() == pytest.approx(math.log(10))
+    assert torch.equal(seen[0], judge.shifted(some.images, torch.Generator().manual_seed(5)))
+    assert torch.equal(seen[1], some.images) and not torch.equal(seen[0], seen[1])
 
 
 def test_bad_input_is_told(tmp_path, trained, capsys):

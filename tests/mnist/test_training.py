@@ -268,6 +268,28 @@ def test_ctrl_c_between_two_looks_loses_no_step(start):
     assert len(run.losses) == made == 5
 
 
+def test_the_loss_on_test_pictures_is_the_mean_over_all_of_them():
+    """1,100 are three parts, the last of them smaller."""
+    test = Digits(torch.zeros(1100, 1, 28, 28), torch.arange(1100))
+    found = training.loss_on(test, None, lambda model, batch, random: batch.labels.double().mean(), 0)
+    assert found == pytest.approx(549.5)
+
+
+def test_pictures_that_do_not_fill_a_batch_wait(start):
+    seen = []
+    run = start(loss=lambda net, batch, random: seen.append(len(batch)) or loss(net, batch, random),
+                plan=Plan(epochs=1, batch_size=30, lr=1e-2))  # fmt: skip
+    assert run.train() and seen[:13] == [30] * 13 and len(run.losses) == 13
+
+
+def test_compile_compiles_the_network(start, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    start("plain")
+    run = start(compiled=True)
+    assert compiled == [run.model]
+
+
 def test_test_pictures_are_drawn_from_all_and_always_the_same(digits):
     found = training.some(digits, 100)
     assert torch.equal(found.images, training.some(digits, 100).images) and len(found) == 100
