@@ -1,0 +1,143 @@
+"""Samples of trained networks: what the flags ask for reaches the network, and the embedded networks draw well."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minidiff.hub import WEIGHTS
+from minidiff.mnist import drawing, judge, networks, sample, train_diffusion, train_flow
+from minidiff.mnist.data import generator
+from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import seeded
+from tests.mnist.test_drawing import net
+from tests.mnist.test_trainers import edit_config
+from tests.test_commands import fails
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "heun"])
+def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(solver, monkeypatch):
+    """Six of them, four at a time, from seed 3 on, with guidance 5."""
+    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    unet, labels = net(), torch.tensor([3, 1, 4, 1, 5, 9])
+    found = sample.Row(unet, {}, "n", 5.0, solver, 3).draw(labels, 3, CPU)
+    for i in range(6):
+        told, seeds = labels[i : i + 1], seeded(3 + i, 1)
+        if solver == "ddpm":
+            alone = drawing.draw_ddpm(drawing.prediction(unet, told, 5.0), seeds, CPU, 3)
+        else:
+            alone = drawing.draw_flow(drawing.velocity(unet, told, 5.0), seeds, CPU, 3, solver)
+        torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--digits", "7-3"], "--digits must be like 0-9, 3,7 or 0-2,9, got '7-3'"),
+        (["--digits", "ten"], "got 'ten'"),
+        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (
+            ["--model", "nowhere"],
+            "no trained ddpm in nowhere; train one with `python -m minidiff.mnist.train_d",
+        ),
+        (["--out", "digits.xyz"], "must end in one of"),
+        (["--solver", "heun"], "--solver is for --kind flow"),
+        (["--kind", "flow", "--solver", "dormand-prince", "--steps", "9"], "chooses its own steps; leave out --steps"),
+        (["--steps", "0"], "cannot take 0 steps out of 300; choose 1 to 300"),
+        (["--judge", "nowhere", "--quick"], "no trained judge in nowhere"),
+        (["--tensors", "digits.pt"], "must end in one of .safetensors"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        sample.main(["--out", str(tmp_path / "s.png"), *flags])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, capsys):
+    unet = UNet(UNetConfig(4, time=True))
+    networks.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
+    flags = ["--kind", "flow", "--model", str(tmp_path / "f"), "--quick", "--out", str(tmp_path / "s.png")]
+    sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors"), "--digits", "3"])
+    assert "labels" not in load_file(tmp_path / "s.safetensors")
+    shown = capsys.readouterr()
+    assert "agreement" not in shown.out and "f, not told the digit, euler, 4 steps:" in shown.out
+    assert "is not told the digit: --digits only says how many" in shown.err
+    assert "nothing to guide; leave out --guidance-scale" in fails(capsys, sample.main, *flags, "--guidance-scale", 5)
+    # Pictures of another kind are not judged, here or later.
+    edit_config(tmp_path / "f", dataset="fashion", trained="1 of 9 epochs")
+    sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors")])
+    shown = capsys.readouterr().out
+    assert "4 steps, trained 1 of 9 epochs:" in shown and "judges mnist, these are of fashion" in shown
+    assert "holds samples of fashion" in fails(capsys, judge.main, "score", tmp_path / "s.safetensors")
+
+
+def test_networks_in_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    embedded, own = WEIGHTS / "mnist" / "flow", tmp_path / "flow"
+    shutil.copytree(embedded, own)
+    sample.main(["--model", str(embedded), str(own), "--digits", "3", "--quick", "--out", str(tmp_path / "s.png")])
+    shown = capsys.readouterr().out
+    assert f"{embedded}, scale 5, euler, 4 steps:" in shown and f"{own}, scale 5, euler, 4 steps" in shown
+
+
+def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample.Row, "draw", lambda *args: pytest.fail("drawn"))
+    embedded = str(WEIGHTS / "mnist" / "flow")
+    flags = ["--kind", "flow", "--out", str(tmp_path / "s.png")]
+    assert "no trained flow in nowhere" in fails(capsys, sample.main, *flags, "--model", embedded, "nowhere")
+
+
+def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monkeypatch):
+    asked, original = [], drawing.draw_flow
+
+    def note(v, seeds, device, steps, solver, on_step):
+        asked.append((solver, steps))
+        return original(v, seeds, device, 1, "euler", on_step)
+
+    monkeypatch.setattr(drawing, "draw_flow", note)
+    sample.main(["--kind", "flow", "--digits", "3", "--guidance-scale", "0", "5", "--solver", "heun", "dormand-prince",
+                 "--steps", "2", "3", "--out", str(tmp_path / "s.png")])  # fmt: skip
+    assert asked == [("heun", 2), ("heun", 3), ("dormand-prince", 2)] * 2
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flow, ")]
+    assert shown == [f"flow, scale {scale}, {how}:" for scale in (0, 5)
+                     for how in ("heun, 2 steps", "heun, 3 steps", "dormand-prince")]  # fmt: skip
+
+
+def test_digits_are_parsed():
+    assert sample.parse_digits("0-2,9,4") == [0, 1, 2, 9, 4]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
+    """Right at guidance 5, by chance at 0, where the digits are as mixed as without a class."""
+    judging = judge.load(judge.EMBEDDED)[0]
+    unet = drawing.load(WEIGHTS / "mnist" / kind, kind, CPU)
+    assert not unet.training
+
+    def verdicts(labels, scale):
+        seeds = seeded(0, len(labels))
+        if kind == "ddpm":
+            return judge.look(judging, drawing.draw_ddpm(drawing.prediction(unet, labels, scale), seeds, CPU, 30))[1]
+        return judge.look(judging, drawing.draw_flow(drawing.velocity(unet, labels, scale), seeds, CPU, 10))[1]
+
+    labels = torch.arange(10)
+    assert judge.agreement(verdicts(labels, 5.0), labels) >= 0.9
+    labels = torch.arange(10).repeat(2)
+    ignored = verdicts(labels, 0.0)
+    assert judge.agreement(ignored, labels) < 0.4 and judge.entropy(ignored) > 1.8  # 2.1 is to be expected of 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "floor", "linear"),
+    [("ddpm", train_diffusion.Diffusion(drawing.course_schedule()), 0.0036, 0.0797),
+     ("flow", train_flow.FlowMatching(), 0.031, 0.193)],
+)  # fmt: skip
+@torch.no_grad()
+def test_the_embedded_networks_lie_between_the_floors_of_all_of_mnist(kind, loss, floor, linear, digits):
+    """Well below the best linear answer, above what knowing the training set by heart would give (README)."""
+    unet = drawing.load(WEIGHTS / "mnist" / kind, kind, CPU)
+    assert 2 * floor < loss(unet, digits[:200], generator("cpu", 0)) < 0.7 * linear
