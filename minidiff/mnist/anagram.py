@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from minidiff import images, views
-from minidiff.cli import Clock, command, device_of, settings
+from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, judge
+from minidiff.mnist import drawing, judge, networks
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("digits", type=int, nargs="+", help="one for each view")
     p.add_argument("--view", nargs="+", default=["identity", "rotate_180"], help="(default identity rotate_180)")
     p.add_argument("--num-images", type=int, default=100, help="default %(default)s")
-    p.add_argument("--guidance-scale", type=float, default=drawing.GUIDANCE_SCALE, help="default %(default)s")
+    p.add_argument("--guidance-scale", type=finite, default=drawing.GUIDANCE_SCALE, help="default %(default)s")
     p.add_argument("--steps", type=int, default=100, help="of 300 (default %(default)s)")
     p.add_argument("--model", type=Path, default=WEIGHTS / "mnist" / "ddpm", help="default: the embedded one")
     p.add_argument("--judge", type=Path, default=judge.EMBEDDED, help="default: the embedded one")
@@ -66,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if args.quick:
         args.steps, args.num_images = 4, 5
+    if "negate" in args.view:
+        raise ValueError("negate is for pictures from -1 to 1; digits lie in 0 to 1, and would leave it")
     images.check_output(args.out)
     chosen, device, clock = [views.named(name) for name in args.view], device_of(args.device), Clock()
     unet, (judge_of, config, _) = drawing.load(args.model, "ddpm", device), judge.load(args.judge)
+    drawn, judged = (c.get("dataset", "mnist") for c in (networks.read(args.model, "ddpm")[0], config))
+    if drawn != judged:
+        raise ValueError(f"{args.model} draws {drawn}, {args.judge} judges {judged}; pass another --judge")
     seeds = [seeded(args.seed, args.num_images) for _ in range(2)]
     x = drawing.draw_ddpm(prediction(unet, args.digits, chosen, args.guidance_scale), seeds[0], device, args.steps)
     plain = drawing.prediction(unet, torch.full((args.num_images,), args.digits[0]), args.guidance_scale)

@@ -47,7 +47,7 @@ def as_model(unet: UNet) -> Model:
 
 
 def guided_unet(
-    unet: UNet, labels: Tensor | None, guidance_scale: float
+    unet: UNet, labels: Tensor | None, guidance_scale: float | None
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
     """The network, waiting only for x and its time in [0, 1].  labels: (B,), guided towards; None for no class."""
     if not unet.config.num_classes:
@@ -63,13 +63,13 @@ def with_course_clock(predict: Prediction) -> Prediction:
     return lambda x_t, t: predict(x_t, (t + 1) / T)
 
 
-def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Prediction:
-    """A DDPM network for `sampling.denoise`."""
+def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Prediction:
+    """A DDPM network for `sampling.denoise`.  labels: (B,), or None for no class; scale: as in `guidance.combine`."""
     return with_course_clock(guided_unet(unet, labels, guidance_scale))
 
 
-def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Velocity:
-    """A flow network for `flow.solve`."""
+def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Velocity:
+    """A flow network for `flow.solve`.  labels: (B,), or None for no class; scale: as in `guidance.combine`."""
     predict = guided_unet(unet, labels, guidance_scale)
     return lambda x, time: predict(x, time)[0]
 
@@ -93,6 +93,18 @@ def draw_flow(
     if solver == "dormand-prince":
         return flow.dormand_prince(v, x_0)[0].cpu()
     return flow.solve(v, x_0, flow.grid(steps), solver, on_step).cpu()
+
+
+def asked_scale(guidance_scale: float | None, told: bool) -> float | None:
+    """The guidance scale of a trainer's samples: GUIDANCE_SCALE if none was asked for, None if the digit is not told.
+
+    Raises ValueError if there is nothing to guide.
+    """
+    if told:
+        return GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    if guidance_scale is not None:
+        raise ValueError("this network is not told the digit, so there is nothing to guide; leave out --guidance-scale")
+    return None
 
 
 def load(folder: Path, kind: str, device: torch.device) -> UNet:

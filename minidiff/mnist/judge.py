@@ -20,6 +20,7 @@ Read `mnist/training.py` first. Next: `mnist/drawing.py`.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ EMBEDDED = WEIGHTS / "mnist" / "judge"
 FEATURES = 64
 MOST_SHIFT = 2
 FLOOR_SIZES = (100, 1000, 5000, 10000)  # how many test digits the floors of `score` are measured on
-PRESETS = {"course": Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01)}
+PRESETS = {"default": Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01)}
 
 
 class Judge(nn.Module):
@@ -105,7 +106,7 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """The Frechet distance between two Gaussians (mean, covariance).
+    """The Frechet distance between two Gaussians (mean, covariance), squared, as everyone reports it:
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
 
@@ -197,8 +198,13 @@ def score(argv: Sequence[str]) -> None:
             f"{args.file}: images must be (N, 1, 28, 28), floats from 0 to 1, got {tuple(images.shape)} {images.dtype}"
         )
     labels, seed = tensors.get("labels"), int(tensors["seed"]) if "seed" in tensors else "unknown"
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{args.file}: {len(images)} images, but {len(labels)} labels")
+    if labels is not None and labels.shape != (len(images),):
+        raise ValueError(f"{args.file}: labels must be (N,), one for each of {len(images)} images, got "
+                         f"{tuple(labels.shape)}")  # fmt: skip
+    mean = images.float().mean().item()
+    if not -0.2 < mean < 1.2 and math.isfinite(mean):  # of digits about 0.13, of clothes 0.29, of noise 0
+        raise ValueError(f"{args.file}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for "
+                         "black, not to -1..1 or 0..255")  # fmt: skip
     judged = load(args.judge)[1].get("dataset", "mnist")
     if dataset not in (None, judged):
         raise ValueError(f"{args.file} holds samples of {dataset}, {args.judge} judges {judged}; pass another --judge")
@@ -211,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["score"]:
         score(argv[1:])
     elif argv[:1] == ["train"]:
-        train(training.parser(__doc__, "out/mnist/judge", PRESETS).parse_args(argv[1:]))
+        train(training.parsed(training.parser(__doc__, "judge", PRESETS), "judge", argv[1:]))
     elif argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
     else:

@@ -45,6 +45,8 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     how = f"train one with `python -m minidiff.mnist.{maker[kind]}"
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "training" / "checkpoint.pt").is_file():
+            raise ValueError(f"there is no network in {folder} yet: its run is in its first epoch, or was killed there")
         raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
     try:
         config = json.loads(path.read_text())

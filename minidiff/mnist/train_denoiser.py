@@ -1,7 +1,7 @@
 """The one-step denoiser: noise a digit, train a network to take the noise away, see where that stops working.
 
-    python -m minidiff.mnist.train_denoiser --out out/mnist/denoiser                       sigma 0.5, 5 epochs
-    python -m minidiff.mnist.train_denoiser --preset pure-noise --out out/mnist/pure-noise
+    python -m minidiff.mnist.train_denoiser                          sigma 0.5, 5 epochs
+    python -m minidiff.mnist.train_denoiser --preset pure-noise      from noise alone
 
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
@@ -124,9 +124,9 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "out/mnist/denoiser", PRESETS)
+    p = training.parser(__doc__, "denoiser", PRESETS)
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
-    args = p.parse_args(argv)
+    args = training.parsed(p, "denoiser", argv)
     preset = PRESETS[args.preset]
     device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
     train, test = training.pictures(args, device)

@@ -1,7 +1,7 @@
 """DDPM on digits: the same step, loop and guidance that draw DeepFloyd's pictures, with a network one trains oneself.
 
-    python -m minidiff.mnist.train_diffusion --out out/mnist/ddpm-time                      not told the digit
-    python -m minidiff.mnist.train_diffusion --preset class --out out/mnist/ddpm            told the digit
+    python -m minidiff.mnist.train_diffusion                         not told the digit
+    python -m minidiff.mnist.train_diffusion --preset class          told the digit
 
     x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise          L = mean |network(x_t, t) - noise|^2
 
@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import ddpm
-from minidiff.cli import Clock, command, device_of, settings
+from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.drawing import (
     DROPOUT,
     GUIDANCE_SCALE,
     T,
+    asked_scale,
     course_schedule,
     draw_ddpm,
     dropped,
@@ -103,10 +104,12 @@ def cleaned(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "out/mnist/ddpm", PRESETS)
-    p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
-    args = p.parse_args(argv)
+    p = training.parser(__doc__, "ddpm", PRESETS)
+    p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
+    args = training.parsed(p, "ddpm", argv)
     preset, quick, out, clock = PRESETS[args.preset], args.quick, args.out, Clock()
+    told = bool(preset.unet.num_classes)
+    args.guidance_scale = asked_scale(args.guidance_scale, told)
     device, plan = device_of(args.device), training.chosen(args, preset.plan)
     about = settings(args, "mnist.train_diffusion")
     steps, count = (6, 1) if quick else (T, 4)  # of the samples; count: of each class
@@ -114,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = course_schedule()
     left = schedule.alphas_cumprod[-1].item()
     print(f"alpha_bar at the last of {T} times: {left:.4f}; {left**0.5:.1%} of the picture's amplitude are left there")
-    told = bool(preset.unet.num_classes)
     levels = {
         "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
         "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
@@ -125,14 +127,16 @@ def main(argv: Sequence[str] | None = None) -> None:
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     labels = torch.arange(CLASSES).repeat(count) if told else None
 
-    def draw(labels: Tensor | None, guidance_scale: float, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
+    def draw(
+        labels: Tensor | None, guidance_scale: float | None, n: int = CLASSES, on_step: Callable | None = None
+    ) -> Tensor:
         predict = prediction(model, None if labels is None else labels[:n], guidance_scale)
         return draw_ddpm(predict, seeded(args.seed, n), device, steps, on_step)
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            x, scale = draw(labels, args.guidance_scale, count * CLASSES), args.guidance_scale if told else None
-            save_samples(x, "DDPM", scale, epoch, out, about)
+            x = draw(labels, args.guidance_scale, count * CLASSES)
+            save_samples(x, "DDPM", args.guidance_scale, epoch, out, about)
 
     config = {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}
     if not run.complete(out, config, after_epoch):

@@ -1,8 +1,8 @@
 """Flow matching on digits: no schedule, no random steps, one straight line per training example.
 
-    python -m minidiff.mnist.train_flow --out out/mnist/flow-time                           not told the digit
-    python -m minidiff.mnist.train_flow --preset class --out out/mnist/flow                 told the digit
-    python -m minidiff.mnist.train_flow --preset reflow --teacher out/mnist/flow --out out/mnist/reflow
+    python -m minidiff.mnist.train_flow                              not told the digit
+    python -m minidiff.mnist.train_flow --preset class               told the digit
+    python -m minidiff.mnist.train_flow --preset reflow --teacher out/mnist/flow-class
 
     x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import flow, weights
-from minidiff.cli import Clock, command, device_of, settings
+from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS
 from minidiff.mnist import floors, networks, training
@@ -44,6 +44,7 @@ from minidiff.mnist.drawing import (
     DROPOUT,
     FLOW_STEPS,
     GUIDANCE_SCALE,
+    asked_scale,
     dropped,
     load,
     save_animation,
@@ -56,8 +57,9 @@ from minidiff.mnist.training import Plan, Run, some
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
 
-PAIRS = 10  # purpose of a generator, beside those of training.py
+PAIRS = 20000  # how many lines reflow learns
 AT_ONCE = 500  # pairs that are made together, and a file of them
+NOISES = 10  # purpose of a generator, beside those of training.py
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -
     device, parts = next(teacher.parameters()).device, []
     digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
     made_from = {"teacher": digest, "count": str(count), "seed": str(seed), "steps": str(steps)}
-    x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, PAIRS), device=device)
+    x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, NOISES), device=device)
     labels = torch.arange(count, device=device) % CLASSES
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,8 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, and
     if the pairs would not fill a batch.
     """
-    pairs, folder = 200 if args.quick else args.pairs, args.out / "training"
+    folder = args.out / "training"
+    pairs = 200 if args.quick else PAIRS if args.pairs is None else args.pairs
     tenth = pairs // 10
     if not tenth or pairs - tenth < plan.batch_size:
         raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
@@ -168,16 +171,17 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "out/mnist/flow", PRESETS)
-    p.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of samples (default %(default)s)")
-    p.add_argument("--teacher", type=Path, default=WEIGHTS / "mnist" / "flow", help="of reflow (default: embedded)")
-    p.add_argument("--pairs", type=int, default=20000, help="how many lines reflow learns (default %(default)s)")
-    args = p.parse_args(argv)
+    p = training.parser(__doc__, "flow", PRESETS)
+    p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
+    p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
+    p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
+    args = training.parsed(p, "flow", argv)
     preset, quick = PRESETS[args.preset], args.quick
     device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
     steps, count = (3, 1) if quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
     torch.manual_seed(args.seed)
     if preset.unet is None:
+        args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
         teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
         drawn = networks.read(args.teacher, "flow")[0].get("dataset", "mnist")
         if args.dataset not in (drawn, p.get_default("dataset")):
@@ -187,27 +191,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.dataset = drawn
         train, test = lines(args, teacher, plan, steps)
         levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
+    elif args.teacher is not None or args.pairs is not None:
+        raise ValueError("--teacher and --pairs are for --preset reflow")
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
         train, test = training.pictures(args, device)
         dropout = DROPOUT if preset.unet.num_classes else 1.0
         levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
                   "memorisation": floors.memorised_flow_loss(train, dropout)}  # fmt: skip
+    told = bool(model.config.num_classes)
+    args.guidance_scale = asked_scale(args.guidance_scale, told)
     about = settings(args, "mnist.train_flow")
     run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
-    told = bool(model.config.num_classes)
     labels = torch.arange(CLASSES).repeat(count) if told else None
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
 
-    def draw(guidance_scale: float, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
+    def draw(guidance_scale: float | None, n: int = CLASSES, on_step: Callable | None = None) -> Tensor:
         v = velocity(model, labels[:n] if told else None, guidance_scale)
         return flow.solve(v, x_0[:n], flow.grid(steps), on_step=on_step)
 
     def after_epoch(epoch: int) -> None:
         if epoch in preset.sampled or epoch == plan.epochs:
-            x, scale = draw(args.guidance_scale, count * CLASSES), args.guidance_scale if told else None
-            save_samples(x, "Flow", scale, epoch, out, about)
+            save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", args.guidance_scale, epoch, out, about)
 
     if not run.complete(out, {"kind": "flow", "preset": args.preset, "dataset": args.dataset}, after_epoch):
         return

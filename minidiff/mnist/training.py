@@ -9,8 +9,8 @@ What lies in OUT afterwards, beside the trainer's pictures:
     training/checkpoint.pt   network, optimizer, step, all losses: every epoch and on Ctrl-C, first under another name
     training/loss.csv        the loss of every step; test.csv: the loss on test pictures after every epoch
     training/loss.png        whole run, first and last epoch, the floors as lines
-    config.json, model.fp16.safetensors     the network (`mnist/networks.py`); also of a run that was stopped, as far as
-                                            it came (of the judge only at the end)
+    config.json, model.fp16.safetensors     the network (`mnist/networks.py`) after every epoch, and of a run that was
+                                            stopped, as far as it came (of the judge only at the end)
 
 The same command again goes on from the checkpoint. The order of an epoch's pictures comes from (seed, epoch) and a
 step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
@@ -31,7 +31,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
@@ -109,6 +109,9 @@ class Run:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
+        lr = f"{plan.lr:g}" + (f", falling to {plan.lr_at(plan.epochs - 1):g}" if plan.lr_decay < 1 else "")
+        print(f"{plan.epochs} epochs of {self.steps_per_epoch} batches of {plan.batch_size}, learning rate {lr}; "
+              f"{sum(p.numel() for p in model.parameters()):,} weights")  # fmt: skip
         if state is not None:
             self.resume(state)
         else:
@@ -177,9 +180,21 @@ class Run:
         return not interrupted
 
     def complete(self, out: Path, config: Mapping[str, object], after_epoch: Callable[[int], None]) -> bool:
-        """`train`, write the network of digits into out with this config, say how good it is; as `train`."""
-        finished = self.train(after_epoch)
-        networks.write(out, self.model, dict(config) | {"trained": self.progress(), "unet": asdict(self.model.config)})
+        """`train`, and say how good the network is; as `train`. It is written into out after every epoch and on Ctrl-C.
+
+        config: what goes into its config.json beside the plan, the seed, and how far the run has come.
+        """
+
+        def write() -> None:
+            about = {"plan": asdict(self.plan), "seed": self.seed, "trained": self.progress()}
+            networks.write(out, self.model, dict(config) | about | {"unet": asdict(self.model.config)})
+
+        def write_and_draw(epoch: int) -> None:
+            write()
+            after_epoch(epoch)
+
+        finished = self.train(write_and_draw)
+        write()
         if finished:
             print(f"loss on {len(self.test_set)} test pictures: "
                   f"{loss_on(some(self.test_set, len(self.test_set)), self.model, self.loss, self.seed):.5f}"
@@ -249,11 +264,13 @@ def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int) -> dict | None
             raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
         return None
     state = weights.read_checkpoint(path, CHECKPOINT)
-    for name, value in (("what", what), ("plan", asdict(plan)), ("seed", seed)):
+    for name, said, value in (
+        ("what", "training", what), ("plan", "by the plan", asdict(plan)), ("seed", "from the seed", seed)
+    ):  # fmt: skip
         if state[name] != value:
             raise ValueError(
-                f"{path} is of a run with another {name} ({state[name]}, now {value}); "
-                "pass its settings to go on with it, or another --out"
+                f"{path} is of a run {said} {state[name]}, not {value}; pass its settings to go on with it, "
+                "or another --out"
             )
     return state
 
@@ -324,8 +341,8 @@ def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, fl
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.ArgumentParser:
-    """The flags that every trainer has; the first preset is the default."""
+def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.ArgumentParser:
+    """The flags that every trainer of this kind of network has; the first preset is the default."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = next(iter(presets))
     p.add_argument("--preset", choices=list(presets), default=first, help="default %(default)s")
@@ -334,7 +351,7 @@ def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.Argume
                        help="instead of the preset's")  # fmt: skip
     p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
-    p.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default %(default)s)")
+    p.add_argument("--out", type=Path, help=f"folder of the run (default out/mnist/{kind}, or out/mnist/{kind}-PRESET)")
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument(
@@ -344,6 +361,15 @@ def parser(doc: str, out: str, presets: Mapping[str, object]) -> argparse.Argume
     )
     p.add_argument("--quick", action="store_true", help="a tiny network on few pictures: a smoke test, in seconds")
     return p
+
+
+def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags. Without --out the folder is named after all that is not the default: out/mnist/flow-class-quick."""
+    args = p.parse_args(argv)
+    if args.out is None:
+        others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
+        args.out = Path("out", "mnist", "-".join([kind, *others, *(["quick"] if args.quick else [])]))
+    return args
 
 
 def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
@@ -368,4 +394,4 @@ def named(args: argparse.Namespace, pictures: int) -> str:
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
     """The training and the test pictures on the device; a few of each if --quick. Raises ValueError as `data.load`."""
     train, test = (load(args.data, args.dataset, part).to(device) for part in (True, False))
-    return (train[:400], test[:100]) if args.quick else (train, test)
+    return (train[:400], test[:400]) if args.quick else (train, test)

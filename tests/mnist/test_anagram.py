@@ -57,6 +57,11 @@ def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     message = fails(capsys, anagram.main, "6", "9", "8", *flags)
     assert "need one digit 0..9 for each view" in message
     assert "need one digit 0..9" in fails(capsys, anagram.main, "6", "10", *flags)
+    assert "negate is for pictures from -1 to 1" in fails(
+        capsys, anagram.main, "6", "9", *flags, "--view", "identity", "negate"
+    )
+    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "fashion", "unet": asdict(unet.config)})
+    assert "draws fashion, " in fails(capsys, anagram.main, "6", "9", *flags)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "judge"])

@@ -171,7 +171,13 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
     two = {"images": torch.zeros(2, 1, 28, 28), "labels": torch.zeros(3, dtype=torch.int64)}
     save_file(two, tmp_path / "s.safetensors")
-    assert "2 images, but 3 labels" in fails("score", str(tmp_path / "s.safetensors"))
+    message = "labels must be (N,), one for each of 2 images, got (3,)"
+    assert message in fails("score", str(tmp_path / "s.safetensors"))
+    save_file(two | {"labels": torch.zeros(2, 1, dtype=torch.int64)}, tmp_path / "s.safetensors")
+    assert "one for each of 2 images, got (2, 1)" in fails("score", str(tmp_path / "s.safetensors"))
+    for wrong in (-0.74, 33.0):  # digits scaled to -1..1, to 0..255
+        save_file({"images": torch.full((2, 1, 28, 28), wrong)}, tmp_path / "s.safetensors")
+        assert f"is {wrong:.2f}; images must be scaled to 0..1" in fails("score", str(tmp_path / "s.safetensors"))
     for images in (torch.zeros(0, 1, 28, 28), torch.full((2, 1, 28, 28), torch.nan)):
         assert "no samples, or not finite" in judge.report(trained, images, None, 0)[0]
     for images, told in ((torch.zeros(5, 28, 28), "(5, 28, 28) torch.float32"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import flow, images
-from minidiff.mnist import drawing, networks, sample, train_denoiser, train_diffusion, train_flow, training
+from minidiff.mnist import drawing, floors, networks, sample, train_denoiser, train_diffusion, train_flow, training
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.training import Plan
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -56,7 +56,7 @@ def test_a_perfect_noise_predictor_has_loss_0_and_others_what_they_miss(digits):
     net = Told(lambda x, time: torch.zeros_like(x))
     assert loss(net, some, generator("cpu", 0)).item() == pytest.approx(1, abs=5 * (2 / some.images.numel()) ** 0.5)
     times = torch.cat([loss(net, digits, generator("cpu", i)) * 0 + net.seen[-1][1] for i in range(10)]) * 300
-    assert times.min().round() >= 1 and times.max().round() <= 300 and abs(times.mean() - 150.5) < 5 * 86.6 / 5000**0.5
+    assert times.min().round() == 1 and times.max().round() == 300 and abs(times.mean() - 150.5) < 5 * 86.6 / 5000**0.5
 
 
 def test_the_flows_target_is_the_line_from_noise_to_digit(digits):
@@ -70,6 +70,11 @@ def test_the_flows_target_is_the_line_from_noise_to_digit(digits):
     assert train_flow.FlowMatching()(Told(perfect), some, generator("cpu", 0)) < 1e-4
     n = seen["x_0"].numel()
     assert abs(seen["x_0"].std() - 1) < 5 / (2 * n) ** 0.5 + 1e-3
+    net = Told(lambda x, time: x)
+    for i in range(10):
+        train_flow.FlowMatching()(net, digits, generator("cpu", i))
+    times = torch.cat([time for _, time, _ in net.seen])  # 5,000, each digit's its own, over all of [0, 1]
+    assert 0 <= times.min() < 0.005 and 0.995 < times.max() <= 1 and abs(times.mean() - 0.5) < 5 / (12 * 5000) ** 0.5
 
 
 def test_reflow_learns_the_lines_it_is_given(digits):
@@ -131,10 +136,40 @@ def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row
             torch.testing.assert_close((x - row[0]) / sigma, (row[-1] - row[0]) / 1.0, rtol=0, atol=1e-5)
     assert labels[0] == [f"sigma {s}" for s in (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)]
     assert not torch.equal(rows[0][-1] - rows[0][0], rows[1][-1] - rows[1][0])
-    table = train_denoiser.errors_by_sigma(lambda z: z, digits, torch.ones(3))
+    thrice = Digits(digits.images.repeat(3, 1, 1, 1), digits.labels.repeat(3))
+    table = train_denoiser.errors_by_sigma(lambda z: z, thrice, torch.ones(3))
     # Doing nothing leaves sigma^2; of variance 1 the best is sigma^2 / (1 + sigma^2).
     for sigma, error, linear in table:
         assert error == pytest.approx(sigma**2, rel=0.02) and linear == pytest.approx(sigma**2 / (1 + sigma**2))
+
+
+def test_figures_of_the_denoiser_name_their_rows(digits):
+    """A network that turns black to white: noisy comes from the digit, denoised from noisy."""
+    rows, names = train_denoiser.sample_figure(lambda z: -z, digits[:20], 0.5)
+    assert names == ["clean", "noisy", "denoised"] * 2 and torch.equal(torch.cat(rows[::3]), digits.images[:20])
+    for clean, noisy, denoised in zip(rows[::3], rows[1::3], rows[2::3]):
+        assert torch.equal(denoised, -noisy) and 0.4 < (noisy - clean).std() < 0.6
+    table = [(sigma, 0.1 * sigma, 0.2) for sigma in train_denoiser.SIGMAS]
+    rows, names = train_denoiser.out_of_distribution(lambda z: -z, digits[:2], table)
+    assert torch.equal(rows[0], train_denoiser.noising_figure(digits[:2])[0][0]) and torch.equal(rows[1], -rows[0])
+    assert names[2] == [f"sigma {s}" for s in train_denoiser.SIGMAS] and names[3][3] == "error 0.0500, linear 0.2000"
+
+
+def test_figures_of_the_flow_name_their_rows():
+    def v(x, time):
+        return time.view(-1, 1, 1, 1) - x
+
+    x_0 = draw_noise((2, 1, 28, 28), seeded(0, 2))
+    rows, names = train_flow.by_solver(v, x_0, 10)
+    assert names[:4] == ["Euler, 2", "Euler, 10", "midpoint, 4", "Heun, 4"]
+    methods = (("euler", 2), ("euler", 10), ("midpoint", 2), ("heun", 2))
+    assert all(torch.equal(row, flow.solve(v, x_0, flow.grid(n), m)) for row, (m, n) in zip(rows, methods))
+    found, evaluations = flow.dormand_prince(v, x_0)
+    assert torch.equal(rows[4], found) and names[4] == f"Dormand-Prince, {evaluations}"
+    rows, names = train_flow.few_steps({"a": v, "b": lambda x, time: -v(x, time)}, x_0, 7)
+    assert names == [f"{name}, {n}" for name in "ab" for n in (1, 2, 4, 7)]
+    for row, (sign, n) in zip(rows, [(sign, n) for sign in (1, -1) for n in (1, 2, 4, 7)]):
+        assert torch.equal(row, flow.solve(lambda x, t, sign=sign: sign * v(x, t), x_0, flow.grid(n)))
 
 
 def test_the_mean_picture_is_recognised_as_such(digits):
@@ -181,8 +216,8 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
     run(train_denoiser, tmp_path / "d", folder, "--four")  # again: nothing is trained, all is said as before
-    assert capsys.readouterr().out.splitlines()[1:-1] == shown.splitlines()[1:-1]
-    assert "of a run with another what (course, 400 pictures of mnist, now pure-noise, 400 pictures" in fails(
+    assert capsys.readouterr().out.splitlines()[2:-1] == shown.splitlines()[2:-1]
+    assert "of a run training course, 400 pictures of mnist, not pure-noise, 400 pictures" in fails(
         capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--preset", "pure-noise"
     )
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
@@ -194,17 +229,37 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     assert "outputs differ from the mean digit by 0." in capsys.readouterr().out
 
 
-def test_train_diffusion_makes_its_pictures(folder, tmp_path, capsys):
+@pytest.fixture
+def asked(monkeypatch):
+    """The guidance scales of all that is drawn, and how often the memorisation floors drop the class."""
+    scales, dropouts = [], []
+    guided, eps, velocities = drawing.guided_unet, floors.memorised_eps_loss, floors.memorised_flow_loss
+    monkeypatch.setattr(drawing, "guided_unet", lambda unet, c, scale: scales.append(scale) or guided(unet, c, scale))
+    monkeypatch.setattr(floors, "memorised_eps_loss", lambda x, s, p: dropouts.append(p) or eps(x, s, p))
+    monkeypatch.setattr(floors, "memorised_flow_loss", lambda x, p: dropouts.append(p) or velocities(x, p))
+    return scales, dropouts
+
+
+def test_train_diffusion_makes_its_pictures(folder, tmp_path, capsys, asked):
     made = run(train_diffusion, tmp_path / "d", folder, "--preset", "class")
     always = ["cleaned.png", "samples/epoch-01.png", "sampling.gif", "training/loss.png"]
     assert made == sorted([*always, "guidance.png", "unconditional.gif"])
     shown = capsys.readouterr().out
     assert "alpha_bar at the last of 300 times: 0.0481; 21.9%" in shown and "; memorisation 0.0" in shown
-    assert run(train_diffusion, tmp_path / "t", folder) == always
+    # samples, sampling.gif, unconditional.gif, guidance.png, cleaned.png
+    assert asked[0] == [5.0, 5.0, 1.0, 0.0, 1.0, 5.0, 10.0, 1.0, 1.0]
+    assert run(train_diffusion, tmp_path / "t", folder) == always and asked[1] == [0.1, 1.0]
+    assert "nothing to guide; leave out --guidance-scale" in fails(
+        capsys, train_diffusion.main, "--data", folder, "--out", tmp_path / "u", "--guidance-scale", 2
+    )
 
 
-def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder, tmp_path, capsys, monkeypatch):
-    made = run(train_flow, tmp_path / "f", folder, "--preset", "class")
+def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder, tmp_path, capsys, monkeypatch, asked):
+    made = run(train_flow, tmp_path / "f", folder, "--preset", "class", "--guidance-scale", "3")
+    assert asked == (
+        [3.0, 3.0, 0.0, 1.0, 5.0, 10.0, 3.0, 1.0],
+        [0.1],
+    )  # samples, .gif, guidance.png, solvers.png, straight
     edit_config(tmp_path / "f", dataset="fashion")
     assert made == ["guidance.png", "samples/epoch-01.png", "sampling.gif", "solvers.png", "training/loss.png"]
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"), "--lr", "0")
@@ -232,10 +287,28 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
         capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "r", "--preset", "reflow",
         "--teacher", tmp_path / "f", "--seed", "5",
     )  # fmt: skip
+    # With a learning rate: the names in the figure and in the print are those of the networks.
+    named, split, original = {}, [], training.Run
+    monkeypatch.setattr(train_flow, "few_steps", lambda models, x_0, _: named.update(models) or ([x_0], ["x"]))
+    monkeypatch.setattr(train_flow, "Run", lambda *args, **more: split.append(args[2:4]) or original(*args, **more))
+    for _ in range(2):  # the second time it goes on from there
+        run(train_flow, tmp_path / "q", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"))
+    assert "going on from step 11 of" in capsys.readouterr().out
+    x, time = draw_noise((10, 1, 28, 28), seeded(0, 10)), torch.full((10,), 0.7)
+    nets = {"the teacher": net, "this model": drawing.load(tmp_path / "q", "flow", torch.device("cpu"))}
+    told = {name: drawing.velocity(network, torch.arange(10))(x, time) for name, network in nets.items()}
+    assert (told["the teacher"] - told["this model"]).abs().max() > 0.01
+    for name, expected in told.items():
+        torch.testing.assert_close(named[name](x, time), expected, rtol=0.01, atol=2e-3)
+    train, test = ({tuple(noise.flatten().tolist()) for noise in part.images[:, 1]} for part in split[0])
+    assert (len(train), len(test)) == (180, 20) and not train & test
     # Onto another run: told before any pair is drawn.
     monkeypatch.setattr(train_flow, "kept_pairs", lambda *args: pytest.fail("pairs were drawn"))
-    assert "of a run with another what (class, 400 pictures of mnist, now reflow, teacher" in fails(
+    assert "of a run training class, 400 pictures of mnist, not reflow, teacher" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--out", tmp_path / "f"
+    )
+    assert "--teacher and --pairs are for --preset reflow" in fails(
+        capsys, train_flow.main, "--quick", "--pairs", "100", "--out", tmp_path / "x"
     )
     assert "draws mnist, which is what reflow learns; leave out --dataset" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--dataset", "fashion", "--out", tmp_path / "x"
@@ -271,7 +344,7 @@ def test_animations_lead_from_the_noise_to_the_sample(module, kind, folder, tmp_
 @pytest.mark.parametrize(
     ("module", "kind"), [(train_denoiser, "denoiser"), (train_diffusion, "ddpm"), (train_flow, "flow")]
 )
-def test_a_run_that_is_stopped_leaves_its_network(module, kind, folder, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_leaves_its_network_and_what_it_is(module, kind, fashion, tmp_path, monkeypatch):
     original = training.Run.one_step
 
     def interrupted(self, batch, step):
@@ -280,11 +353,43 @@ def test_a_run_that_is_stopped_leaves_its_network(module, kind, folder, tmp_path
         return original(self, batch, step)
 
     monkeypatch.setattr(training.Run, "one_step", interrupted)
-    run(module, tmp_path / "n", folder)
+    run(module, tmp_path / "n", fashion, "--dataset", "fashion", "--seed", "4")
     config, tensors = networks.read(tmp_path / "n", kind)
     assert config["trained"] == "0.4 of 1 epochs"  # 10 of 25 steps
+    assert config["dataset"] == "fashion" and config["preset"] in ("course", "time") and config["seed"] == 4
+    assert config["plan"] == {"epochs": 1, "batch_size": 16, "lr": 0.01, "lr_decay": 1.0}
     kept = torch.load(tmp_path / "n" / "training" / "checkpoint.pt", weights_only=True)["model"]
     assert torch.equal(tensors["down1.0.0.weight"], kept["down1.0.0.weight"].half().float())
+
+
+def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, monkeypatch):
+    """Not before, and the run is not taken for one that never began."""
+    out, original = tmp_path / "n", training.Run.one_step
+
+    def killed_at(last):
+        def one_step(self, batch, step):
+            if step == last:
+                raise KeyboardInterrupt
+            return original(self, batch, step)
+
+        monkeypatch.setattr(training.Run, "one_step", one_step)
+        with pytest.raises(SystemExit):
+            run(train_flow, out, folder, "--preset", "class", "--epochs", "2")
+
+    killed_at(15)
+    with pytest.raises(ValueError, match="no network in .* yet: its run is in its first epoch, or was killed there"):
+        networks.read(out, "flow")
+    killed_at(40)
+    assert networks.read(out, "flow")[0]["trained"] == "1 of 2 epochs"
+
+
+def test_without_out_the_folder_has_the_name_of_what_is_trained():
+    def out(*flags):
+        p = training.parser("", "flow", train_flow.PRESETS)
+        return training.parsed(p, "flow", flags).out.as_posix()
+
+    assert out() == out("--preset", "time") == "out/mnist/flow" and out("--preset", "class") == "out/mnist/flow-class"
+    assert out("--dataset", "fashion", "--quick") == "out/mnist/flow-fashion-quick" and out("--out", "x") == "x"
 
 
 def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
