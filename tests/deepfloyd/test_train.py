@@ -115,6 +115,7 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
     a, b = state(whole), state(parts)
     assert a["step"] == b["step"] == 7
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
+    assert b["optimizer"]["param_groups"][0]["lr"] == train.learning_rate(6, 7, 5e-4)  # of the last step
 
 
 def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsys):
@@ -164,13 +165,25 @@ def test_steps_made_again_are_written_down_once(pictures, tmp_path):
 
 
 def test_two_processes_average_their_gradients(pictures, tmp_path):
-    """torchrun with gloo: the run ends, and process 0 alone writes."""
-    code = (
-        "from tests.deepfloyd import test_train as T; T.train.MINI_1, T.train.MINI_T5 = T.TINY[1], T.TINY_T5;"
-        f"T.train.preview = lambda *_: None; T.run(1, r'{pictures}', T.Path(r'{tmp_path / 'one'}'), 4)"
-    )
+    """torchrun with gloo: each sees noises of its own, half a batch, and all their weights stay the same."""
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(f"""
+import os, torch
+from tests.deepfloyd import test_train as T
+T.train.MINI_1, T.train.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
+noises, forward, average = [], T.train.Trainee.forward, T.train.update_average
+
+def noted(self, x_start, ids, mask, random, dtype):
+    noises.append(random["noise"])
+    return forward(self, x_start, ids, mask, random, dtype)
+
+def kept(ema, model, step):
+    torch.save((noises, model.state_dict()), r"{tmp_path}/rank-" + os.environ["RANK"] + ".pt")
+    average(ema, model, step)
+
+T.train.Trainee.forward, T.train.update_average = noted, kept
+T.run(1, r"{pictures}", T.Path(r"{tmp_path / "one"}"), 4)
+""")
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
@@ -179,6 +192,10 @@ def test_two_processes_average_their_gradients(pictures, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert state(tmp_path / "one")["step"] == 4
+    (seen, here), (others, there) = (torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in (0, 1))
+    assert len(seen) == len(others) == 4 and all(len(noise) == 2 for noise in (*seen, *others))
+    assert not any(torch.equal(a, b) for a, b in zip(seen, others))
+    assert here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)
 
 
 def test_packed_pictures_are_drawn_by_weight_and_mirrored(tmp_path):
@@ -207,6 +224,33 @@ def test_the_stage_2_crop_lines_up_with_its_low_resolution_picture():
     clean = stages.upsample(torch.nn.functional.avg_pool2d(ramp, 4), (256, 256))
     expected = add_noise(clean, random["low_noise"], alpha_bar)
     torch.testing.assert_close(noised[1], expected[1, :, 100:164, 150:214])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loss_asks_the_network_as_sampling_does_and_weighs_what_it_answers(stage, monkeypatch):
+    """Weights 1 / alpha_bar, at most 100: at t = 10 about 1, at t = 999 100."""
+    schedule, generator = squaredcos_cap_v2(), torch.Generator().manual_seed(0)
+    model = train.Trainee(stage, UNet(TINY[stage]), T5Encoder(TINY_T5), schedule)
+    size = 64 if stage == 1 else 256
+    random = train.random_numbers(stage, 2, size, schedule, generator) | {"t": torch.tensor([10, 999])}
+    x_start = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
+    ids, mask = torch.ones(2, 77, dtype=torch.long), torch.ones(2, 77, dtype=torch.long)
+    answer, asked = torch.randn(2, 6, 64, 64, generator=generator), []
+    monkeypatch.setattr(model.unet, "forward", lambda *args: asked.append(args) or answer)
+    found = model(x_start, ids, mask, random, torch.float32)
+    (stacked, t, prompt_embeds, labels), expected_input, level = asked[0], [], None
+    if stage == 2:
+        x_start, low_res, level = model.crop(x_start, random)
+        expected_input = [low_res]
+    x_t = add_noise(x_start, random["noise"], schedule.alpha_bar(random["t"]))
+    torch.testing.assert_close(stacked, torch.cat([x_t, *expected_input], dim=1))  # noisy first, as in stages.py
+    assert t.tolist() == [10, 999] and prompt_embeds.shape == (2, 77, 32)
+    assert labels is None if stage == 1 else torch.equal(labels, level)
+    plain = train.ddpm.loss(schedule, x_start, random["noise"], random["t"], *answer.chunk(2, dim=1), torch.ones(2))
+    weighed = train.ddpm.loss(schedule, x_start, random["noise"], random["t"], *answer.chunk(2, dim=1),
+                              torch.tensor([1 / schedule.alphas_cumprod[10].float(), 100]))  # fmt: skip
+    torch.testing.assert_close(found, weighed)
+    assert (found - plain)[1] > 100  # 99 times an error of about 2
 
 
 def test_times_are_drawn_less_often_where_little_noise_is_left():
