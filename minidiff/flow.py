@@ -15,7 +15,7 @@ flow, `mnist/train_flow.py`).
 `from_eps` shows that a noise-predicting diffusion model is a velocity field too, read off another clock.
 
 A velocity is any callable velocity(x, time) -> tensor like x, with x: (B, C, H, W) and time: (B,) float.
-Next: `mnist/data.py`, where both ways are trained and compared.
+Next: `mnist/data.py`, the first file of the folder where both ways are trained.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
 
 
 def euler(velocity: Velocity, x: Tensor, time: Tensor, h: float) -> Tensor:
-    """One step of length h along the direction at its start: order 1, one evaluation."""
+    """One step of length h, from x (B, C, H, W) at time (B,), along the direction there: order 1, one evaluation."""
     return x + h * velocity(x, time)
 
 
@@ -171,7 +171,7 @@ def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: floa
 
 
 def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
-    """How far the paths from x_0 are from straight lines, one number per picture: (B,); 0 if one Euler step is exact.
+    """How far the paths from x_0 are from straight lines, one number per picture: (B,); 0 on lines at constant speed.
 
         S = mean over t of |(x_1 - x_0) - velocity(x_t, t)|^2, per value
 
@@ -245,8 +245,9 @@ def from_eps(predict: Prediction, schedule: Schedule) -> Velocity:
         x_t = (sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t)) x        the same mixture, scaled as diffusion has it
         velocity = x_start - eps                                   since eps is x_0 and x_start is x_1
 
-    Asked at a time between two of the `clock`, it takes the nearer one. Euler steps through `clock`, then to 1, are
-    DDIM with eta = 0.
+    predict: as `sampling.denoise` wants it.  schedule: of the T times it was trained with. Asked at a time between two
+    of the `clock`, the velocity takes the nearer one. Euler steps through `clock`, then to 1, are those of DDIM with
+    eta = 0, which draws no noise on the way.
     """
     times = clock(schedule)
 

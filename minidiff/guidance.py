@@ -42,7 +42,7 @@ def guided(
     """Give a model its text: a prediction with classifier-free guidance.
 
     prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all pictures alike; the negative one is the
-    encoding of the empty prompt (never zeros) unless something is to be avoided.
+    encoding of the empty prompt (of text never zeros) unless something is to be avoided.
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
     pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all.
     """

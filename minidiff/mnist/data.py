@@ -23,7 +23,10 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Digits:
-    """images: (N, 1, 28, 28) float32 in [0, 1].  labels: (N,) int64, 0 to 9.  Both on one device."""
+    """images: (N, 1, 28, 28) float32 in [0, 1].  labels: (N,) int64, 0 to 9.  Both on one device.
+
+    (The pairs of `train_flow.make_pairs` have a second channel: the noise that each digit came from.)
+    """
 
     images: Tensor
     labels: Tensor

@@ -101,7 +101,8 @@ class FlowMatching:
 def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits:
     """Digits of the teacher in channel 0, the noises x_0 they came from in channel 1, and the class they were told.
 
-    Paths of one velocity field never cross, so neither, nearly, do the lines from start to end.
+    labels: (B,).  x_0: (B, 1, 28, 28). Paths of one velocity field never cross, so neither, nearly, do the lines from
+    start to end.
     Source: Rectified Flow Sec. 2.1 (reflow).
     """
     return Digits(torch.cat([flow.solve(velocity(teacher, labels), x_0, flow.grid(steps)), x_0], dim=1), labels)

@@ -85,16 +85,22 @@ class Unflatten(nn.Sequential):
 
 
 class ConvBlock(nn.Sequential):
+    """(B, C, H, W) -> (B, O, H, W), in two steps"""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(Conv(in_channels, out_channels), Conv(out_channels, out_channels))
 
 
 class DownBlock(nn.Sequential):
+    """(B, C, H, W) -> (B, O, H / 2, W / 2)"""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(DownConv(in_channels, out_channels), ConvBlock(out_channels, out_channels))
 
 
 class UpBlock(nn.Sequential):
+    """(B, C, H, W) -> (B, O, 2H, 2W)"""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(UpConv(in_channels, out_channels), ConvBlock(out_channels, out_channels))
 
