@@ -25,8 +25,10 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 def chart(panels: Sequence[tuple[str, Mapping[str, Points]]], levels: Mapping[str, float]) -> Image.Image:
     """Panels side by side, each with a title and named lines of points (step, value); one legend below all.
 
-    levels: dashed lines across every panel. Values of 0 or less have no place on the axis and are left out.
+    levels: dashed lines across every panel. Values must be finite; those of 0 or less have no place on the axis and are
+    left out.
     """
+    levels = {name: value for name, value in levels.items() if value > 0}
     names = list(dict.fromkeys([*(name for _, lines in panels for name in lines), *levels]))
     colours = dict(zip(names, itertools.cycle(COLOURS)))
     font = ImageFont.load_default(size=FINE * FONT_SIZE)
@@ -56,7 +58,7 @@ def _panel(
     top, w, h = FINE * TOP, FINE * WIDTH, FINE * HEIGHT
     lines = {name: [(x, y) for x, y in points if y > 0] for name, points in lines.items()}
     steps = [x for points in lines.values() for x, _ in points] or [0]
-    values = [y for points in lines.values() for _, y in points] + [y for y in levels.values() if y > 0] or [1]
+    values = [y for points in lines.values() for _, y in points] + list(levels.values()) or [1]
     first, last = min(steps), max(max(steps), min(steps) + 1)
     low, high = math.log(min(values) / 1.1), math.log(max(values) * 1.1)
 
@@ -75,9 +77,8 @@ def _panel(
     for name, points in lines.items():
         _line(draw, [at(x, y) for x, y in points], colours[name], dots=len(points) <= DOTTED)
     for name, y in levels.items():
-        if y > 0:
-            _, place = at(first, y)
-            _line(draw, [(left, place), (left + w, place)], colours[name], dashed=True)
+        _, place = at(first, y)
+        _line(draw, [(left, place), (left + w, place)], colours[name], dashed=True)
     draw.rectangle((left, top, left + w, top + h), outline="black", width=FINE)
     draw.text((left + w / 2, top - FINE * 12), title, "black", font, anchor="ms")
     draw.text((left + w / 2, top + h + FINE * (BOTTOM - 18)), "step", "black", font, anchor="ms")
@@ -90,24 +91,22 @@ def _line(draw: ImageDraw.ImageDraw, points: Points, colour: str, dashed: bool =
         for x in range(round(start), round(end), FINE * 8):
             draw.line([(x, y), (min(x + FINE * 5, end), y)], colour, FINE)
         return
-    draw.line(points, colour, FINE if dots else FINE - 1, joint="curve")
+    draw.line(points, colour, FINE if dots else FINE - 1)
     for x, y in points if dots else ():
         draw.ellipse((x - FINE * 2, y - FINE * 2, x + FINE * 2, y + FINE * 2), colour)
 
 
 def step_ticks(first: int, last: int) -> list[int]:
     """At most seven round numbers, equally far apart, from first to last."""
-    for apart in (digit * 10**size for size in itertools.count() for digit in (1, 2, 5)):
-        ticks = range(-(-first // apart) * apart, last + 1, apart)
-        if len(ticks) <= 7:
-            return list(ticks)
-    raise AssertionError("unreachable")
+    distances = (digit * 10**size for size in itertools.count() for digit in (1, 2, 5))
+    apart = next(d for d in distances if last // d - (first - 1) // d <= 7)
+    return list(range(-(-first // apart) * apart, last + 1, apart))
 
 
 def value_ticks(low: float, high: float) -> list[float]:
     """At most eight round numbers from low to high, as a logarithmic axis has them: 0.01, 0.02, 0.05, 0.1, ..."""
     sizes = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    finer = [([n / parts for n in range(parts, 10 * parts)], 1) for parts in (100, 50, 20, 10, 5, 2, 1)]
+    finer = [([n / parts for n in range(parts, 10 * parts)], 1) for parts in (20, 10, 5, 2, 1)]
     for digits, every in (*finer, ((1, 2, 5), 1), *(((1,), every) for every in (1, 2, 5, 10, 20))):
         ticks = [float(f"{digit}e{size}") for size in sizes if size % every == 0 for digit in digits]
         ticks = [tick for tick in ticks if low <= tick <= high]

@@ -23,8 +23,8 @@ from torch import Tensor
 from minidiff import images, views
 from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.factorized import Part, averaged, factorized
-from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, judge, networks
+from minidiff.hub import WEIGHTS, read_config
+from minidiff.mnist import drawing, judge
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.check_output(args.out)
     chosen, device, clock = [views.named(name) for name in args.view], device_of(args.device), Clock()
     unet, (judge_of, config, _) = drawing.load(args.model, "ddpm", device), judge.load(args.judge)
-    drawn, judged = (c.get("dataset", "mnist") for c in (networks.read(args.model, "ddpm")[0], config))
+    drawn, judged = (c.get("dataset", "mnist") for c in (read_config(args.model), config))
     if drawn != judged:
         raise ValueError(f"{args.model} draws {drawn}, {args.judge} judges {judged}; pass another --judge")
     seeds = [seeded(args.seed, args.num_images) for _ in range(2)]

@@ -64,12 +64,12 @@ def with_course_clock(predict: Prediction) -> Prediction:
 
 
 def prediction(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Prediction:
-    """A DDPM network for `sampling.denoise`.  labels: (B,), or None for no class; scale: as in `guidance.combine`."""
+    """A DDPM network for `sampling.denoise`.  labels: (B,), or None for no class.  guidance_scale: as `asked_scale`."""
     return with_course_clock(guided_unet(unet, labels, guidance_scale))
 
 
 def velocity(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Velocity:
-    """A flow network for `flow.solve`.  labels: (B,), or None for no class; scale: as in `guidance.combine`."""
+    """A flow network for `flow.solve`.  labels: (B,), or None for no class.  guidance_scale: as `asked_scale`."""
     predict = guided_unet(unet, labels, guidance_scale)
     return lambda x, time: predict(x, time)[0]
 

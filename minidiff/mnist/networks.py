@@ -46,7 +46,10 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "training" / "checkpoint.pt").is_file():
-            raise ValueError(f"there is no network in {folder} yet: its run is in its first epoch, or was killed there")
+            raise ValueError(
+                f"there is no network in {folder} yet, only a run that has begun: it is written after the first epoch "
+                "and on Ctrl-C, a judge at the end; the command that began it goes on with it"
+            )
         raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
     try:
         config = json.loads(path.read_text())

@@ -4,7 +4,7 @@
     python -m minidiff.mnist.sample --kind flow                            from the embedded flow model
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --kind flow --solver euler midpoint heun --steps 5 10
-    python -m minidiff.mnist.sample --model out/mnist/flow out/mnist/reflow    two models, the same noise
+    python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
@@ -88,12 +88,12 @@ class Row:
         with tqdm(total=self.steps * len(starts), desc=str(self), unit="step", disable=silent) as bar:
             for i in starts:
                 told = None if self.scale is None else labels[i : i + AT_ONCE]
-                scale, seeds = self.scale or 0.0, seeded(seed + i, len(labels[i : i + AT_ONCE]))
+                seeds = seeded(seed + i, len(labels[i : i + AT_ONCE]))
                 if self.solver == "ddpm":
-                    predict = drawing.prediction(self.unet, told, scale)
+                    predict = drawing.prediction(self.unet, told, self.scale)
                     parts.append(drawing.draw_ddpm(predict, seeds, device, self.steps, lambda *_: bar.update()))
                 else:
-                    v = drawing.velocity(self.unet, told, scale)
+                    v = drawing.velocity(self.unet, told, self.scale)
                     parts.append(drawing.draw_flow(v, seeds, device, self.steps, self.solver, lambda *_: bar.update()))
         return torch.cat(parts)
 

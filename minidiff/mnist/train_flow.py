@@ -37,8 +37,8 @@ from tqdm import tqdm
 from minidiff import flow, weights
 from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.flow import Velocity
-from minidiff.hub import WEIGHTS
-from minidiff.mnist import floors, networks, training
+from minidiff.hub import WEIGHTS, read_config
+from minidiff.mnist import floors, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
     DROPOUT,
@@ -154,13 +154,16 @@ def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
 
 
 def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tuple[Digits, Digits]:
-    """What reflow learns: `kept_pairs` for training, and a tenth for the test.
+    """What reflow learns: `kept_pairs` for training, and a tenth for the test. Sets args.dataset to the teacher's.
 
-    Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, and
-    if the pairs would not fill a batch.
+    Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, if
+    the pairs would not fill a batch, and if another data set was asked for.
     """
-    folder = args.out / "training"
-    pairs = 200 if args.quick else PAIRS if args.pairs is None else args.pairs
+    drawn = read_config(args.teacher).get("dataset", "mnist")
+    if args.dataset not in (drawn, "mnist"):
+        raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")
+    args.dataset, folder = drawn, args.out / "training"
+    pairs = args.pairs if args.pairs is not None else 200 if args.quick else PAIRS
     tenth = pairs // 10
     if not tenth or pairs - tenth < plan.batch_size:
         raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
@@ -184,24 +187,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if preset.unet is None:
         args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
         teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-        drawn = networks.read(args.teacher, "flow")[0].get("dataset", "mnist")
-        if args.dataset not in (drawn, p.get_default("dataset")):
-            raise ValueError(
-                f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset"
-            )
-        args.dataset = drawn
-        train, test = lines(args, teacher, plan, steps)
-        levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
     elif args.teacher is not None or args.pairs is not None:
         raise ValueError("--teacher and --pairs are for --preset reflow")
     else:
         teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
-        train, test = training.pictures(args, device)
-        dropout = DROPOUT if preset.unet.num_classes else 1.0
-        levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
-                  "memorisation": floors.memorised_flow_loss(train, dropout)}  # fmt: skip
     told = bool(model.config.num_classes)
     args.guidance_scale = asked_scale(args.guidance_scale, told)
+    if teacher is not None:
+        train, test = lines(args, teacher, plan, steps)
+        levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
+    else:
+        train, test = training.pictures(args, device)
+        levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
+                  "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
     about = settings(args, "mnist.train_flow")
     run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
               seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip

@@ -109,7 +109,8 @@ class Run:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
-        lr = f"{plan.lr:g}" + (f", falling to {plan.lr_at(plan.epochs - 1):g}" if plan.lr_decay < 1 else "")
+        last = plan.lr_at(plan.epochs - 1)
+        lr = f"{plan.lr:g}" + (f", falling to {last:g}" if last < plan.lr else "")
         print(f"{plan.epochs} epochs of {self.steps_per_epoch} batches of {plan.batch_size}, learning rate {lr}; "
               f"{sum(p.numel() for p in model.parameters()):,} weights")  # fmt: skip
         if state is not None:
@@ -151,9 +152,9 @@ class Run:
 
     def one_step(self, batch: Digits, step: int) -> Tensor:
         """Loss, gradient, Adam. Returns the loss, still on the device, so that no step waits for the one before."""
-        images = batch.images.to(memory_format=self.layout)
+        x = batch.images.to(memory_format=self.layout)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss(self.model, Digits(images, batch.labels), generator(self.device, self.seed, STEP, step))
+            loss = self.loss(self.model, Digits(x, batch.labels), generator(self.device, self.seed, STEP, step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -324,7 +325,7 @@ def curves(losses: list[float], test_losses: list[float], n: int, floors: Mappin
     """The whole run, its first and its last epoch of n steps; floors as dashed lines."""
     steps, name = list(enumerate(losses, 1)), "training, each step"
     tests = [(n * epoch, value) for epoch, value in enumerate(test_losses, 1)]
-    last = max(0, len(losses) - 1) // n
+    last = (len(losses) - 1) // n
     panels = [("whole run", {name: steps, "test pictures, each epoch": tests}), ("first epoch", {name: steps[:n]}),
               (f"epoch {last + 1}", {name: steps[n * last :]})]  # fmt: skip
     return charts.chart(panels, {f"{floor}: {level:.4f}": level for floor, level in floors.items()})
@@ -351,7 +352,11 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
                        help="instead of the preset's")  # fmt: skip
     p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
-    p.add_argument("--out", type=Path, help=f"folder of the run (default out/mnist/{kind}, or out/mnist/{kind}-PRESET)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder of the run (default out/mnist/{kind}, then -PRESET and -DATASET if not the default)",
+    )
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument(
@@ -364,7 +369,8 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
 
 
 def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Without --out the folder is named after all that is not the default: out/mnist/flow-class-quick."""
+    """The flags. Without --out the folder is named after preset, data set and --quick, as far as they are not the
+    default: out/mnist/flow-class-quick."""
     args = p.parse_args(argv)
     if args.out is None:
         others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]

@@ -1,6 +1,7 @@
 """The judge: its distances against closed forms, its shifts by hand, and what it says about good and bad samples."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -128,18 +129,22 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
 
 
 def test_training_keeps_weights_accuracy_and_floors(fashion, tmp_path, fast, capsys):
-    """Accuracy and floors are those of the test pictures, what they are compared with is of the training pictures."""
-    flags = ["--quick", "--lr", "1e-3", "--dataset", "fashion", "--data", str(fashion)]
+    """Accuracy and floors are those of the test pictures, which here have all wrong labels; what samples are compared
+    with is of the training pictures."""
+    shutil.copytree(fashion, tmp_path / "data")
+    labels = tmp_path / "data" / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:8] + bytes((label + 1) % 10 for label in labels.read_bytes()[8:]))
+    flags = ["--quick", "--lr", "1e-3", "--epochs", "3", "--dataset", "fashion", "--data", str(tmp_path / "data")]
     judge.main(["train", *flags, "--out", str(tmp_path / "j")])
     net, config, (mean, covariance) = judge.load(tmp_path / "j")
-    train, test = (data.load(fashion, "fashion", part) for part in (True, False))
+    train, test = (data.load(tmp_path / "data", "fashion", part) for part in (True, False))
     features, verdicts = judge.look(net, test.images)
     expected = judge.gaussian(judge.look(net, train.images)[0])
     assert mean.dtype == torch.float64
     torch.testing.assert_close(mean, expected[0], rtol=0.01, atol=0.01)  # the weights are kept in half precision
     torch.testing.assert_close(covariance, expected[1], rtol=0.01, atol=0.01)
     assert config["floors"] == pytest.approx(judge.real_distances(features, expected), rel=0.05)
-    assert abs(config["accuracy"] - judge.agreement(verdicts, test.labels)) < 0.015 and config["dataset"] == "fashion"
+    assert abs(config["accuracy"] - judge.agreement(verdicts, test.labels)) < 0.035 and config["dataset"] == "fashion"
     assert "of 100 test digits; Frechet distance of test to training digits" in capsys.readouterr().out
 
 

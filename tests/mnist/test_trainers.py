@@ -3,6 +3,7 @@
 import functools
 import json
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -310,6 +311,12 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert "--teacher and --pairs are for --preset reflow" in fails(
         capsys, train_flow.main, "--quick", "--pairs", "100", "--out", tmp_path / "x"
     )
+    untold = UNet(UNetConfig(4, time=True))
+    networks.write(tmp_path / "t", untold, {"kind": "flow", "unet": asdict(untold.config)})
+    assert "nothing to guide; leave out --guidance-scale" in fails(
+        capsys, train_flow.main, "--preset", "reflow", "--teacher", tmp_path / "t", "--guidance-scale", 2,
+        "--out", tmp_path / "x",
+    )  # fmt: skip
     assert "draws mnist, which is what reflow learns; leave out --dataset" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--dataset", "fashion", "--out", tmp_path / "x"
     )
@@ -377,7 +384,9 @@ def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, mon
             run(train_flow, out, folder, "--preset", "class", "--epochs", "2")
 
     killed_at(15)
-    with pytest.raises(ValueError, match="no network in .* yet: its run is in its first epoch, or was killed there"):
+    with pytest.raises(
+        ValueError, match="no network in .* yet, only a run that has begun: it is written after the first epoch"
+    ):
         networks.read(out, "flow")
     killed_at(40)
     assert networks.read(out, "flow")[0]["trained"] == "1 of 2 epochs"
