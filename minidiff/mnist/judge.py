@@ -106,7 +106,7 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """The Frechet distance between two Gaussians (mean, covariance), squared, as everyone reports it:
+    """The Frechet distance between two Gaussians (mean, covariance), squared, as FID has it:
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
 
@@ -202,9 +202,8 @@ def score(argv: Sequence[str]) -> None:
         raise ValueError(f"{args.file}: labels must be (N,), one for each of {len(images)} images, got "
                          f"{tuple(labels.shape)}")  # fmt: skip
     mean = images.float().mean().item()
-    if (
-        dataset is None and not -0.2 < mean < 1.2 and math.isfinite(mean)
-    ):  # of digits about 0.13, of clothes 0.29, of noise 0
+    plausible = -0.2 < mean < 1.2 or not math.isfinite(mean)  # of digits about 0.13, of clothes 0.29, of noise 0
+    if dataset is None and not plausible:  # `sample` says of what data set its samples are, and scales them right
         raise ValueError(f"{args.file}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for "
                          "black, not to -1..1 or 0..255")  # fmt: skip
     judged = load(args.judge)[1].get("dataset", "mnist")
