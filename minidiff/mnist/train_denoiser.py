@@ -1,7 +1,7 @@
 """The one-step denoiser: noise a digit, train a network to take the noise away, see where that stops working.
 
     python -m minidiff.mnist.train_denoiser                          sigma 0.5, 5 epochs
-    python -m minidiff.mnist.train_denoiser --preset pure-noise      from noise alone
+    python -m minidiff.mnist.train_denoiser --pure-noise             from noise alone
 
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
@@ -12,9 +12,10 @@ Pictures in the folder: noising.png, samples/ after every epoch, training/loss.p
 digits and the same noise at strengths it was not trained on, with the test error beside that of the best linear
 denoiser.
 
-`pure-noise` asks for a digit from noise alone. There is nothing in z about x, so the least square error is made by the
-same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below the mean
-picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps: `mnist/train_diffusion.py`.
+`--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
+made by the same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below
+the mean picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
+`mnist/train_diffusion.py`.
 
 Read `mnist/training.py` first. Next: `mnist/train_diffusion.py`.
 """
@@ -35,16 +36,14 @@ from minidiff.mnist.drawing import save_strip
 from minidiff.mnist.training import TEST_PICTURES, Plan, Run
 from minidiff.mnist.unet import UNet, UNetConfig
 
+SIGMA = 0.5  # of training
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 FIGURE = 9  # purpose of a generator, beside those of training.py
 
 
 @dataclass(frozen=True)
 class Preset:
-    """sigma: strength of the noise; None for noise alone, with no digit in it."""
-
     plan: Plan
-    sigma: float | None = 0.5
     hidden: int = 128
 
 
@@ -52,7 +51,6 @@ PRESETS = {
     "course": Preset(Plan(epochs=5, batch_size=256, lr=1e-4)),
     "better": Preset(Plan(epochs=10, batch_size=128, lr=1e-3, lr_decay=0.01)),
     "small": Preset(Plan(epochs=5, batch_size=128, lr=1e-3, lr_decay=0.01), hidden=32),  # a sixteenth of the arithmetic
-    "pure-noise": Preset(Plan(epochs=5, batch_size=256, lr=1e-4), sigma=None),
 }
 
 
@@ -63,7 +61,7 @@ def noised(x: Tensor, sigma: float | None, generator: torch.Generator) -> Tensor
 
 
 class Denoising:
-    """The loss, for a strength of noise."""
+    """The loss, for a strength of noise; None for noise alone, with no digit in it."""
 
     def __init__(self, sigma: float | None):
         self.sigma = sigma
@@ -125,34 +123,35 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "denoiser", PRESETS)
+    p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
     args = training.parsed(p, "denoiser", argv)
-    preset = PRESETS[args.preset]
+    preset, sigma = PRESETS[args.preset], None if args.pure_noise else SIGMA
     device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
     train, test = training.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
 
     variances = floors.spectrum(train.images)
     levels = {"mean image": floors.mean_image_mse(train.images)}
-    if preset.sigma is not None:
-        levels["linear optimum"] = floors.linear_mse(variances, 1, preset.sigma).item()
-        levels["memorisation"] = floors.memorised_denoiser_loss(train, preset.sigma)
+    if sigma is not None:
+        levels["linear optimum"] = floors.linear_mse(variances, 1, sigma).item()
+        levels["memorisation"] = floors.memorised_denoiser_loss(train, sigma)
     torch.manual_seed(args.seed)
     model = UNet(UNetConfig(4 if args.quick else preset.hidden)).to(device)
     what = training.named(args, len(train))
-    run = Run(model, Denoising(preset.sigma), train, test, plan, out / "training", what=what, seed=args.seed,
+    run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=what, seed=args.seed,
               floors=levels, compiled=args.compile)  # fmt: skip
     save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
     shown = test.of_each_class(4 if args.four else 1)
 
     def after_epoch(epoch: int) -> None:
-        title = f"epoch {epoch}, " + ("noise alone" if preset.sigma is None else f"sigma {preset.sigma}")
-        save_strip(*sample_figure(model, shown, preset.sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
+        title = f"epoch {epoch}, " + ("noise alone" if sigma is None else f"sigma {sigma}")
+        save_strip(*sample_figure(model, shown, sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
 
-    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": preset.sigma}
+    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
     if not run.complete(out, config, after_epoch):
         return
-    if preset.sigma is None:
+    if sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
         print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
         title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for sigma, error, linear in table:
             share = f", {error / linear:.0%} of it" if linear > 0 else ""
             print(f"sigma {sigma}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
-        title = f"Trained at sigma {preset.sigma}, asked at others (errors on {len(judged)} test digits)"
+        title = f"Trained at sigma {sigma}, asked at others (errors on {len(judged)} test digits)"
         rows, labels = out_of_distribution(model, test[:3], table)
         save_strip(rows, labels, title, out / "out-of-distribution.png", about)
     print(f"wrote {out}   ({clock})")

@@ -369,12 +369,13 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
 
 
 def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Without --out the folder is named after preset, data set and --quick, as far as they are not the
-    default: out/mnist/flow-class-quick."""
+    """The flags. Without --out the folder is named after preset, data set, --pure-noise and --quick, as far as they
+    are not the default: out/mnist/flow-class-quick."""
     args = p.parse_args(argv)
     if args.out is None:
         others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
-        args.out = Path("out", "mnist", "-".join([kind, *others, *(["quick"] if args.quick else [])]))
+        others += [name.replace("_", "-") for name in ("pure_noise", "quick") if getattr(args, name, False)]
+        args.out = Path("out", "mnist", "-".join([kind, *others]))
     return args
 
 
@@ -394,7 +395,8 @@ def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
 def named(args: argparse.Namespace, pictures: int) -> str:
     """What a run trains, in words: its preset, and how many pictures of what."""
     teacher = f", teacher {args.teacher}" if args.preset == "reflow" else ""
-    return f"{args.preset}{teacher}, {pictures} pictures of {args.dataset}"
+    unseen = ", from noise alone" if getattr(args, "pure_noise", False) else ""
+    return f"{args.preset}{teacher}{unseen}, {pictures} pictures of {args.dataset}"
 
 
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:

@@ -218,13 +218,13 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
     run(train_denoiser, tmp_path / "d", folder, "--four")  # again: nothing is trained, all is said as before
     assert capsys.readouterr().out.splitlines()[2:-1] == shown.splitlines()[2:-1]
-    assert "of a run training course, 400 pictures of mnist, not pure-noise, 400 pictures" in fails(
-        capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--preset", "pure-noise"
+    assert "of a run training course, 400 pictures of mnist, not course, from noise alone, 400 pic" in fails(
+        capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--pure-noise"
     )
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
     config, tensors = networks.read(tmp_path / "d", "denoiser")
     UNet(UNetConfig(**config["unet"])).load_state_dict(tensors)
-    assert run(train_denoiser, tmp_path / "p", folder, "--preset", "pure-noise") == [
+    assert run(train_denoiser, tmp_path / "p", folder, "--pure-noise", "--preset", "small") == [
         "mean-image.png", "noising.png", "samples/epoch-01.png", "training/loss.png",
     ]  # fmt: skip
     assert "outputs differ from the mean digit by 0." in capsys.readouterr().out
@@ -395,10 +395,12 @@ def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, mon
 def test_without_out_the_folder_has_the_name_of_what_is_trained():
     def out(*flags):
         p = training.parser("", "flow", train_flow.PRESETS)
+        p.add_argument("--pure-noise", action="store_true")
         return training.parsed(p, "flow", flags).out.as_posix()
 
     assert out() == out("--preset", "time") == "out/mnist/flow" and out("--preset", "class") == "out/mnist/flow-class"
     assert out("--dataset", "fashion", "--quick") == "out/mnist/flow-fashion-quick" and out("--out", "x") == "x"
+    assert out("--pure-noise", "--preset", "class", "--quick") == "out/mnist/flow-class-pure-noise-quick"
 
 
 def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
@@ -414,8 +416,8 @@ def test_the_presets_are_the_courses():
     from minidiff.mnist.train_diffusion import PRESETS as diffusion
     from minidiff.mnist.train_flow import PRESETS as flows
 
-    assert denoiser["course"] == train_denoiser.Preset(Plan(5, 256, 1e-4), sigma=0.5, hidden=128)
-    assert denoiser["pure-noise"] == train_denoiser.Preset(Plan(5, 256, 1e-4), sigma=None, hidden=128)
+    assert denoiser["course"] == train_denoiser.Preset(Plan(5, 256, 1e-4), hidden=128)
+    assert train_denoiser.SIGMA == 0.5
     for name, classes in (("time", 0), ("class", 10)):
         assert diffusion[name].plan == Plan(20, 128, 1e-3, 0.1) and flows[name].plan == Plan(10, 64, 1e-2, 0.1)
         for unet in (diffusion[name].unet, flows[name].unet):
