@@ -173,6 +173,20 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     return joined[tenth:], joined[:tenth]
 
 
+def networks_of(args: argparse.Namespace, preset: Preset, device: torch.device) -> tuple[UNet, UNet | None]:
+    """What is trained, and its teacher if it has one. Sets args.teacher to the embedded flow model if reflow has none.
+
+    Raises ValueError as `drawing.load`, and on flags of reflow without it.
+    """
+    if preset.unet is None:
+        args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
+        return load(args.teacher, "flow", device), load(args.teacher, "flow", device)
+    if args.teacher is not None or args.pairs is not None:
+        raise ValueError("--teacher and --pairs are for --preset reflow")
+    torch.manual_seed(args.seed)
+    return UNet(replace(preset.unet, hidden=4) if args.quick else preset.unet).to(device), None
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "flow", PRESETS)
@@ -180,17 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
     args = training.parsed(p, "flow", argv)
-    preset, quick = PRESETS[args.preset], args.quick
+    preset = PRESETS[args.preset]
     device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    steps, count = (3, 1) if quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
-    torch.manual_seed(args.seed)
-    if preset.unet is None:
-        args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
-        teacher, model = load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-    elif args.teacher is not None or args.pairs is not None:
-        raise ValueError("--teacher and --pairs are for --preset reflow")
-    else:
-        teacher, model = None, UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
+    steps, count = (3, 1) if args.quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
+    model, teacher = networks_of(args, preset, device)
     told = bool(model.config.num_classes)
     args.guidance_scale = asked_scale(args.guidance_scale, told)
     if teacher is not None:
