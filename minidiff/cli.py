@@ -76,6 +76,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         try:
             main(argv)
         except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                print(f"error: torch.compile failed here ({str(error).splitlines()[0]}); leave out --compile",
+                      file=sys.stderr)  # fmt: skip
+                sys.exit(2)
             if not isinstance(error, torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
                 raise
             print(f"error: {error}; ask for less at once: fewer --num-images, --split-batch, or in training a smaller "

@@ -247,13 +247,17 @@ def test_names_that_are_no_unicode_are_written_down_readably(cascade, tmp_path):
     assert images.read_metadata(tmp_path / "g.png")["prompt"] == "caf\\udce9"
 
 
+NO_COMPILER = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
-    [(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "ask for less at once"),
+    [(NO_COMPILER("no C++ compiler\nand more"), 2, "torch.compile failed here (no C++ compiler); leave out --compile"),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "ask for less at once"),
      (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, "ask for less at once"),
      (RuntimeError("MPS backend out of memory"), 2, "ask for less at once"), (KeyboardInterrupt(), 130, "stopped")],
 )  # fmt: skip
-def test_lack_of_memory_and_ctrl_c_end_a_command_without_a_traceback(error, status, said, capsys):
+def test_lack_of_memory_or_of_a_compiler_and_ctrl_c_end_a_command_without_a_traceback(error, status, said, capsys):
     @cli.command
     def main(argv=None):
         raise error
