@@ -30,6 +30,7 @@ from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
 
 SHOWN = 20  # samples in the picture
+AT_ONCE = 250
 
 
 def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], guidance_scale: float) -> Prediction:
@@ -74,10 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn, judged = (c.get("dataset", "mnist") for c in (read_config(args.model), config))
     if drawn != judged:
         raise ValueError(f"{args.model} draws {drawn}, {args.judge} judges {judged}; pass another --judge")
-    seeds = [seeded(args.seed, args.num_images) for _ in range(2)]
-    x = drawing.draw_ddpm(prediction(unet, args.digits, chosen, args.guidance_scale), seeds[0], device, args.steps)
-    plain = drawing.prediction(unet, torch.full((args.num_images,), args.digits[0]), args.guidance_scale)
-    alone = drawing.draw_ddpm(plain, seeds[1], device, args.steps)
+    if not unet.config.num_classes:
+        raise ValueError(f"{args.model} is not told the digit; pass one of `train_diffusion --preset class` as --model")
+    both = prediction(unet, args.digits, chosen, args.guidance_scale)
+    x, alone = [], []
+    for i in range(0, args.num_images, AT_ONCE):
+        n, first = min(AT_ONCE, args.num_images - i), args.seed + i
+        x.append(drawing.draw_ddpm(both, seeded(first, n), device, args.steps))
+        plain = drawing.prediction(unet, torch.full((n,), args.digits[0]), args.guidance_scale)
+        alone.append(drawing.draw_ddpm(plain, seeded(first, n), device, args.steps))
+    x, alone = torch.cat(x), torch.cat(alone)
     good, lucky = (aligned(judge_of, samples, args.digits, chosen) for samples in (x, alone))
     print(f"{int(good.sum())} of {len(x)} are {' and '.join(map(str, args.digits))} through {', '.join(args.view)}; "
           f"of plain samples of {args.digits[0]}: {int(lucky.sum())}; seeds {args.seed} to {args.seed + len(x) - 1}, "

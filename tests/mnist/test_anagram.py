@@ -60,8 +60,28 @@ def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     assert "negate is for pictures from -1 to 1" in fails(
         capsys, anagram.main, "6", "9", *flags, "--view", "identity", "negate"
     )
+    untold = UNet(UNetConfig(4, time=True))
+    networks.write(tmp_path / "untold", untold, {"kind": "ddpm", "unet": asdict(untold.config)})
+    assert "is not told the digit; pass one of `train_diffusion --preset class`" in fails(
+        capsys, anagram.main, "6", "9", *flags, "--model", tmp_path / "untold"
+    )
     networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "fashion", "unet": asdict(unet.config)})
     assert "draws fashion, " in fails(capsys, anagram.main, "6", "9", *flags)
+
+
+def test_many_are_drawn_in_parts_each_from_its_own_seed(tmp_path, monkeypatch):
+    unet = net()
+    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "unet": asdict(unet.config)})
+    flags = ["6", "9", "--model", str(tmp_path / "ddpm"), "--out", str(tmp_path / "a.png"), "--quick", "--seed", "3"]
+    found = []
+    monkeypatch.setattr(anagram, "aligned", lambda _, x, *rest: found.append(x) or torch.ones(len(x), dtype=torch.bool))
+    anagram.main(flags)
+    monkeypatch.setattr(anagram, "AT_ONCE", 2)
+    anagram.main(flags)
+    for whole, parts in zip(found[:2], found[2:]):
+        assert len(whole) == 5
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "judge"])
