@@ -218,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["score"]:
         score(argv[1:])
     elif argv[:1] == ["train"]:
-        train(training.parsed(training.parser(__doc__, "judge", PRESETS), "judge", argv[1:]))
+        p = training.parser(__doc__, "judge", PRESETS)
+        p.prog += " train"
+        train(training.parsed(p, "judge", argv[1:]))
     elif argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
     else:

@@ -171,6 +171,9 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
         return capsys.readouterr().err
 
     assert "say `judge train` or `judge score FILE`" in fails("what")
+    with pytest.raises(SystemExit):
+        judge.main(["train", "--help"])
+    assert " train [-h]" in capsys.readouterr().out
     assert "holds no images" in fails("score", str(tmp_path / "none.safetensors"))
     save_file({"pictures": torch.zeros(1)}, tmp_path / "s.safetensors")
     assert "write it with sample --tensors" in fails("score", str(tmp_path / "s.safetensors"))
