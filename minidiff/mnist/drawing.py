@@ -9,7 +9,10 @@ Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
 
 from __future__ import annotations
 
+import argparse
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,6 +121,18 @@ def load(folder: Path, kind: str, device: torch.device) -> UNet:
     return unet.to(device).eval()
 
 
+def network(args: argparse.Namespace, kind: str, config: UNetConfig, device: torch.device) -> UNet:
+    """What a trainer works on: the trained network of --figures, or a new one from the seed, tiny if --quick.
+
+    Sets args.dataset to that of a trained one. Raises ValueError as `networks.read`.
+    """
+    if args.figures is not None:
+        args.dataset = networks.read(args.figures, kind)[0].get("dataset", "mnist")
+        return load(args.figures, kind, device)
+    torch.manual_seed(args.seed)
+    return UNet(replace(config, hidden=4) if args.quick else config).to(device)
+
+
 # ---------------------------------------------------------------------------------------------- figures
 
 
@@ -157,4 +172,7 @@ def save_animation(draw: Callable[[Callable], Tensor], steps: int, path: Path) -
 
 
 def _pictures(row: Tensor) -> list[Tensor]:
-    return list(2 * row.cpu() - 1)  # [0, 1] to the [-1, 1] of images.py
+    """[0, 1] to the [-1, 1] of images.py. What is not a number is drawn grey, and said: no training ends over it."""
+    if row.isnan().any():
+        warnings.warn(f"{int(row.isnan().flatten(1).any(1).sum())} of {len(row)} samples are not finite", stacklevel=3)
+    return list((2 * row.cpu() - 1).nan_to_num(nan=0.0))

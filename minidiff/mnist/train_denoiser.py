@@ -6,11 +6,12 @@
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
 `better` trains longer and at a higher rate; `small` has a sixteenth of the arithmetic, for a machine without fast half
-precision, and at that higher rate reaches 0.0079 on the test digits all the same (the course's staff, 0.0084).
+precision, and at that higher rate reaches 0.0079 on the test digits all the same (the course's staff report 0.0084 of
+their last training batch).
 
-Pictures in the folder: noising.png, samples/ after every epoch, training/loss.png, out-of-distribution.png: the same
-digits and the same noise at strengths it was not trained on, with the test error beside that of the best linear
-denoiser.
+Pictures in the folder: noising.png, samples/ after every epoch, training/loss.png; at the end out-of-distribution.png:
+the same digits and the same noise at strengths it was not trained on, with the test error beside that of the best
+linear denoiser. (Those of the end of a run that was stopped: `--figures` and its folder.)
 
 `--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
 made by the same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below
@@ -24,17 +25,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of, settings
+from minidiff.hub import read_config
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import Digits, generator
-from minidiff.mnist.drawing import save_strip
+from minidiff.mnist.drawing import network, save_strip
 from minidiff.mnist.training import TEST_PICTURES, Plan, Run
-from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.mnist.unet import UNetConfig
 
 SIGMA = 0.5  # of training
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -44,13 +47,16 @@ FIGURE = 9  # purpose of a generator, beside those of training.py
 @dataclass(frozen=True)
 class Preset:
     plan: Plan
-    hidden: int = 128
+    unet: UNetConfig = UNetConfig(128)
+
+    def __str__(self) -> str:
+        return f"{self.plan}; {self.unet.hidden} channels"
 
 
 PRESETS = {
     "course": Preset(Plan(epochs=5, batch_size=256, lr=1e-4)),
     "better": Preset(Plan(epochs=10, batch_size=128, lr=1e-3, lr_decay=0.01)),
-    "small": Preset(Plan(epochs=5, batch_size=128, lr=1e-3, lr_decay=0.01), hidden=32),  # a sixteenth of the arithmetic
+    "small": Preset(Plan(epochs=5, batch_size=128, lr=1e-3, lr_decay=0.01), UNetConfig(32)),  # 1/16 of the arithmetic
 }
 
 
@@ -120,51 +126,56 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
     return rows, [["mean digit"] + ["noise"] * 8, ["mean digit"] + ["output"] * 8], distance, spread
 
 
+def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Digits, out: Path, about: dict) -> None:
+    """What is drawn, and printed, of a trained network: out-of-distribution.png, or mean-image.png if sigma is None."""
+    if sigma is None:
+        rows, labels, distance, spread = pure_noise_figure(model, train)
+        print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
+        title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
+        save_strip(rows, labels, title, out / "mean-image.png", about)
+        return
+    judged = training.some(test, TEST_PICTURES)
+    table = errors_by_sigma(model, judged, floors.spectrum(train.images))
+    for strength, error, linear in table:
+        share = f", {error / linear:.0%} of it" if linear > 0 else ""
+        print(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
+    title = f"Trained at sigma {sigma}, asked at others (errors on {len(judged)} test digits)"
+    rows, labels = out_of_distribution(model, test[:3], table)
+    save_strip(rows, labels, title, out / "out-of-distribution.png", about)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "denoiser", PRESETS)
+    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
     p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
     args = training.parsed(p, "denoiser", argv)
-    preset, sigma = PRESETS[args.preset], None if args.pure_noise else SIGMA
-    device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
+    preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
+    plan, model = training.chosen(args, preset.plan), network(args, "denoiser", preset.unet, device)
+    sigma = None if args.pure_noise else SIGMA
+    if args.figures is not None:
+        sigma = read_config(args.figures).get("sigma", SIGMA)
     train, test = training.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
-
-    variances = floors.spectrum(train.images)
-    levels = {"mean image": floors.mean_image_mse(train.images)}
-    if sigma is not None:
-        levels["linear optimum"] = floors.linear_mse(variances, 1, sigma).item()
-        levels["memorisation"] = floors.memorised_denoiser_loss(train, sigma)
-    torch.manual_seed(args.seed)
-    model = UNet(UNetConfig(4 if args.quick else preset.hidden)).to(device)
-    what = training.named(args, len(train))
-    run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=what, seed=args.seed,
-              floors=levels, compiled=args.compile)  # fmt: skip
-    save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
     shown = test.of_each_class(4 if args.four else 1)
 
     def after_epoch(epoch: int) -> None:
         title = f"epoch {epoch}, " + ("noise alone" if sigma is None else f"sigma {sigma}")
         save_strip(*sample_figure(model, shown, sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
 
-    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
-    if not run.complete(out, config, after_epoch):
-        return
-    if sigma is None:
-        rows, labels, distance, spread = pure_noise_figure(model, train)
-        print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
-        title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
-        save_strip(rows, labels, title, out / "mean-image.png", about)
-    else:
-        judged = training.some(test, TEST_PICTURES)
-        table = errors_by_sigma(model, judged, variances)
-        for sigma, error, linear in table:
-            share = f", {error / linear:.0%} of it" if linear > 0 else ""
-            print(f"sigma {sigma}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
-        title = f"Trained at sigma {sigma}, asked at others (errors on {len(judged)} test digits)"
-        rows, labels = out_of_distribution(model, test[:3], table)
-        save_strip(rows, labels, title, out / "out-of-distribution.png", about)
+    if args.figures is None:
+        levels = {"mean image": floors.mean_image_mse(train.images)}
+        if sigma is not None:
+            levels["linear optimum"] = floors.linear_mse(floors.spectrum(train.images), 1, sigma).item()
+            levels["memorisation"] = floors.memorised_denoiser_loss(train, sigma)
+        run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=training.named(args, len(train)),
+                  seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+        save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
+        config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
+        if not run.complete(out, config, after_epoch):
+            return
+    save_figures(model, sigma, train, test, out, about)
     print(f"wrote {out}   ({clock})")
 
 

@@ -14,8 +14,9 @@ small beside the noise, and digits come out; what it costs is a little of the ri
 
 `better` is larger and trains longer; `small` is for a machine without fast half precision.
 
-Pictures in the folder: samples/, training/loss.png, sampling.gif, cleaned.png (noisy test digits made clean by the last
-part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class given).
+Pictures in the folder: samples/ and training/loss.png; at the end sampling.gif, cleaned.png (noisy test digits made
+clean by the last part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class
+given). Those of the end can be had of any trained network: `--figures weights/mnist/ddpm`.
 
 Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/drawing.py` first. Next: `mnist/train_flow.py`.
 Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes dropped with probability 0.1.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ from minidiff.mnist.drawing import (
     course_schedule,
     draw_ddpm,
     dropped,
+    network,
     prediction,
     save_animation,
     save_guidance,
@@ -48,7 +51,7 @@ from minidiff.mnist.drawing import (
     save_strip,
 )
 from minidiff.mnist.training import Plan, Run
-from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.mnist.unet import UNetConfig
 from minidiff.sampling import Prediction, denoise, noised, seeded
 from minidiff.schedule import Schedule
 
@@ -60,6 +63,9 @@ class Preset:
     plan: Plan
     unet: UNetConfig
     sampled: tuple[int, ...] = (1, 5, 10, 15)
+
+    def __str__(self) -> str:
+        return f"{self.plan}; {self.unet.hidden} channels"
 
 
 COURSE = Plan(epochs=20, batch_size=128, lr=1e-3, lr_decay=0.1)
@@ -106,25 +112,19 @@ def cleaned(
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "ddpm", PRESETS)
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
+    p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
+                   "instead of the preset's")  # fmt: skip
+    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
     args = training.parsed(p, "ddpm", argv)
-    preset, quick, out, clock = PRESETS[args.preset], args.quick, args.out, Clock()
-    told = bool(preset.unet.num_classes)
+    preset, quick, out, clock, device = PRESETS[args.preset], args.quick, args.out, Clock(), device_of(args.device)
+    plan, model = training.chosen(args, preset.plan), network(args, "ddpm", preset.unet, device)
+    told, schedule = bool(model.config.num_classes), course_schedule()
     args.guidance_scale = asked_scale(args.guidance_scale, told)
-    device, plan = device_of(args.device), training.chosen(args, preset.plan)
-    about = settings(args, "mnist.train_diffusion")
     steps, count = (6, 1) if quick else (T, 4)  # of the samples; count: of each class
     train, test = training.pictures(args, device)
-    schedule = course_schedule()
+    about = settings(args, "mnist.train_diffusion")
     left = schedule.alphas_cumprod[-1].item()
     print(f"alpha_bar at the last of {T} times: {left:.4f}; {left**0.5:.1%} of the picture's amplitude are left there")
-    levels = {
-        "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
-        "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
-    }
-    torch.manual_seed(args.seed)
-    model = UNet(replace(preset.unet, hidden=4) if quick else preset.unet).to(device)
-    run = Run(model, Diffusion(schedule), train, test, plan, out / "training", what=training.named(args, len(train)),
-              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
     labels = torch.arange(CLASSES).repeat(count) if told else None
 
     def draw(
@@ -134,13 +134,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return draw_ddpm(predict, seeded(args.seed, n), device, steps, on_step)
 
     def after_epoch(epoch: int) -> None:
-        if epoch in preset.sampled or epoch == plan.epochs:
+        if epoch in (args.sample_epochs or preset.sampled) or epoch == plan.epochs:
             x = draw(labels, args.guidance_scale, count * CLASSES)
             save_samples(x, "DDPM", args.guidance_scale, epoch, out, about)
 
-    config = {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}
-    if not run.complete(out, config, after_epoch):
-        return
+    if args.figures is None:
+        levels = {
+            "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
+            "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
+        }
+        run = Run(model, Diffusion(schedule), train, test, plan, out / "training",
+                  what=training.named(args, len(train)), seed=args.seed, floors=levels,
+                  compiled=args.compile)  # fmt: skip
+        if not run.complete(out, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}, after_epoch):
+            return
     save_animation(lambda note: draw(labels, args.guidance_scale, on_step=note), steps, out / "sampling.gif")
     if told:
         save_animation(lambda note: draw(None, 1.0, on_step=note), steps, out / "unconditional.gif")

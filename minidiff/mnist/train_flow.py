@@ -15,8 +15,9 @@ noise, so their pictures can be laid side by side.
 lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50
 before and after, and both straightnesses are printed.
 
-Pictures in the folder: samples/, training/loss.png, solvers.png (Euler, midpoint, Heun and Dormand-Prince, with what
-each cost), sampling.gif and, where the digit is told, guidance.png.
+Pictures in the folder: samples/ and training/loss.png; at the end solvers.png (Euler, midpoint, Heun and
+Dormand-Prince, with what each cost), sampling.gif and, where the digit is told, guidance.png. Those of the end can be
+had of any trained network: `--figures weights/mnist/flow`.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
 """
@@ -24,7 +25,9 @@ Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.   
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +50,7 @@ from minidiff.mnist.drawing import (
     asked_scale,
     dropped,
     load,
+    network,
     save_animation,
     save_guidance,
     save_samples,
@@ -69,6 +73,9 @@ class Preset:
     plan: Plan
     unet: UNetConfig | None
     sampled: tuple[int, ...] = (1, 5, 10, 15, 20, 30, 40, 50)
+
+    def __str__(self) -> str:
+        return f"{self.plan}; " + (f"{self.unet.hidden} channels" if self.unet else "the teacher's network")
 
 
 COURSE = Plan(epochs=10, batch_size=64, lr=1e-2, lr_decay=0.1)
@@ -138,12 +145,19 @@ def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -
 
 
 def by_solver(v: Velocity, x_0: Tensor, steps: int) -> tuple[list[Tensor], list[str]]:
-    """The same noises by every solver, a row each, named with its number of evaluations."""
+    """The same noises by every solver, a row each, named with its number of evaluations.
+
+    Warns, and leaves the row out, if Dormand-Prince is stuck.
+    """
     few = max(1, steps // 5)
     rows = [flow.solve(v, x_0, flow.grid(n)) for n in (few, steps)]
     rows += [flow.solve(v, x_0, flow.grid(few), name) for name in ("midpoint", "heun")]
-    x, evaluations = flow.dormand_prince(v, x_0)
     names = [f"Euler, {few}", f"Euler, {steps}", f"midpoint, {2 * few}", f"Heun, {2 * few}"]
+    try:
+        x, evaluations = flow.dormand_prince(v, x_0)
+    except ValueError as error:  # a network that has hardly learned, or has exploded
+        warnings.warn(f"no row for Dormand-Prince: {error}", stacklevel=2)
+        return rows, names
     return [*rows, x], [*names, f"Dormand-Prince, {evaluations}"]
 
 
@@ -154,15 +168,12 @@ def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
 
 
 def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tuple[Digits, Digits]:
-    """What reflow learns: `kept_pairs` for training, and a tenth for the test. Sets args.dataset to the teacher's.
+    """What reflow learns: `kept_pairs` for training, and a tenth for the test.
 
-    Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, if
-    the pairs would not fill a batch, and if another data set was asked for.
+    Raises ValueError as `training.checkpoint_of` (before the pairs are drawn, which takes long) and `kept_pairs`, and
+    if the pairs would not fill a batch.
     """
-    drawn = read_config(args.teacher).get("dataset", "mnist")
-    if args.dataset not in (drawn, "mnist"):
-        raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")
-    args.dataset, folder = drawn, args.out / "training"
+    folder = args.out / "training"
     pairs = args.pairs if args.pairs is not None else 200 if args.quick else PAIRS
     tenth = pairs // 10
     if not tenth or pairs - tenth < plan.batch_size:
@@ -173,43 +184,41 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     return joined[tenth:], joined[:tenth]
 
 
-def networks_of(args: argparse.Namespace, preset: Preset, device: torch.device) -> tuple[UNet, UNet | None]:
-    """What is trained, and its teacher if it has one. Sets args.teacher to the embedded flow model if reflow has none.
+def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
+    """The teacher of reflow, by default the embedded flow model. Sets args.teacher, and args.dataset to the teacher's.
 
-    Raises ValueError as `drawing.load`, and on flags of reflow without it.
+    Raises ValueError as `drawing.load`, if another data set was asked for, and on flags of reflow without it.
     """
-    if preset.unet is None:
-        args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
-        return load(args.teacher, "flow", device), load(args.teacher, "flow", device)
-    if args.teacher is not None or args.pairs is not None:
-        raise ValueError("--teacher and --pairs are for --preset reflow")
-    torch.manual_seed(args.seed)
-    return UNet(replace(preset.unet, hidden=4) if args.quick else preset.unet).to(device), None
+    if args.preset != "reflow":
+        if args.teacher is not None or args.pairs is not None:
+            raise ValueError("--teacher and --pairs are for --preset reflow")
+        return None
+    args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
+    teacher, drawn = load(args.teacher, "flow", device), read_config(args.teacher).get("dataset", "mnist")
+    if args.dataset not in (drawn, "mnist"):
+        raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")
+    args.dataset = drawn
+    return teacher
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "flow", PRESETS)
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
+    p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
+                   "instead of the preset's")  # fmt: skip
+    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
     p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
     args = training.parsed(p, "flow", argv)
-    preset = PRESETS[args.preset]
-    device, clock, plan, out = device_of(args.device), Clock(), training.chosen(args, preset.plan), args.out
-    steps, count = (3, 1) if args.quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
-    model, teacher = networks_of(args, preset, device)
+    preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
+    plan, teacher = training.chosen(args, preset.plan), teacher_of(args, device)
+    anew = args.figures is None and teacher is not None
+    model = copy.deepcopy(teacher) if anew else network(args, "flow", preset.unet, device)
     told = bool(model.config.num_classes)
     args.guidance_scale = asked_scale(args.guidance_scale, told)
-    if teacher is not None:
-        train, test = lines(args, teacher, plan, steps)
-        levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
-    else:
-        train, test = training.pictures(args, device)
-        levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
-                  "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
     about = settings(args, "mnist.train_flow")
-    run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
-              seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+    steps, count = (3, 1) if args.quick else (FLOW_STEPS, 4)  # of the samples; count: of each class
     labels = torch.arange(CLASSES).repeat(count) if told else None
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(args.seed, count * CLASSES)).to(device)
 
@@ -218,22 +227,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         return flow.solve(v, x_0[:n], flow.grid(steps), on_step=on_step)
 
     def after_epoch(epoch: int) -> None:
-        if epoch in preset.sampled or epoch == plan.epochs:
+        if epoch in (args.sample_epochs or preset.sampled) or epoch == plan.epochs:
             save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", args.guidance_scale, epoch, out, about)
 
-    if not run.complete(out, {"kind": "flow", "preset": args.preset, "dataset": args.dataset}, after_epoch):
-        return
+    if args.figures is None:
+        if teacher is not None:
+            train, test = lines(args, teacher, plan, steps)
+            levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
+        else:
+            train, test = training.pictures(args, device)
+            levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
+                      "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
+        run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
+                  seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+        if not run.complete(out, {"kind": "flow", "preset": args.preset, "dataset": args.dataset}, after_epoch):
+            return
     save_animation(lambda note: draw(args.guidance_scale, on_step=note), steps, out / "sampling.gif")
     if told:
         save_guidance(draw, out, about)
-    labels, x_0 = labels[:CLASSES] if told else None, x_0[:CLASSES]
-    strong = velocity(model, labels, args.guidance_scale)
-    save_strip(*by_solver(strong, x_0, steps), "Solvers and their evaluations", out / "solvers.png", about)
-    plain = {"this model": velocity(model, labels)}
+    ten = labels[:CLASSES] if told else None
+    strong = velocity(model, ten, args.guidance_scale)
+    save_strip(*by_solver(strong, x_0[:CLASSES], steps), "Solvers and their evaluations", out / "solvers.png", about)
+    both = {"this model": model} if teacher is None else {"the teacher": teacher, "this model": model}
     if teacher is not None:
-        plain = {"the teacher": velocity(teacher, labels)} | plain
-        save_strip(*few_steps(plain, x_0, steps), "Euler steps before and after reflow", out / "reflow.png", about)
-    straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in plain.items()}
+        plain = {name: velocity(unet, ten) for name, unet in both.items()}
+        title = "Euler steps before and after reflow"
+        save_strip(*few_steps(plain, x_0[:CLASSES], steps), title, out / "reflow.png", about)
+    straight = {name: flow.straightness(velocity(u, labels), x_0, steps).mean().item() for name, u in both.items()}
     print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
     print(f"wrote {out}   ({clock})")
 

@@ -25,6 +25,7 @@ Read `mnist/floors.py` first. Next: `mnist/judge.py`, the smallest trainer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import itertools
@@ -78,6 +79,11 @@ class Plan:
         """lr * lr_decay^(epoch / epochs): with lr_decay 0.1 the course's ExponentialLR of gamma 0.1^(1 / epochs)."""
         return self.lr * self.lr_decay ** (epoch / self.epochs)
 
+    def __str__(self) -> str:
+        last = self.lr_at(self.epochs - 1)
+        falling = f", falling to {last:.3g}" if last < self.lr else ""
+        return f"{self.epochs} epochs, batches of {self.batch_size}, learning rate {self.lr:g}{falling}"
+
 
 class Run:
     """One training run: what the checkpoint holds, and the step."""
@@ -109,10 +115,8 @@ class Run:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
-        last = plan.lr_at(plan.epochs - 1)
-        lr = f"{plan.lr:g}" + (f", falling to {last:g}" if last < plan.lr else "")
-        print(f"{plan.epochs} epochs of {self.steps_per_epoch} batches of {plan.batch_size}, learning rate {lr}; "
-              f"{sum(p.numel() for p in model.parameters()):,} weights")  # fmt: skip
+        weights_in_all = sum(p.numel() for p in model.parameters())
+        print(f"{plan}; {self.steps_per_epoch} batches in an epoch; {weights_in_all:,} weights")
         if state is not None:
             self.resume(state)
         else:
@@ -151,9 +155,9 @@ class Run:
             images.save(chart, self.folder / "loss.png", {})
 
     def one_step(self, batch: Digits, step: int) -> Tensor:
-        """Loss, gradient, Adam. Returns the loss, still on the device, so that no step waits for the one before."""
+        """Loss, gradient, Adam. Returns the loss, still on the device: reading it would make every step wait."""
         x = batch.images.to(memory_format=self.layout)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with precision(self.device, self.dtype):
             loss = self.loss(self.model, Digits(x, batch.labels), generator(self.device, self.seed, STEP, step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -290,23 +294,29 @@ def loss_on(test: Digits, model: nn.Module, loss: Loss, seed: int) -> float:
     return sum(loss(model, part, random).item() * len(part) for part in parts) / len(test)
 
 
+def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast to dtype; nothing for float32, as not every device has an autocast."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 def measure(model: nn.Module, loss: Loss, batch: Digits) -> tuple[str, str]:
     """Which precision and memory layout trains fastest here: names of DTYPES and LAYOUTS. Prints what it found.
 
     A copy of the model makes a few steps in each; on a CPU with 32 pictures, which is enough to see a difference, and
-    counting the time of this process alone, whatever else the machine does.
+    counting the time of this process alone, whatever else the machine does. Apple's GPUs are only asked for float32:
+    not every torch has another precision for them.
     """
     device = batch.images.device
     batch = batch if device.type == "cuda" else batch[:32]
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds: dict[tuple[str, str], float] = {}
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+    for dtype, layout in itertools.product(["float32"] if device.type == "mps" else DTYPES, LAYOUTS):
         trial = copy.deepcopy(model).to(memory_format=LAYOUTS[layout]).train()
         digits = Digits(batch.images.to(memory_format=LAYOUTS[layout]), batch.labels)
         runs: list[float] = []
         while len(runs) < 2 or sum(runs) < 0.3:
             start = clock()
-            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+            with precision(device, DTYPES[dtype]):
                 value = loss(trial, digits, generator(device, 0))
             value.backward()
             value.item()  # waits for the device
@@ -344,18 +354,23 @@ def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, fl
 
 def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.ArgumentParser:
     """The flags that every trainer of this kind of network has; the first preset is the default."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = next(iter(presets))
-    p.add_argument("--preset", choices=list(presets), default=first, help="default %(default)s")
+    first, width = next(iter(presets)), max(map(len, presets))
+    p = argparse.ArgumentParser(
+        description=doc,
+        epilog="\n".join(["presets:", *(f"  {name:{width}}  {preset}" for name, preset in presets.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--preset", choices=list(presets), default=first, help="see below (default %(default)s)")
     for f in fields(Plan):
+        more = "; the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
         p.add_argument(f"--{f.name.replace('_', '-')}", type={"int": int, "float": float}[f.type],
-                       help="instead of the preset's")  # fmt: skip
+                       help=f"instead of the preset's{more}")  # fmt: skip
     p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
     p.add_argument(
         "--out",
         type=Path,
-        help=f"folder of the run (default out/mnist/{kind}, then -PRESET and -DATASET if not the default)",
+        help=f"folder of the run (default out/mnist/{kind}, and -PRESET, -DATASET and the like, if not the default)",
     )
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
@@ -364,17 +379,17 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
         action="store_true",
         help="torch.compile the network: a minute at the start; on some machines faster from then on",
     )
-    p.add_argument("--quick", action="store_true", help="a tiny network on few pictures: a smoke test, in seconds")
+    p.add_argument("--quick", action="store_true", help="a tiny network, few pictures and steps: a smoke test")
     return p
 
 
 def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Without --out the folder is named after preset, data set, --pure-noise and --quick, as far as they
-    are not the default: out/mnist/flow-class-quick."""
+    """The flags. Without --out the folder is named after preset, data set, and which of --pure-noise, --figures and
+    --quick there are: out/mnist/flow-class-quick."""
     args = p.parse_args(argv)
     if args.out is None:
         others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
-        others += [name.replace("_", "-") for name in ("pure_noise", "quick") if getattr(args, name, False)]
+        others += [name.replace("_", "-") for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
         args.out = Path("out", "mnist", "-".join([kind, *others]))
     return args
 

@@ -160,7 +160,12 @@ def test_figures_of_the_flow_name_their_rows():
     def v(x, time):
         return time.view(-1, 1, 1, 1) - x
 
+    def torn(x, time):
+        return torch.full_like(x, float("nan"))
+
     x_0 = draw_noise((2, 1, 28, 28), seeded(0, 2))
+    with pytest.warns(UserWarning, match="no row for Dormand-Prince: the solver is stuck at time 0"):
+        assert len(train_flow.by_solver(torn, x_0, 10)[0]) == 4
     rows, names = train_flow.by_solver(v, x_0, 10)
     assert names[:4] == ["Euler, 2", "Euler, 10", "midpoint, 4", "Heun, 4"]
     methods = (("euler", 2), ("euler", 10), ("midpoint", 2), ("heun", 2))
@@ -211,8 +216,29 @@ def run(module, out, folder, *flags):
     return sorted(str(p.relative_to(out)) for p in out.rglob("*.*") if p.suffix in (".png", ".gif"))
 
 
-def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
+def figures(module, trained, out, folder, *flags):
+    """What --figures makes of a trained network: pictures alone, and nothing in the network's folder."""
+    before = {p: p.read_bytes() for p in trained.rglob("*.*")}
+    made = run(module, out, folder, "--figures", str(trained), *flags)
+    assert {p: p.read_bytes() for p in trained.rglob("*.*")} == before
+    assert sorted(p.name for p in out.rglob("*.*")) == sorted(made)
+    return made
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """Of all strips that the denoiser's trainer saves, by name."""
+    found, save = {}, train_denoiser.save_strip
+    monkeypatch.setattr(
+        train_denoiser, "save_strip", lambda *args: found.update({args[3].name: args[2]}) or save(*args)
+    )
+    return found
+
+
+def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys, titles):
     made = run(train_denoiser, tmp_path / "d", folder, "--four")
+    assert titles["out-of-distribution.png"] == "Trained at sigma 0.5, asked at others (errors on 100 test digits)"
+    assert titles["samples/epoch-01.png".split("/")[1]] == "epoch 1, sigma 0.5"
     assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png", "training/loss.png"]
     shown = capsys.readouterr().out
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
@@ -227,7 +253,14 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys):
     assert run(train_denoiser, tmp_path / "p", folder, "--pure-noise", "--preset", "small") == [
         "mean-image.png", "noising.png", "samples/epoch-01.png", "training/loss.png",
     ]  # fmt: skip
-    assert "outputs differ from the mean digit by 0." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "outputs differ from the mean digit by 0." in shown and titles["epoch-01.png"] == "epoch 1, noise alone"
+    assert figures(train_denoiser, tmp_path / "d", tmp_path / "e", folder) == ["out-of-distribution.png"]
+    capsys.readouterr()
+    assert figures(train_denoiser, tmp_path / "p", tmp_path / "q", folder) == ["mean-image.png"]  # its config says so
+    said = [line for text in (shown, capsys.readouterr().out) for line in text.splitlines() if "outputs differ" in line]
+    numbers = [[float(word) for word in line.split() if word[0].isdigit()] for line in said]
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)  # the network's, but for float16
 
 
 @pytest.fixture
@@ -250,6 +283,10 @@ def test_train_diffusion_makes_its_pictures(folder, tmp_path, capsys, asked):
     # samples, sampling.gif, unconditional.gif, guidance.png, cleaned.png
     assert asked[0] == [5.0, 5.0, 1.0, 0.0, 1.0, 5.0, 10.0, 1.0, 1.0]
     assert run(train_diffusion, tmp_path / "t", folder) == always and asked[1] == [0.1, 1.0]
+    asked[0].clear()
+    ends = ["cleaned.png", "guidance.png", "sampling.gif", "unconditional.gif"]
+    assert figures(train_diffusion, tmp_path / "d", tmp_path / "e", folder) == ends  # told, though the preset is not
+    assert asked[0] == [5.0, 1.0, 0.0, 1.0, 5.0, 10.0, 1.0, 1.0]
     assert "nothing to guide; leave out --guidance-scale" in fails(
         capsys, train_diffusion.main, "--data", folder, "--out", tmp_path / "u", "--guidance-scale", 2
     )
@@ -263,8 +300,13 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     )  # samples, .gif, guidance.png, solvers.png, straight
     edit_config(tmp_path / "f", dataset="fashion")
     assert made == ["guidance.png", "samples/epoch-01.png", "sampling.gif", "solvers.png", "training/loss.png"]
+    ends = ["guidance.png", "sampling.gif", "solvers.png"]
+    assert figures(train_flow, tmp_path / "f", tmp_path / "g", tmp_path / "no data") == ends
+    assert images.read_metadata(tmp_path / "g" / "guidance.png")["dataset"] == "fashion"
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"), "--lr", "0")
     shown = capsys.readouterr().out
+    flags = ["--preset", "reflow", "--teacher", str(tmp_path / "f")]
+    assert figures(train_flow, tmp_path / "r", tmp_path / "h", folder, *flags) == sorted([*ends, "reflow.png"])
     assert "reflow.png" in made and "; the teacher 0." in shown and "(0 is straight): the teacher" in shown
     (_, teacher), (config, student) = (networks.read(tmp_path / name, "flow") for name in ("f", "r"))
     assert config["dataset"] == "fashion"  # the teacher's
@@ -403,6 +445,36 @@ def test_without_out_the_folder_has_the_name_of_what_is_trained():
     assert out("--pure-noise", "--preset", "class", "--quick") == "out/mnist/flow-class-pure-noise-quick"
 
 
+@pytest.mark.parametrize("module", [train_diffusion, train_flow])
+def test_samples_are_drawn_after_the_epochs_that_are_asked_for_and_the_last(module, folder, tmp_path):
+    flags = ["--epochs", "5", "--batch-size", "200"]
+    made = run(module, tmp_path / "a", folder, *flags, "--sample-epochs", "2", "3")
+    assert [p for p in made if "samples" in p] == [f"samples/epoch-0{epoch}.png" for epoch in (2, 3, 5)]
+    made = run(module, tmp_path / "b", folder, *flags)
+    assert [p for p in made if "samples" in p] == [f"samples/epoch-0{epoch}.png" for epoch in (1, 5)]
+
+
+def test_samples_that_are_no_numbers_do_not_end_the_training(folder, tmp_path, capsys):
+    """Guidance of 1e30 makes them so; the run comes to its end, and its network is there."""
+    made = run(train_flow, tmp_path / "n", folder, "--preset", "class", "--guidance-scale", "1e30")
+    assert "samples/epoch-01.png" in made and "solvers.png" in made
+    assert "warning: 10 of 10 samples are not finite" in capsys.readouterr().err
+    assert networks.read(tmp_path / "n", "flow")[0]["trained"] == "1 of 1 epochs"
+
+
+@pytest.mark.parametrize("module", [train_denoiser, train_diffusion, train_flow])
+def test_every_preset_trains_a_network_and_is_told_in_the_help(module, folder, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, preset in module.PRESETS.items():
+        assert f"{name:{max(map(len, module.PRESETS))}}  {preset.plan}; " in shown
+    for name in set(module.PRESETS) - {"reflow"}:
+        monkeypatch.setattr(training.Run, "complete", lambda *args: False)
+        module.main(["--quick", "--data", str(folder), "--out", str(tmp_path / name), "--preset", name])
+        assert (tmp_path / name / "training" / "checkpoint.pt").is_file()
+
+
 def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
     message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "n", "--lr", "1e30",
                     "--epochs", 2)  # fmt: skip
@@ -416,7 +488,7 @@ def test_the_presets_are_the_courses():
     from minidiff.mnist.train_diffusion import PRESETS as diffusion
     from minidiff.mnist.train_flow import PRESETS as flows
 
-    assert denoiser["course"] == train_denoiser.Preset(Plan(5, 256, 1e-4), hidden=128)
+    assert denoiser["course"] == train_denoiser.Preset(Plan(5, 256, 1e-4), UNetConfig(128))
     assert train_denoiser.SIGMA == 0.5
     for name, classes in (("time", 0), ("class", 10)):
         assert diffusion[name].plan == Plan(20, 128, 1e-3, 0.1) and flows[name].plan == Plan(10, 64, 1e-2, 0.1)
