@@ -18,7 +18,7 @@ made by the same answer to every z: the mean E[x] of all training digits, a grey
 the mean picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
 `mnist/train_diffusion.py`.
 
-Read `mnist/training.py` first. Next: `mnist/train_diffusion.py`.
+Read `mnist/training.py` and `mnist/drawing.py` first. Next: `mnist/train_diffusion.py`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Plan:
     def __str__(self) -> str:
         last = self.lr_at(self.epochs - 1)
         falling = f", falling to {last:.3g}" if last < self.lr else ""
-        return f"{self.epochs} epochs, batches of {self.batch_size}, learning rate {self.lr:g}{falling}"
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        return f"{epochs}, batches of {self.batch_size}, learning rate {self.lr:g}{falling}"
 
 
 class Run:
