@@ -77,8 +77,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             main(argv)
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                print(f"error: torch.compile failed here ({str(error).splitlines()[0]}); leave out --compile",
-                      file=sys.stderr)  # fmt: skip
+                cause = getattr(error, "inner_exception", error)
+                print(f"error: torch.compile failed here ({type(cause).__name__}: {str(cause).splitlines()[0]}); "
+                      "leave out --compile", file=sys.stderr)  # fmt: skip
                 sys.exit(2)
             if not isinstance(error, torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
                 raise

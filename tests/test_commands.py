@@ -247,12 +247,13 @@ def test_names_that_are_no_unicode_are_written_down_readably(cascade, tmp_path):
     assert images.read_metadata(tmp_path / "g.png")["prompt"] == "caf\\udce9"
 
 
-NO_COMPILER = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+NO_COMPILER = type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("backend='inductor'")
+NO_COMPILER.inner_exception = OSError("no C++ compiler\nand more")
 
 
 @pytest.mark.parametrize(
     ("error", "status", "said"),
-    [(NO_COMPILER("no C++ compiler\nand more"), 2, "torch.compile failed here (no C++ compiler); leave out --compile"),
+    [(NO_COMPILER, 2, "torch.compile failed here (OSError: no C++ compiler); leave out --compile"),
      (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "ask for less at once"),
      (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, "ask for less at once"),
      (RuntimeError("MPS backend out of memory"), 2, "ask for less at once"), (KeyboardInterrupt(), 130, "stopped")],

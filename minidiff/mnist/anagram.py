@@ -30,7 +30,7 @@ from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
 
 SHOWN = 20  # samples in the picture
-AT_ONCE = 250
+AT_ONCE = 250  # are drawn together
 
 
 def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], guidance_scale: float) -> Prediction:
@@ -41,9 +41,12 @@ def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], 
 
 
 def aligned(judge_of: judge.Judge, x: Tensor, digits: Sequence[int], chosen: Sequence[views.View]) -> Tensor:
-    """Which samples (B, 1, 28, 28) the judge takes for each digit through its view: (B,) bool, all must agree."""
+    """Which samples (B, 1, 28, 28) the judge takes for each digit through its view: (B,) bool, all must agree.
+
+    A sample that is not finite is none.
+    """
     agrees = [judge.look(judge_of, view.view(x))[1] == digit for digit, view in zip(digits, chosen)]
-    return torch.stack(agrees).all(0)
+    return torch.stack([*agrees, x.isfinite().flatten(1).all(1)]).all(0)
 
 
 @command

@@ -121,13 +121,9 @@ def load(folder: Path, kind: str, device: torch.device) -> UNet:
     return unet.to(device).eval()
 
 
-def network(args: argparse.Namespace, kind: str, config: UNetConfig, device: torch.device) -> UNet:
-    """What a trainer works on: the trained network of --figures, or a new one from the seed, tiny if --quick.
-
-    Sets args.dataset to that of a trained one. Raises ValueError as `networks.read`.
-    """
+def new_or_trained(args: argparse.Namespace, kind: str, config: UNetConfig, device: torch.device) -> UNet:
+    """What a trainer works on: a new network from the seed, tiny if --quick; or that of --figures, as `load`."""
     if args.figures is not None:
-        args.dataset = networks.read(args.figures, kind)[0].get("dataset", "mnist")
         return load(args.figures, kind, device)
     torch.manual_seed(args.seed)
     return UNet(replace(config, hidden=4) if args.quick else config).to(device)
@@ -139,7 +135,13 @@ def network(args: argparse.Namespace, kind: str, config: UNetConfig, device: tor
 def save_strip(
     rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
 ) -> None:
-    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
+    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit.
+
+    What is not a number is drawn grey, and a warning given: no training shall end over a picture.
+    """
+    bad = sum(int((~row.isfinite()).flatten(1).any(1).sum()) for row in rows)
+    if bad:
+        warnings.warn(f"{bad} of the digits in {path} hold values that are not finite", stacklevel=2)
     texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
     images.save(images.strip([_pictures(row) for row in rows], texts, title), path, metadata)
 
@@ -172,7 +174,5 @@ def save_animation(draw: Callable[[Callable], Tensor], steps: int, path: Path) -
 
 
 def _pictures(row: Tensor) -> list[Tensor]:
-    """[0, 1] to the [-1, 1] of images.py. What is not a number is drawn grey, and said: no training ends over it."""
-    if row.isnan().any():
-        warnings.warn(f"{int(row.isnan().flatten(1).any(1).sum())} of {len(row)} samples are not finite", stacklevel=3)
+    """[0, 1] to the [-1, 1] of images.py; what is not a number becomes grey."""
     return list((2 * row.cpu() - 1).nan_to_num(nan=0.0))

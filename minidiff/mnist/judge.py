@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif argv[:1] == ["train"]:
         p = training.parser(__doc__, "judge", PRESETS)
         p.prog += " train"
-        train(training.parsed(p, "judge", argv[1:]))
+        train(training.parsed(p, "judge", PRESETS, argv[1:]))
     elif argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
     else:

@@ -32,10 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of, settings
-from minidiff.hub import read_config
 from minidiff.mnist import floors, training
 from minidiff.mnist.data import Digits, generator
-from minidiff.mnist.drawing import network, save_strip
+from minidiff.mnist.drawing import new_or_trained, save_strip
 from minidiff.mnist.training import TEST_PICTURES, Plan, Run
 from minidiff.mnist.unet import UNetConfig
 
@@ -147,15 +146,12 @@ def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Dig
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = training.parser(__doc__, "denoiser", PRESETS)
-    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
     p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
-    args = training.parsed(p, "denoiser", argv)
+    args = training.parsed(p, "denoiser", PRESETS, argv)
     preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
-    plan, model = training.chosen(args, preset.plan), network(args, "denoiser", preset.unet, device)
+    plan, model = training.chosen(args, preset.plan), new_or_trained(args, "denoiser", preset.unet, device)
     sigma = None if args.pure_noise else SIGMA
-    if args.figures is not None:
-        sigma = read_config(args.figures).get("sigma", SIGMA)
     train, test = training.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
     shown = test.of_each_class(4 if args.four else 1)

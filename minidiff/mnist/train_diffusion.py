@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ from minidiff.mnist.drawing import (
     course_schedule,
     draw_ddpm,
     dropped,
-    network,
+    new_or_trained,
     prediction,
     save_animation,
     save_guidance,
@@ -114,10 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
     p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
                    "instead of the preset's")  # fmt: skip
-    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
-    args = training.parsed(p, "ddpm", argv)
+    args = training.parsed(p, "ddpm", PRESETS, argv)
     preset, quick, out, clock, device = PRESETS[args.preset], args.quick, args.out, Clock(), device_of(args.device)
-    plan, model = training.chosen(args, preset.plan), network(args, "ddpm", preset.unet, device)
+    plan, model = training.chosen(args, preset.plan), new_or_trained(args, "ddpm", preset.unet, device)
     told, schedule = bool(model.config.num_classes), course_schedule()
     args.guidance_scale = asked_scale(args.guidance_scale, told)
     steps, count = (6, 1) if quick else (T, 4)  # of the samples; count: of each class

@@ -50,7 +50,7 @@ from minidiff.mnist.drawing import (
     asked_scale,
     dropped,
     load,
-    network,
+    new_or_trained,
     save_animation,
     save_guidance,
     save_samples,
@@ -207,14 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
     p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
                    "instead of the preset's")  # fmt: skip
-    p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing, only draw what its network does")
     p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
-    args = training.parsed(p, "flow", argv)
+    args = training.parsed(p, "flow", PRESETS, argv)
     preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
     plan, teacher = training.chosen(args, preset.plan), teacher_of(args, device)
     anew = args.figures is None and teacher is not None
-    model = copy.deepcopy(teacher) if anew else network(args, "flow", preset.unet, device)
+    model = copy.deepcopy(teacher) if anew else new_or_trained(args, "flow", preset.unet, device)
     told = bool(model.config.num_classes)
     args.guidance_scale = asked_scale(args.guidance_scale, told)
     about = settings(args, "mnist.train_flow")
@@ -240,7 +239,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                       "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
         run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
                   seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
-        if not run.complete(out, {"kind": "flow", "preset": args.preset, "dataset": args.dataset}, after_epoch):
+        config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
+        if teacher is not None:
+            config["teacher"] = str(args.teacher)
+        if not run.complete(out, config, after_epoch):
             return
     save_animation(lambda note: draw(args.guidance_scale, on_step=note), steps, out / "sampling.gif")
     if told:

@@ -16,8 +16,8 @@ The same command again goes on from the checkpoint. The order of an epoch's pict
 step's noise from (seed, step), so a run that was stopped anywhere ends in the same numbers as one that was not (on a
 CPU to the last bit; a GPU may round otherwise from run to run).
 
-How to compute is measured, not assumed: `measure` tries float32 and bfloat16, both memory layouts, and takes the
-fastest; the checkpoint remembers which.
+How to compute is measured, not assumed: `measure` tries float32 and, but on Apple's GPUs, bfloat16, both memory
+layouts, and takes the fastest; the checkpoint remembers which.
 
 Read `mnist/floors.py` first. Next: `mnist/judge.py`, the smallest trainer.
 """
@@ -50,6 +50,8 @@ from minidiff.mnist.data import DATASETS, Digits, generator, load
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
 ORDER, STEP, TEST = range(3)  # what a generator is for
 TEST_PICTURES = 2000  # on which the loss is measured after each epoch
+OF_TRAINING = ("preset", "epochs", "batch_size", "lr", "lr_decay", "dataset", "compile", "pure_noise", "four",
+               "sample_epochs", "pairs")  # flags that do nothing beside --figures  # fmt: skip
 CHECKPOINT = ("model", "optimizer", "losses", "test_losses", "what", "plan", "seed", "way")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -380,32 +382,61 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
         action="store_true",
         help="torch.compile the network: a minute at the start; on some machines faster from then on",
     )
+    if kind != "judge":  # which draws nothing
+        p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing; draw the pictures of the end "
+                       "with the network in FOLDER, into --out")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a tiny network, few pictures and steps: a smoke test")
     return p
 
 
-def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. Without --out the folder is named after preset, data set, and which of --pure-noise, --figures and
-    --quick there are: out/mnist/flow-class-quick."""
+def parsed(
+    p: argparse.ArgumentParser, kind: str, presets: Mapping[str, object], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The flags; with --figures, preset, data set, --pure-noise and teacher are those of the network in its folder.
+
+    Without --out the folder is named after preset, data set, and which of --pure-noise, --figures and --quick there
+    are: out/mnist/flow-class-quick.
+    Raises ValueError if flags of training stand beside --figures, as `networks.read`, or if --out cannot be written.
+    """
     args = p.parse_args(argv)
+    figures = getattr(args, "figures", None)
+    if figures is not None:
+        idle = [name for name in OF_TRAINING if hasattr(args, name) and getattr(args, name) != p.get_default(name)]
+        if idle:
+            flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+            raise ValueError(f"--figures trains nothing, and draws what {figures} was trained on; leave out {flags}")
+        config = networks.read(figures, kind)[0]
+        args.preset = config["preset"] if config.get("preset") in presets else args.preset
+        args.dataset = config.get("dataset", args.dataset)
+        if kind == "denoiser":
+            args.pure_noise = "sigma" in config and config["sigma"] is None
+        if kind == "flow":
+            args.teacher = args.teacher or (Path(config["teacher"]) if "teacher" in config else None)
     if args.out is None:
         others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
         others += [name.replace("_", "-") for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
         args.out = Path("out", "mnist", "-".join([kind, *others]))
+    if figures is not None:
+        images.check_output(args.out / "figure.png")
     return args
 
 
 def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
     """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick.
 
-    Raises ValueError as `Plan`, and if the seed is negative.
+    Raises ValueError as `Plan`, if the seed is negative, or an epoch of --sample-epochs is not in the plan.
     """
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {args.seed}")
     if args.quick:
         plan = Plan(epochs=1, batch_size=16, lr=1e-2)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
-    return replace(plan, **given)
+    plan = replace(plan, **given)
+    if not all(1 <= epoch <= plan.epochs for epoch in getattr(args, "sample_epochs", None) or []):
+        raise ValueError(
+            f"--sample-epochs must lie in 1..{plan.epochs}, the epochs there are, got {args.sample_epochs}"
+        )
+    return plan
 
 
 def named(args: argparse.Namespace, pictures: int) -> str:

@@ -29,6 +29,8 @@ def test_a_success_is_right_in_every_view(monkeypatch):
     x = torch.zeros(3, 1, 28, 28)
     x[:, 0, 0, 0], x[:, 0, -1, -1] = torch.tensor([6.0, 6, 9]), torch.tensor([9.0, 6, 9])
     assert anagram.aligned(None, x, [6, 9], TURN).tolist() == [True, False, False]
+    x[0, 0, 5, 5] = float("nan")
+    assert not anagram.aligned(None, x, [6, 9], TURN).any()
 
 
 def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):

@@ -346,6 +346,14 @@ def test_bad_input_is_told(start, tmp_path):
         cli.device_of("tpu9")
 
 
+def test_float32_needs_no_autocast():
+    """Not every torch has one for every device."""
+    with training.precision(torch.device("mps"), torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+    with training.precision(torch.device("cpu"), torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
 def test_the_fastest_way_is_measured_and_leaves_the_model_alone(digits, capsys):
     """A loss that works harder in bfloat16, and in the contiguous layout."""
     net = nn.Sequential(nn.Conv2d(3, 1, 1), *model())
