@@ -44,6 +44,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     mnist/networks.py        trained networks on disk
     mnist/floors.py          what no network can beat, and what any must
     mnist/training.py        the loop that every network of digits is trained in
+    mnist/flags.py           the flags that the trainers share: presets, folders, --figures
     mnist/judge.py           a classifier that judges samples
     mnist/drawing.py         from a trained network to digits and figures of them
     mnist/train_denoiser.py  noise taken away in one step

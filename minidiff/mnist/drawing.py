@@ -9,10 +9,8 @@ Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,14 +117,6 @@ def load(folder: Path, kind: str, device: torch.device) -> UNet:
         raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
     networks.fill(unet, tensors, folder)
     return unet.to(device).eval()
-
-
-def new_or_trained(args: argparse.Namespace, kind: str, config: UNetConfig, device: torch.device) -> UNet:
-    """What a trainer works on: a new network from the seed, tiny if --quick; or that of --figures, as `load`."""
-    if args.figures is not None:
-        return load(args.figures, kind, device)
-    torch.manual_seed(args.seed)
-    return UNet(replace(config, hidden=4) if args.quick else config).to(device)
 
 
 # ---------------------------------------------------------------------------------------------- figures

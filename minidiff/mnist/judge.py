@@ -14,7 +14,7 @@
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits. Such
 numbers are comparable only if features and N are the same, so both are printed with them.
 
-Read `mnist/training.py` first. Next: `mnist/drawing.py`.
+Read `mnist/flags.py` first. Next: `mnist/drawing.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import networks, training
+from minidiff.mnist import flags, networks
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.training import Plan, Run
 
@@ -164,11 +164,11 @@ def report(folder: Path, images: Tensor, labels: Tensor | None, seed: object) ->
 def train(args: argparse.Namespace) -> None:
     """Train the judge, and keep with it what `score` compares with."""
     device, clock = device_of(args.device), Clock()
-    digits, test = training.pictures(args, device)
+    digits, test = flags.pictures(args, device)
     torch.manual_seed(args.seed)
     judge = Judge().to(device)
-    run = Run(judge, loss, digits, test, training.chosen(args, PRESETS[args.preset]), args.out / "training",
-              what=training.named(args, len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
+    run = Run(judge, loss, digits, test, flags.chosen(args, PRESETS[args.preset]), args.out / "training",
+              what=flags.named(args, len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
     if not run.train():
         return
     features, verdicts = look(judge, test.images)
@@ -218,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["score"]:
         score(argv[1:])
     elif argv[:1] == ["train"]:
-        p = training.parser(__doc__, "judge", PRESETS)
+        p = flags.parser(__doc__, "judge", PRESETS)
         p.prog += " train"
-        train(training.parsed(p, "judge", PRESETS, argv[1:]))
+        train(flags.parsed(p, "judge", PRESETS, argv[1:]))
     elif argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
     else:

@@ -18,7 +18,7 @@ made by the same answer to every z: the mean E[x] of all training digits, a grey
 the mean picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
 `mnist/train_diffusion.py`.
 
-Read `mnist/training.py` and `mnist/drawing.py` first. Next: `mnist/train_diffusion.py`.
+Read `mnist/drawing.py` first. Next: `mnist/train_diffusion.py`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of, settings
-from minidiff.mnist import floors, training
+from minidiff.mnist import flags, floors, training
 from minidiff.mnist.data import Digits, generator
-from minidiff.mnist.drawing import new_or_trained, save_strip
+from minidiff.mnist.drawing import load, save_strip
 from minidiff.mnist.training import TEST_PICTURES, Plan, Run
 from minidiff.mnist.unet import UNetConfig
 
@@ -145,14 +145,16 @@ def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Dig
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "denoiser", PRESETS)
+    p = flags.parser(__doc__, "denoiser", PRESETS)
     p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
-    args = training.parsed(p, "denoiser", PRESETS, argv)
+    args = flags.parsed(p, "denoiser", PRESETS, argv)
     preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
-    plan, model = training.chosen(args, preset.plan), new_or_trained(args, "denoiser", preset.unet, device)
+    plan = flags.chosen(args, preset.plan)
+    trained = None if args.figures is None else load(args.figures, "denoiser", device)
+    model = trained or flags.new_network(args, preset.unet, device)
     sigma = None if args.pure_noise else SIGMA
-    train, test = training.pictures(args, device)
+    train, test = flags.pictures(args, device)
     about = settings(args, "mnist.train_denoiser")
     shown = test.of_each_class(4 if args.four else 1)
 
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if sigma is not None:
             levels["linear optimum"] = floors.linear_mse(floors.spectrum(train.images), 1, sigma).item()
             levels["memorisation"] = floors.memorised_denoiser_loss(train, sigma)
-        run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=training.named(args, len(train)),
+        run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=flags.named(args, len(train)),
                   seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
         save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
         config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minidiff import ddpm
 from minidiff.cli import Clock, command, device_of, finite, settings
-from minidiff.mnist import floors, training
+from minidiff.mnist import flags, floors
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.drawing import (
     DROPOUT,
@@ -42,7 +42,7 @@ from minidiff.mnist.drawing import (
     course_schedule,
     draw_ddpm,
     dropped,
-    new_or_trained,
+    load,
     prediction,
     save_animation,
     save_guidance,
@@ -109,17 +109,19 @@ def cleaned(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "ddpm", PRESETS)
+    p = flags.parser(__doc__, "ddpm", PRESETS)
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
     p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
                    "instead of the preset's")  # fmt: skip
-    args = training.parsed(p, "ddpm", PRESETS, argv)
+    args = flags.parsed(p, "ddpm", PRESETS, argv)
     preset, quick, out, clock, device = PRESETS[args.preset], args.quick, args.out, Clock(), device_of(args.device)
-    plan, model = training.chosen(args, preset.plan), new_or_trained(args, "ddpm", preset.unet, device)
+    plan = flags.chosen(args, preset.plan)
+    trained = None if args.figures is None else load(args.figures, "ddpm", device)
+    model = trained or flags.new_network(args, preset.unet, device)
     told, schedule = bool(model.config.num_classes), course_schedule()
     args.guidance_scale = asked_scale(args.guidance_scale, told)
     steps, count = (6, 1) if quick else (T, 4)  # of the samples; count: of each class
-    train, test = training.pictures(args, device)
+    train, test = flags.pictures(args, device)
     about = settings(args, "mnist.train_diffusion")
     left = schedule.alphas_cumprod[-1].item()
     print(f"alpha_bar at the last of {T} times: {left:.4f}; {left**0.5:.1%} of the picture's amplitude are left there")
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
         }
         run = Run(model, Diffusion(schedule), train, test, plan, out / "training",
-                  what=training.named(args, len(train)), seed=args.seed, floors=levels,
+                  what=flags.named(args, len(train)), seed=args.seed, floors=levels,
                   compiled=args.compile)  # fmt: skip
         if not run.complete(out, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}, after_epoch):
             return

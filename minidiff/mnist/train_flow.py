@@ -41,7 +41,7 @@ from minidiff import flow, weights
 from minidiff.cli import Clock, command, device_of, finite, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS, read_config
-from minidiff.mnist import floors, training
+from minidiff.mnist import flags, floors, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
     DROPOUT,
@@ -50,7 +50,6 @@ from minidiff.mnist.drawing import (
     asked_scale,
     dropped,
     load,
-    new_or_trained,
     save_animation,
     save_guidance,
     save_samples,
@@ -179,7 +178,7 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     if not tenth or pairs - tenth < plan.batch_size:
         raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
                          f"of {plan.batch_size}")  # fmt: skip
-    training.checkpoint_of(folder, training.named(args, pairs - tenth), plan, args.seed)
+    training.checkpoint_of(folder, flags.named(args, pairs - tenth), plan, args.seed)
     joined = kept_pairs(folder, teacher, pairs, args.seed, steps)
     return joined[tenth:], joined[:tenth]
 
@@ -203,17 +202,17 @@ def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = training.parser(__doc__, "flow", PRESETS)
+    p = flags.parser(__doc__, "flow", PRESETS)
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
     p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
                    "instead of the preset's")  # fmt: skip
     p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
-    args = training.parsed(p, "flow", PRESETS, argv)
+    args = flags.parsed(p, "flow", PRESETS, argv)
     preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
-    plan, teacher = training.chosen(args, preset.plan), teacher_of(args, device)
-    anew = args.figures is None and teacher is not None
-    model = copy.deepcopy(teacher) if anew else new_or_trained(args, "flow", preset.unet, device)
+    plan, teacher = flags.chosen(args, preset.plan), teacher_of(args, device)
+    trained = None if args.figures is None else load(args.figures, "flow", device)
+    model = trained or copy.deepcopy(teacher) or flags.new_network(args, preset.unet, device)
     told = bool(model.config.num_classes)
     args.guidance_scale = asked_scale(args.guidance_scale, told)
     about = settings(args, "mnist.train_flow")
@@ -234,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             train, test = lines(args, teacher, plan, steps)
             levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
         else:
-            train, test = training.pictures(args, device)
+            train, test = flags.pictures(args, device)
             levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
                       "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
-        run = Run(model, FlowMatching(), train, test, plan, out / "training", what=training.named(args, len(train)),
+        run = Run(model, FlowMatching(), train, test, plan, out / "training", what=flags.named(args, len(train)),
                   seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
         config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
         if teacher is not None:

@@ -19,12 +19,11 @@ CPU to the last bit; a GPU may round otherwise from run to run).
 How to compute is measured, not assumed: `measure` tries float32 and, but on Apple's GPUs, bfloat16, both memory
 layouts, and takes the fastest; the checkpoint remembers which.
 
-Read `mnist/floors.py` first. Next: `mnist/judge.py`, the smallest trainer.
+Read `mnist/floors.py` first. Next: `mnist/flags.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -32,8 +31,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,13 +44,11 @@ from tqdm import tqdm
 from minidiff import charts, images, weights
 from minidiff.cli import stopped_between_steps
 from minidiff.mnist import networks
-from minidiff.mnist.data import DATASETS, Digits, generator, load
+from minidiff.mnist.data import Digits, generator
 
 Loss = Callable[[nn.Module, Digits, torch.Generator], Tensor]
 ORDER, STEP, TEST = range(3)  # what a generator is for
 TEST_PICTURES = 2000  # on which the loss is measured after each epoch
-OF_TRAINING = ("preset", "epochs", "batch_size", "lr", "lr_decay", "dataset", "compile", "pure_noise", "four",
-               "sample_epochs", "pairs")  # flags that do nothing beside --figures  # fmt: skip
 CHECKPOINT = ("model", "optimizer", "losses", "test_losses", "what", "plan", "seed", "way")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -350,103 +347,3 @@ def _write_csv(path: Path, header: tuple[str, str], rows: Iterable[tuple[int, fl
         writer.writerow(header)
         writer.writerows((i, f"{value:.9g}") for i, value in rows)
     os.replace(path.with_suffix(".tmp"), path)
-
-
-# ---------------------------------------------------------------------------------------------- flags
-
-
-def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.ArgumentParser:
-    """The flags that every trainer of this kind of network has; the first preset is the default."""
-    first, width = next(iter(presets)), max(map(len, presets))
-    p = argparse.ArgumentParser(
-        description=doc,
-        epilog="\n".join(["presets:", *(f"  {name:{width}}  {preset}" for name, preset in presets.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--preset", choices=list(presets), default=first, help="see below (default %(default)s)")
-    for f in fields(Plan):
-        more = "; the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
-        p.add_argument(f"--{f.name.replace('_', '-')}", type={"int": int, "float": float}[f.type],
-                       help=f"instead of the preset's{more}")  # fmt: skip
-    p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
-    p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
-    p.add_argument(
-        "--out",
-        type=Path,
-        help=f"folder of the run (default out/mnist/{kind}, and -PRESET, -DATASET and the like, if not the default)",
-    )
-    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network: a minute at the start; on some machines faster from then on",
-    )
-    if kind != "judge":  # which draws nothing
-        p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing; draw the pictures of the end "
-                       "with the network in FOLDER, into --out")  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="a tiny network, few pictures and steps: a smoke test")
-    return p
-
-
-def parsed(
-    p: argparse.ArgumentParser, kind: str, presets: Mapping[str, object], argv: Sequence[str] | None
-) -> argparse.Namespace:
-    """The flags; with --figures, preset, data set, --pure-noise and teacher are those of the network in its folder.
-
-    Without --out the folder is named after preset, data set, and which of --pure-noise, --figures and --quick there
-    are: out/mnist/flow-class-quick.
-    Raises ValueError if flags of training stand beside --figures, as `networks.read`, or if --out cannot be written.
-    """
-    args = p.parse_args(argv)
-    figures = getattr(args, "figures", None)
-    if figures is not None:
-        idle = [name for name in OF_TRAINING if hasattr(args, name) and getattr(args, name) != p.get_default(name)]
-        if idle:
-            flags = ", ".join("--" + name.replace("_", "-") for name in idle)
-            raise ValueError(f"--figures trains nothing, and draws what {figures} was trained on; leave out {flags}")
-        config = networks.read(figures, kind)[0]
-        args.preset = config["preset"] if config.get("preset") in presets else args.preset
-        args.dataset = config.get("dataset", args.dataset)
-        if kind == "denoiser":
-            args.pure_noise = "sigma" in config and config["sigma"] is None
-        if kind == "flow":
-            args.teacher = args.teacher or (Path(config["teacher"]) if "teacher" in config else None)
-    if args.out is None:
-        others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
-        others += [name.replace("_", "-") for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
-        args.out = Path("out", "mnist", "-".join([kind, *others]))
-    if figures is not None:
-        images.check_output(args.out / "figure.png")
-    return args
-
-
-def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
-    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick.
-
-    Raises ValueError as `Plan`, if the seed is negative, or an epoch of --sample-epochs is not in the plan.
-    """
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
-    if args.quick:
-        plan = Plan(epochs=1, batch_size=16, lr=1e-2)
-    given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
-    plan = replace(plan, **given)
-    if not all(1 <= epoch <= plan.epochs for epoch in getattr(args, "sample_epochs", None) or []):
-        raise ValueError(
-            f"--sample-epochs must lie in 1..{plan.epochs}, the epochs there are, got {args.sample_epochs}"
-        )
-    return plan
-
-
-def named(args: argparse.Namespace, pictures: int) -> str:
-    """What a run trains, in words: its preset, and how many pictures of what."""
-    teacher = f", teacher {args.teacher}" if args.preset == "reflow" else ""
-    unseen = ", from noise alone" if getattr(args, "pure_noise", False) else ""
-    return f"{args.preset}{teacher}{unseen}, {pictures} pictures of {args.dataset}"
-
-
-def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
-    """The training and the test pictures on the device; a few of each if --quick. Raises ValueError as `data.load`."""
-    train, test = (load(args.data, args.dataset, part).to(device) for part in (True, False))
-    return (train[:400], test[:400]) if args.quick else (train, test)

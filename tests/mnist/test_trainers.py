@@ -12,7 +12,17 @@ from safetensors.torch import load_file
 
 from minidiff import flow, images
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, floors, networks, sample, train_denoiser, train_diffusion, train_flow, training
+from minidiff.mnist import (
+    drawing,
+    flags,
+    floors,
+    networks,
+    sample,
+    train_denoiser,
+    train_diffusion,
+    train_flow,
+    training,
+)
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.training import Plan
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -439,11 +449,11 @@ def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, mon
 
 
 def test_without_out_the_folder_has_the_name_of_what_is_trained():
-    def out(*flags):
-        p = training.parser("", "flow", train_flow.PRESETS)
+    def out(*given):
+        p = flags.parser("", "flow", train_flow.PRESETS)
         p.add_argument("--pure-noise", action="store_true")
         p.add_argument("--teacher")
-        return training.parsed(p, "flow", train_flow.PRESETS, flags).out.as_posix()
+        return flags.parsed(p, "flow", train_flow.PRESETS, given).out.as_posix()
 
     assert out() == out("--preset", "time") == "out/mnist/flow" and out("--preset", "class") == "out/mnist/flow-class"
     assert out("--dataset", "fashion", "--quick") == "out/mnist/flow-fashion-quick" and out("--out", "x") == "x"
