@@ -8,7 +8,7 @@
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
-them. A scale of 0 ignores the digit asked for, 1 is no guidance.
+them. A scale of 0 ignores the digit asked for, 1 is no guidance. Of a row of more than 250, Ctrl-C keeps what is drawn.
 
 Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first.
 """
@@ -16,9 +16,10 @@ Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import flow, images, weights
-from minidiff.cli import Clock, command, device_of, finite, settings
+from minidiff.cli import Clock, command, device_of, finite, settings, stopped_between_steps
 from minidiff.hub import WEIGHTS, WeightsError, read_config
 from minidiff.mnist import drawing, judge, networks
 from minidiff.mnist.data import CLASSES
@@ -81,12 +82,14 @@ class Row:
     def __str__(self) -> str:
         return ", ".join(self.words())
 
-    def draw(self, labels: Tensor, seed: int, device: torch.device) -> Tensor:
-        """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, AT_ONCE at a time."""
+    def draw(self, labels: Tensor, seed: int, device: torch.device, stopped: Callable[[], bool]) -> Tensor:
+        """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, AT_ONCE at a time; fewer if stopped()."""
         parts, starts = [], range(0, len(labels), AT_ONCE)
         silent = self.solver == "dormand-prince"
         with tqdm(total=self.steps * len(starts), desc=str(self), unit="step", disable=silent) as bar:
             for i in starts:
+                if i and stopped():
+                    break
                 told = None if self.scale is None else labels[i : i + AT_ONCE]
                 seeds = seeded(seed + i, len(labels[i : i + AT_ONCE]))
                 if self.solver == "ddpm":
@@ -155,24 +158,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = torch.tensor(parse_digits(args.digits or "0-9")).repeat(args.num_images)
     rows = planned(args, device)
     shared = set.intersection(*(set(row.words()) for row in rows))  # said in the title, not under every digit
-    pictures, texts = [], []
-    for row in rows:
-        x, dataset = row.draw(labels, args.seed, device), row.config.get("dataset", "mnist")
-        asked = {} if row.scale is None else {"labels": labels}
-        if args.tensors and row is rows[0]:
-            kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
-            weights.save(kept, args.tensors, {"dataset": dataset})
-        trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
-        if dataset == judges:
-            verdict = judge.report(args.judge, x, asked.get("labels"), args.seed)
-        else:
-            verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
-        print("\n  ".join([f"{row}{trained}:", *verdict]))
-        for i, shown in enumerate(x[:SHOWN].split(10)):
-            pictures.append(shown)
-            texts.append("" if i else ", ".join(word for word in row.words() if word not in shared))
+    pictures, texts, most = [], [], 0
+    long = len(labels) > AT_ONCE
+    with stopped_between_steps() if long else contextlib.nullcontext(lambda: False) as stopped:
+        for row in rows:
+            x, dataset = row.draw(labels, args.seed, device, stopped), row.config.get("dataset", "mnist")
+            most = max(most, len(x))
+            asked = {} if row.scale is None else {"labels": labels[: len(x)]}
+            if args.tensors and row is rows[0]:
+                kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
+                weights.save(kept, args.tensors, {"dataset": dataset})
+            if dataset == judges:
+                verdict = judge.report(args.judge, x, asked.get("labels"), args.seed)
+            else:
+                verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
+            trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
+            print("\n  ".join([f"{row}{trained}:", *verdict]))
+            for i, shown in enumerate(x[:SHOWN].split(10)):
+                pictures.append(shown)
+                texts.append("" if i else ", ".join(word for word in row.words() if word not in shared))
+            if stopped():
+                print(f"stopped after {len(x)} of {len(labels)} of this row")
+                break
     common = [word for word in rows[0].words() if word in shared]
-    title = ", ".join([*common, f"seeds {args.seed} to {args.seed + len(labels) - 1}"])
+    title = ", ".join([*common, f"seeds {args.seed} to {args.seed + most - 1}"])
     drawing.save_strip(pictures, texts, title, args.out, settings(args, "mnist.sample"))
     print(f"wrote {args.out}   ({clock})")
 

@@ -1,6 +1,7 @@
 """Samples of trained networks: what the flags ask for reaches the network, and the embedded networks draw well."""
 
 import shutil
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -24,7 +25,7 @@ def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(solver,
     """Six of them, four at a time, from seed 3 on, with guidance 5."""
     monkeypatch.setattr(sample, "AT_ONCE", 4)
     unet, labels = net(), torch.tensor([3, 1, 4, 1, 5, 9])
-    found = sample.Row(unet, {}, "n", 5.0, solver, 3).draw(labels, 3, CPU)
+    found = sample.Row(unet, {}, "n", 5.0, solver, 3).draw(labels, 3, CPU, lambda: False)
     for i in range(6):
         told, seeds = labels[i : i + 1], seeded(3 + i, 1)
         if solver == "ddpm":
@@ -89,6 +90,33 @@ def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch)
     embedded = str(WEIGHTS / "mnist" / "flow")
     flags = ["--kind", "flow", "--out", str(tmp_path / "s.png")]
     assert "no trained flow in nowhere" in fails(capsys, sample.main, *flags, "--model", embedded, "nowhere")
+
+
+def test_ctrl_c_in_a_long_row_keeps_what_is_drawn(tmp_path, capsys, monkeypatch):
+    """Three parts of four; it comes during the second. The second row is not begun."""
+    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    parts, original = [], drawing.draw_flow
+
+    def draw(*args):
+        parts.append(args)
+        if len(parts) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(drawing, "draw_flow", draw)
+    flags = [
+        "--kind",
+        "flow",
+        "--quick",
+        "--out",
+        str(tmp_path / "s.png"),
+        "--tensors",
+        str(tmp_path / "s.safetensors"),
+    ]
+    sample.main([*flags, "--guidance-scale", "1", "5"])
+    shown, kept = capsys.readouterr().out, load_file(tmp_path / "s.safetensors")
+    assert len(parts) == 2 and len(kept["images"]) == 8 and kept["labels"].tolist() == list(range(8))
+    assert "N = 8, seed 0" in shown and "stopped after 8 of 10 of this row" in shown and (tmp_path / "s.png").is_file()
 
 
 def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monkeypatch):
