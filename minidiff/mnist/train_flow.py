@@ -6,10 +6,12 @@
 
     x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
 
-Presets: `time` and `class` are the course's; `no-scheduler` is `class` for 15 epochs at one learning rate of 0.005;
-`wide` is the course's larger network, not told the digit, with its learning rate of 0.05; `better` sees twice as many
-digits as `class` at a lower rate, and `small` is for a machine without fast half precision. All draw from the same
-noise, so their pictures can be laid side by side.
+Presets: `time` and `class` are the course's. Their learning rate falls, because Adam's steps are about as long as it
+is: at a constant 0.01 the weights would go on jumping about the place they have found. `no-scheduler` is `class`
+without that: half the rate from the start, and half as many epochs again to make up for it. `wide` is the course's
+larger network, not told the digit, with its learning rate of 0.05; `better` sees twice as many digits as `class` at a
+lower rate, and `small` is for a machine without fast half precision. All draw from the same noise, so that `sample
+--model` can lay any two side by side.
 
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
 lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50
