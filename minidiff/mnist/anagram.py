@@ -30,7 +30,6 @@ from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
 
 SHOWN = 20  # samples in the picture
-AT_ONCE = 250  # are drawn together
 
 
 def prediction(unet: UNet, digits: Sequence[int], chosen: Sequence[views.View], guidance_scale: float) -> Prediction:
@@ -82,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{args.model} is not told the digit; pass one of `train_diffusion --preset class` as --model")
     both = prediction(unet, args.digits, chosen, args.guidance_scale)
     x, alone = [], []
-    for i in range(0, args.num_images, AT_ONCE):
-        n, first = min(AT_ONCE, args.num_images - i), args.seed + i
+    for i in range(0, args.num_images, drawing.at_once(device)):
+        n, first = min(drawing.at_once(device), args.num_images - i), args.seed + i
         x.append(drawing.draw_ddpm(both, seeded(first, n), device, args.steps))
         plain = drawing.prediction(unet, torch.full((n,), args.digits[0]), args.guidance_scale)
         alone.append(drawing.draw_ddpm(plain, seeded(first, n), device, args.steps))

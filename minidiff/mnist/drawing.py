@@ -116,7 +116,14 @@ def load(folder: Path, kind: str, device: torch.device) -> UNet:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
     networks.fill(unet, tensors, folder)
+    if device.type == "cpu":
+        unet.to(memory_format=torch.channels_last)  # a third faster there
     return unet.to(device).eval()
+
+
+def at_once(device: torch.device) -> int:
+    """How many digits are best drawn together: few on a CPU, where the activations of many fit no cache."""
+    return 50 if device.type == "cpu" else 250
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -8,7 +8,7 @@
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
-them. A scale of 0 ignores the digit asked for, 1 is no guidance. Of a row of more than 250, Ctrl-C keeps what is drawn.
+them. A scale of 0 ignores the digit asked for, 1 is no guidance. Ctrl-C in a long row keeps what is drawn.
 
 Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first.
 """
@@ -38,7 +38,6 @@ from minidiff.schedule import respaced
 
 STEPS = {"ddpm": drawing.T, "flow": drawing.FLOW_STEPS}
 SOLVERS = (*flow.METHODS, "dormand-prince")
-AT_ONCE = 250
 SHOWN = 100  # pictures of one row of the figure, at most
 
 
@@ -83,15 +82,16 @@ class Row:
         return ", ".join(self.words())
 
     def draw(self, labels: Tensor, seed: int, device: torch.device, stopped: Callable[[], bool]) -> Tensor:
-        """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, AT_ONCE at a time; fewer if stopped()."""
-        parts, starts = [], range(0, len(labels), AT_ONCE)
+        """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, n at a time; fewer if stopped()."""
+        parts, n = [], drawing.at_once(device)
+        starts = range(0, len(labels), n)
         silent = self.solver == "dormand-prince"
         with tqdm(total=self.steps * len(starts), desc=str(self), unit="step", disable=silent) as bar:
             for i in starts:
                 if i and stopped():
                     break
-                told = None if self.scale is None else labels[i : i + AT_ONCE]
-                seeds = seeded(seed + i, len(labels[i : i + AT_ONCE]))
+                told = None if self.scale is None else labels[i : i + n]
+                seeds = seeded(seed + i, len(labels[i : i + n]))
                 if self.solver == "ddpm":
                     predict = drawing.prediction(self.unet, told, self.scale)
                     parts.append(drawing.draw_ddpm(predict, seeds, device, self.steps, lambda *_: bar.update()))
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = planned(args, device)
     shared = set.intersection(*(set(row.words()) for row in rows))  # said in the title, not under every digit
     pictures, texts, most = [], [], 0
-    long = len(labels) > AT_ONCE
+    long = len(labels) > drawing.at_once(device)
     with stopped_between_steps() if long else contextlib.nullcontext(lambda: False) as stopped:
         for row in rows:
             x, dataset = row.draw(labels, args.seed, device, stopped), row.config.get("dataset", "mnist")

@@ -50,6 +50,7 @@ from minidiff.mnist.drawing import (
     FLOW_STEPS,
     GUIDANCE_SCALE,
     asked_scale,
+    at_once,
     dropped,
     load,
     save_animation,
@@ -63,7 +64,7 @@ from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
 
 PAIRS = 20000  # how many lines reflow learns
-AT_ONCE = 500  # pairs that are made together, and a file of them
+IN_FILE = 500  # pairs
 NOISES = 10  # purpose of a generator, beside those of training.py
 
 
@@ -113,11 +114,13 @@ def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits
     start to end.
     Source: Rectified Flow Sec. 2.1 (reflow).
     """
-    return Digits(torch.cat([flow.solve(velocity(teacher, labels), x_0, flow.grid(steps)), x_0], dim=1), labels)
+    parts = zip(labels.split(n := at_once(x_0.device)), x_0.split(n))
+    x_1 = torch.cat([flow.solve(velocity(teacher, told), noise, flow.grid(steps)) for told, noise in parts])
+    return Digits(torch.cat([x_1, x_0], dim=1), labels)
 
 
 def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
-    """`make_pairs` of new noises, written down AT_ONCE at a time, so that a run that was stopped goes on with the rest.
+    """`make_pairs` of new noises, written down IN_FILE at a time, so that a run that was stopped goes on with the rest.
 
     Raises ValueError if pairs in the folder are damaged, of another teacher or other settings, or it cannot be written.
     """
@@ -130,8 +133,8 @@ def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
-    for i in tqdm(range(0, count, AT_ONCE), desc=f"{count} digits of the teacher", unit="part"):
-        path, part = folder / f"pairs-{i:06d}.safetensors", slice(i, i + AT_ONCE)
+    for i in tqdm(range(0, count, IN_FILE), desc=f"{count} digits of the teacher", unit="part"):
+        path, part = folder / f"pairs-{i:06d}.safetensors", slice(i, i + IN_FILE)
         if not path.is_file():
             made = make_pairs(teacher, labels[part], x_0[part], steps)
             weights.save({"images": made.images, "labels": made.labels}, path, made_from)

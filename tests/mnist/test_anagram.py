@@ -78,7 +78,7 @@ def test_many_are_drawn_in_parts_each_from_its_own_seed(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(anagram, "aligned", lambda _, x, *rest: found.append(x) or torch.ones(len(x), dtype=torch.bool))
     anagram.main(flags)
-    monkeypatch.setattr(anagram, "AT_ONCE", 2)
+    monkeypatch.setattr(drawing, "at_once", lambda device: 2)
     anagram.main(flags)
     for whole, parts in zip(found[:2], found[2:]):
         assert len(whole) == 5

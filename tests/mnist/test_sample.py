@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("solver", ["ddpm", "heun"])
 def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(solver, monkeypatch):
     """Six of them, four at a time, from seed 3 on, with guidance 5."""
-    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    monkeypatch.setattr(drawing, "at_once", lambda device: 4)
     unet, labels = net(), torch.tensor([3, 1, 4, 1, 5, 9])
     found = sample.Row(unet, {}, "n", 5.0, solver, 3).draw(labels, 3, CPU, lambda: False)
     for i in range(6):
@@ -94,7 +94,7 @@ def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch)
 
 def test_ctrl_c_in_a_long_row_keeps_what_is_drawn(tmp_path, capsys, monkeypatch):
     """Three parts of four; it comes during the second. The second row is not begun."""
-    monkeypatch.setattr(sample, "AT_ONCE", 4)
+    monkeypatch.setattr(drawing, "at_once", lambda device: 4)
     parts, original = [], drawing.draw_flow
 
     def draw(*args):

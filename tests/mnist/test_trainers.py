@@ -103,7 +103,8 @@ def test_reflow_learns_the_lines_it_is_given(digits):
 def test_pairs_join_each_noise_to_where_the_teacher_leads_it_for_its_class(tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher = UNet(UNetConfig(4, time=True, num_classes=10)).eval()
-    monkeypatch.setattr(train_flow, "AT_ONCE", 5)
+    monkeypatch.setattr(train_flow, "IN_FILE", 5)
+    monkeypatch.setattr(train_flow, "at_once", lambda device: 2)
     pairs = train_flow.kept_pairs(tmp_path, teacher, 13, 0, 3)
     x_1, x_0 = pairs.images.split(1, dim=1)
     assert pairs.labels.tolist() == [*range(10), 0, 1, 2] and abs(x_0.std() - 1) < 5 / (2 * x_0.numel()) ** 0.5
