@@ -117,7 +117,7 @@ def load(folder: Path, kind: str, device: torch.device) -> UNet:
         raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
     networks.fill(unet, tensors, folder)
     if device.type == "cpu":
-        unet.to(memory_format=torch.channels_last)  # a third faster there
+        unet.to(memory_format=torch.channels_last)  # there about a fifth faster
     return unet.to(device).eval()
 
 
