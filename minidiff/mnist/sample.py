@@ -174,9 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
             trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
             print("\n  ".join([f"{row}{trained}:", *verdict]))
-            for i, shown in enumerate(x[:SHOWN].split(10)):
-                pictures.append(shown)
-                texts.append("" if i else ", ".join(word for word in row.words() if word not in shared))
+            pictures += (shown := x[:SHOWN].split(10))
+            texts += [""] * (len(shown) - 1) + [", ".join(word for word in row.words() if word not in shared)]
             if stopped():
                 print(f"stopped after {len(x)} of {len(labels)} of this row")
                 break

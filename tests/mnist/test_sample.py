@@ -136,6 +136,17 @@ def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monke
                     for how in ("heun, 2 steps", "heun, 3 steps", "dormand-prince")]  # fmt: skip
 
 
+def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
+    """Twelve digits of a row are ten and two; what both rows share is the title's."""
+    drawn = []
+    monkeypatch.setattr(sample.Row, "draw", lambda row, labels, *rest: torch.full((len(labels), 1, 28, 28), row.scale))
+    monkeypatch.setattr(drawing, "save_strip", lambda *args: drawn.append(args))
+    sample.main(["--digits", "3", "--num-images", "12", "--guidance-scale", "0", "1", "--out", str(tmp_path / "s.png")])
+    pictures, texts, title, *_ = drawn[0]
+    assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, 300 steps, seeds 0 to 11"
+    assert [(len(x), x.mean().item()) for x in pictures] == [(10, 0), (2, 0), (10, 1), (2, 1)]
+
+
 def test_digits_are_parsed():
     assert sample.parse_digits("0-2,9,4") == [0, 1, 2, 9, 4]
 
