@@ -113,9 +113,8 @@ def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
 
 def named(args: argparse.Namespace, pictures: int) -> str:
     """What a run trains, in words: its preset, and how many pictures of what."""
-    teacher = f", teacher {args.teacher}" if args.preset == "reflow" else ""
     unseen = ", from noise alone" if getattr(args, "pure_noise", False) else ""
-    return f"{args.preset}{teacher}{unseen}, {pictures} pictures of {args.dataset}"
+    return f"{args.preset}{unseen}, {pictures} pictures of {args.dataset}"
 
 
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import signal
 from dataclasses import asdict
 
@@ -346,8 +347,9 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     named, split, original = {}, [], training.Run
     monkeypatch.setattr(train_flow, "few_steps", lambda models, x_0, _: named.update(models) or ([x_0], ["x"]))
     monkeypatch.setattr(train_flow, "Run", lambda *args, **more: split.append(args[2:4]) or original(*args, **more))
-    for _ in range(2):  # the second time it goes on from there
-        run(train_flow, tmp_path / "q", folder, "--preset", "reflow", "--teacher", str(tmp_path / "f"))
+    shutil.copytree(tmp_path / "f", tmp_path / "moved")
+    for name in ("f", "moved"):  # the second time it goes on from there: the same teacher, wherever it lies
+        run(train_flow, tmp_path / "q", folder, "--preset", "reflow", "--teacher", str(tmp_path / name))
     assert "going on from step 11 of" in capsys.readouterr().out
     x, time = draw_noise((10, 1, 28, 28), seeded(0, 10)), torch.full((10,), 0.7)
     nets = {"the teacher": net, "this model": drawing.load(tmp_path / "q", "flow", torch.device("cpu"))}
@@ -362,7 +364,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert (len(train), len(test)) == (180, 20) and not train & test
     # Onto another run: told before any pair is drawn.
     monkeypatch.setattr(train_flow, "kept_pairs", lambda *args: pytest.fail("pairs were drawn"))
-    assert "of a run training class, 400 pictures of mnist, not reflow, teacher" in fails(
+    assert "of a run training class, 400 pictures of mnist, not reflow, 180 pictures of" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--out", tmp_path / "f"
     )
     assert "--teacher and --pairs are for --preset reflow" in fails(
