@@ -58,10 +58,11 @@ class Schedule:
 
         Raises ValueError if a time lies outside the table.
         """
+        t = t.cpu()  # once: reading from a GPU waits for all that it still has to do
         if t.numel() and not (-1 <= int(t.min()) and int(t.max()) < self.num_train_timesteps):
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.tolist()}")
         table = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)])  # index -1 reads the last entry: 1
-        return table[t.cpu()].view(-1, 1, 1, 1)
+        return table[t].view(-1, 1, 1, 1)
 
 
 def squaredcos_cap_v2(num_train_timesteps: int = 1000, max_beta: float = 0.999) -> Schedule:
