@@ -371,6 +371,18 @@ def test_the_fastest_way_is_measured_and_leaves_the_model_alone(digits, capsys):
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
+def test_of_ways_that_are_nearly_as_fast_the_first_is_chosen_every_time():
+    ways = list(itertools.product(training.DTYPES, training.LAYOUTS))
+    assert ways[0] == ("float32", "channels_last") and ways[2] == ("bfloat16", "channels_last")
+
+    def chosen(*seconds):
+        return training.fastest(dict(zip(ways, seconds)))
+
+    assert chosen(1.0, 1.0, 1.0, 1.0) == chosen(1.1, 1.0, 1.3, 1.2) == ways[0]
+    assert chosen(2.0, 2.0, 1.01, 1.0) == chosen(2.0, 2.0, 1.0, 1.01) == ways[2]  # two measurements of one machine
+    assert chosen(2.0, 1.6, 1.2, 1.0) == ways[3] and chosen(1.2, 1.0, 2.0, 2.0) == ways[1]
+
+
 def test_the_way_that_was_chosen_is_kept_on_resuming(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "measure", lambda *args: ("float32", "channels_last"))
     Run(model(), loss, digits[:400], digits[400:], PLAN, tmp_path / "run")
