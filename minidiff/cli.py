@@ -44,6 +44,11 @@ def finite(text: str) -> float:
     return value
 
 
+def file_path(text: str) -> Path:
+    """The type of flags that name a file or folder: ~ is the home folder, also where no shell saw it (--out=~/run)."""
+    return Path(os.path.expanduser(text))
+
+
 def parser(doc: str, out: str) -> argparse.ArgumentParser:
     """The flags that every picture-making command has; doc is the module's docstring, out the default file."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -97,7 +97,7 @@ def patch_permute(patches: int = 8, seed: int = 0) -> View:
     def rearrange(grid: Tensor) -> Tensor:
         side = len(grid) // patches
         if side * patches != len(grid):
-            raise ValueError(f"{patches} patches do not fit {len(grid)} pixels evenly; choose a divisor, such as 8")
+            raise ValueError(f"{patches} patches do not fit {len(grid)} pixels evenly; choose one of their divisors")
         cut = grid.view(patches, side, patches, side).transpose(1, 2).flatten(0, 1)  # (patches^2, side, side)
         return cut[places].view(patches, patches, side, side).transpose(1, 2).reshape(grid.shape)
 

@@ -265,7 +265,7 @@ def read_checkpoint(path: Path, keys: Iterable[str]) -> dict:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of many classes, on files that are no checkpoints
-        raise WeightsError(f"{path} is no checkpoint of a run; delete it, or pass another --out") from error
+        raise WeightsError(f"{path} is no checkpoint of a run; pass another --out") from error
 
 
 # ---------------------------------------------------------------------------------------------- precision

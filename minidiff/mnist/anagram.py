@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minidiff import images, views
-from minidiff.cli import Clock, command, device_of, finite, settings
+from minidiff.cli import Clock, command, device_of, file_path, finite, settings
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.hub import WEIGHTS, read_config
 from minidiff.mnist import drawing, judge
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--num-images", type=int, default=100, help="default %(default)s")
     p.add_argument("--guidance-scale", type=finite, default=drawing.GUIDANCE_SCALE, help="default %(default)s")
     p.add_argument("--steps", type=int, default=100, help="of 300 (default %(default)s)")
-    p.add_argument("--model", type=Path, default=WEIGHTS / "mnist" / "ddpm", help="default: the embedded one")
-    p.add_argument("--judge", type=Path, default=judge.EMBEDDED, help="default: the embedded one")
+    p.add_argument("--model", type=file_path, default=WEIGHTS / "mnist" / "ddpm", help="default: the embedded one")
+    p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="default: the embedded one")
     p.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
-    p.add_argument("--out", type=Path, default=Path("out/digit-anagram.png"), help="default %(default)s")
+    p.add_argument("--out", type=file_path, default=Path("out/digit-anagram.png"), help="default %(default)s")
     p.add_argument("--quick", action="store_true", help="4 steps, 5 pictures: a smoke test")
     args = p.parse_args(argv)
     if len(args.digits) != len(args.view) or not all(0 <= digit < CLASSES for digit in args.digits):

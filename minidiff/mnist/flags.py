@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from minidiff import images
+from minidiff.cli import file_path
 from minidiff.mnist import networks
 from minidiff.mnist.data import DATASETS, Digits, load
 from minidiff.mnist.training import Plan
@@ -40,11 +41,12 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
         more = "; the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
         p.add_argument(f"--{f.name.replace('_', '-')}", type={"int": int, "float": float}[f.type],
                        help=f"instead of the preset's{more}")  # fmt: skip
-    p.add_argument("--data", type=Path, default=Path("data"), help="where the pictures are, or go (default data)")
+    p.add_argument("--data", type=file_path, default=Path("data"),
+                   help="where the pictures are, or go, if any are needed (default data)")  # fmt: skip
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
     p.add_argument(
         "--out",
-        type=Path,
+        type=file_path,
         help=f"folder of the run (default out/mnist/{kind}, and -PRESET, -DATASET and the like, if not the default)",
     )
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -55,8 +57,8 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
         help="torch.compile the network: a minute at the start; on some machines faster from then on",
     )
     if kind != "judge":  # which draws nothing
-        p.add_argument("--figures", type=Path, metavar="FOLDER", help="train nothing; draw the pictures of the end "
-                       "with the network in FOLDER, into --out")  # fmt: skip
+        p.add_argument("--figures", type=file_path, metavar="FOLDER", help="train nothing; draw the pictures of the "
+                       "end with the network in FOLDER, into --out")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="a tiny network, few pictures and steps: a smoke test")
     return p
 
@@ -73,7 +75,8 @@ def parsed(
     args = p.parse_args(argv)
     figures = getattr(args, "figures", None)
     if figures is not None:
-        idle = [name for name in OF_TRAINING if hasattr(args, name) and getattr(args, name) != p.get_default(name)]
+        fixed = ("seed",) if kind == "denoiser" else ()  # its pictures always have the same noise
+        idle = [name for name in OF_TRAINING + fixed if getattr(args, name, None) not in (None, p.get_default(name))]
         if idle:
             flags = ", ".join("--" + name.replace("_", "-") for name in idle)
             raise ValueError(f"--figures trains nothing, and draws what {figures} was trained on; leave out {flags}")
@@ -96,10 +99,10 @@ def parsed(
 def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
     """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick.
 
-    Raises ValueError as `Plan`, if the seed is negative, or an epoch of --sample-epochs is not in the plan.
+    Raises ValueError as `Plan`, if the seed is not of 63 bits, or an epoch of --sample-epochs is not in the plan.
     """
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in 0..2^63 - 1, got {args.seed}")
     if args.quick:
         plan = Plan(epochs=1, batch_size=16, lr=1e-2)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
@@ -111,10 +114,10 @@ def chosen(args: argparse.Namespace, plan: Plan) -> Plan:
     return plan
 
 
-def named(args: argparse.Namespace, pictures: int) -> str:
-    """What a run trains, in words: its preset, and how many pictures of what."""
+def named(args: argparse.Namespace, kind: str, pictures: int) -> str:
+    """What a run trains, in words: what kind of network, its preset, and on how many pictures of what."""
     unseen = ", from noise alone" if getattr(args, "pure_noise", False) else ""
-    return f"{args.preset}{unseen}, {pictures} pictures of {args.dataset}"
+    return f"{kind} {args.preset}{unseen}, {pictures} pictures of {args.dataset}"
 
 
 def pictures(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:

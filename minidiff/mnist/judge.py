@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidiff.cli import Clock, command, device_of
+from minidiff.cli import Clock, command, device_of, file_path
 from minidiff.hub import WEIGHTS
 from minidiff.mnist import flags, networks
 from minidiff.mnist.data import CLASSES, Digits
@@ -168,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     judge = Judge().to(device)
     run = Run(judge, loss, digits, test, flags.chosen(args, PRESETS[args.preset]), args.out / "training",
-              what=flags.named(args, len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
+              what=flags.named(args, "judge", len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
     if not run.train():
         return
     features, verdicts = look(judge, test.images)
@@ -184,8 +184,8 @@ def train(args: argparse.Namespace) -> None:
 
 def score(argv: Sequence[str]) -> None:
     p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
-    p.add_argument("file", type=Path, help="written by `minidiff.mnist.sample --tensors`")
-    p.add_argument("--judge", type=Path, default=EMBEDDED, help="default: the embedded one")
+    p.add_argument("file", type=file_path, help="written by `minidiff.mnist.sample --tensors`")
+    p.add_argument("--judge", type=file_path, default=EMBEDDED, help="default: the embedded one")
     args = p.parse_args(argv)
     try:
         with safe_open(args.file, "pt") as f:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import flow, images, weights
-from minidiff.cli import Clock, command, device_of, finite, settings, stopped_between_steps
+from minidiff.cli import Clock, command, device_of, file_path, finite, settings, stopped_between_steps
 from minidiff.hub import WEIGHTS, WeightsError, read_config
 from minidiff.mnist import drawing, judge, networks
 from minidiff.mnist.data import CLASSES
@@ -135,7 +135,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kind", choices=list(STEPS), help="default: what --model holds, or ddpm")
-    p.add_argument("--model", type=Path, nargs="+", help="folders of trained networks (default: the embedded one)")
+    p.add_argument("--model", type=file_path, nargs="+", help="folders of trained networks (default: the embedded one)")
     p.add_argument("--digits", help="like 0-9, 3,7 or 0-2,9 (default 0-9)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", help="default 5")
@@ -143,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--solver", choices=SOLVERS, nargs="+", help="of flow (default euler)")
     p.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
-    p.add_argument("--out", type=Path, default=Path("out/digits.png"), help="picture (default %(default)s)")
-    p.add_argument("--tensors", type=Path, help="also write the samples of the first row, for judge score")
-    p.add_argument("--judge", type=Path, default=judge.EMBEDDED, help="who judges the samples (default: the embedded)")
+    p.add_argument("--out", type=file_path, default=Path("out/digits.png"), help="picture (default %(default)s)")
+    p.add_argument("--tensors", type=file_path, help="also write the samples of the first row, for judge score")
+    p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="who judges them (default: the embedded)")
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
     if args.num_images < 1:

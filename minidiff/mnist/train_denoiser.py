@@ -163,12 +163,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_strip(*sample_figure(model, shown, sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
 
     if args.figures is None:
-        levels = {"mean image": floors.mean_image_mse(train.images)}
-        if sigma is not None:
-            levels["linear optimum"] = floors.linear_mse(floors.spectrum(train.images), 1, sigma).item()
-            levels["memorisation"] = floors.memorised_denoiser_loss(train, sigma)
-        run = Run(model, Denoising(sigma), train, test, plan, out / "training", what=flags.named(args, len(train)),
-                  seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+
+        def levels() -> dict[str, float]:
+            mean = {"mean image": floors.mean_image_mse(train.images)}
+            if sigma is None:
+                return mean
+            linear = floors.linear_mse(floors.spectrum(train.images), 1, sigma).item()
+            return mean | {"linear optimum": linear, "memorisation": floors.memorised_denoiser_loss(train, sigma)}
+
+        run = Run(model, Denoising(sigma), train, test, plan, out / "training",
+                  what=flags.named(args, "denoiser", len(train)), seed=args.seed, floors=levels,
+                  compiled=args.compile)  # fmt: skip
         save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
         config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
         if not run.complete(out, config, after_epoch):

@@ -139,12 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_samples(x, "DDPM", args.guidance_scale, epoch, out, about)
 
     if args.figures is None:
-        levels = {
-            "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
-            "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
-        }
+
+        def levels() -> dict[str, float]:
+            return {
+                "linear optimum": floors.linear_eps_loss(floors.spectrum(train.images), schedule),
+                "memorisation": floors.memorised_eps_loss(train, schedule, DROPOUT if told else 1.0),
+            }
+
         run = Run(model, Diffusion(schedule), train, test, plan, out / "training",
-                  what=flags.named(args, len(train)), seed=args.seed, floors=levels,
+                  what=flags.named(args, "ddpm", len(train)), seed=args.seed, floors=levels,
                   compiled=args.compile)  # fmt: skip
         if not run.complete(out, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}, after_epoch):
             return

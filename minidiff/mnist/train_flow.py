@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import flow, weights
-from minidiff.cli import Clock, command, device_of, finite, settings
+from minidiff.cli import Clock, command, device_of, file_path, finite, settings
 from minidiff.flow import Velocity
 from minidiff.hub import WEIGHTS, read_config
 from minidiff.mnist import flags, floors, training
@@ -182,7 +182,7 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
     if not tenth or pairs - tenth < plan.batch_size:
         raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
                          f"of {plan.batch_size}")  # fmt: skip
-    training.checkpoint_of(folder, flags.named(args, pairs - tenth), plan, args.seed)
+    training.checkpoint_of(folder, flags.named(args, "flow", pairs - tenth), plan, args.seed)
     joined = kept_pairs(folder, teacher, pairs, args.seed, steps)
     return joined[tenth:], joined[:tenth]
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {GUIDANCE_SCALE:g})")
     p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N", help="draw after these and the last, "
                    "instead of the preset's")  # fmt: skip
-    p.add_argument("--teacher", type=Path, help="of reflow (default: the embedded flow model)")
+    p.add_argument("--teacher", type=file_path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
     args = flags.parsed(p, "flow", PRESETS, argv)
     preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
@@ -233,15 +233,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_samples(draw(args.guidance_scale, count * CLASSES), "Flow", args.guidance_scale, epoch, out, about)
 
     if args.figures is None:
-        if teacher is not None:
-            train, test = lines(args, teacher, plan, steps)
-            levels = {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
-        else:
-            train, test = flags.pictures(args, device)
-            levels = {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
-                      "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
-        run = Run(model, FlowMatching(), train, test, plan, out / "training", what=flags.named(args, len(train)),
-                  seed=args.seed, floors=levels, compiled=args.compile)  # fmt: skip
+        train, test = flags.pictures(args, device) if teacher is None else lines(args, teacher, plan, steps)
+
+        def levels() -> dict[str, float]:
+            if teacher is not None:
+                return {"the teacher": training.loss_on(some(test, len(test)), teacher, FlowMatching(), args.seed)}
+            return {"linear optimum": floors.linear_flow_loss(floors.spectrum(train.images)),
+                    "memorisation": floors.memorised_flow_loss(train, DROPOUT if told else 1.0)}  # fmt: skip
+
+        run = Run(model, FlowMatching(), train, test, plan, out / "training",
+                  what=flags.named(args, "flow", len(train)), seed=args.seed, floors=levels,
+                  compiled=args.compile)  # fmt: skip
         config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
         if teacher is not None:
             config["teacher"] = str(args.teacher)

@@ -93,9 +93,9 @@ class Run:
 
     def __init__(
         self, model: nn.Module, loss: Loss, train: Digits, test: Digits, plan: Plan, folder: Path, *,
-        what: str = "", seed: int = 0, floors: Mapping[str, float] | None = None, compiled: bool = False,
+        what: str = "", seed: int = 0, floors: Callable[[], Mapping[str, float]] = dict, compiled: bool = False,
     ):  # fmt: skip
-        """model, train and test on the device to train on.  floors: name -> level, lines in the plot.
+        """model, train and test on the device to train on.  floors() -> {name: level}, lines in the plot.
 
         what: what is trained, in words; a run only goes on with the same.
         Goes on from folder/checkpoint.pt if there is one. Raises ValueError as `checkpoint_of`, if a batch is larger
@@ -104,7 +104,7 @@ class Run:
         if not 1 <= plan.batch_size <= len(train):
             raise ValueError(f"batch_size must lie in 1..{len(train)}, the pictures there are, got {plan.batch_size}")
         self.model, self.loss, self.train_set, self.test_set = model, loss, train, test
-        self.plan, self.folder, self.what, self.seed, self.floors = plan, folder, what, seed, dict(floors or {})
+        self.plan, self.folder, self.what, self.seed = plan, folder, what, seed
         self.device = train.images.device
         self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=self.device.type in ("cpu", "cuda"))
         self.steps_per_epoch = len(train) // plan.batch_size
@@ -118,6 +118,7 @@ class Run:
             probe.unlink()
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); pass another --out") from error
+        self.floors = floors()  # takes a while, so only once all else is well
         weights_in_all = sum(p.numel() for p in model.parameters())
         print(f"{plan}; {self.steps_per_epoch} batches in an epoch; {weights_in_all:,} weights")
         if state is not None:
@@ -127,8 +128,8 @@ class Run:
             self.save()
         self.dtype, self.layout = DTYPES[self.way[0]], LAYOUTS[self.way[1]]
         self.model.to(memory_format=self.layout)
-        if compiled:
-            self.model.compile()
+        # Only for the steps: asked with other batch sizes, too, it would be compiled otherwise in a run that goes on.
+        self.in_step = torch.compile(model, dynamic=False) if compiled else model
 
     def resume(self, state: dict) -> None:
         try:
@@ -161,7 +162,7 @@ class Run:
         """Loss, gradient, Adam. Returns the loss, still on the device: reading it would make every step wait."""
         x = batch.images.to(memory_format=self.layout)
         with precision(self.device, self.dtype):
-            loss = self.loss(self.model, Digits(x, batch.labels), generator(self.device, self.seed, STEP, step))
+            loss = self.loss(self.in_step, Digits(x, batch.labels), generator(self.device, self.seed, STEP, step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -133,7 +133,7 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsy
     assert "no tokenizer at nowhere" in fails(capsys, 1, pictures, tmp_path / "four", 1, "--start-from", "nowhere")
     run(1, pictures, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
     (one / "training" / "checkpoint.pt").write_bytes(b"PK cut")
-    assert "is no checkpoint of a run; delete it" in fails(capsys, 1, pictures, one, 2)
+    assert "is no checkpoint of a run; pass another --out" in fails(capsys, 1, pictures, one, 2)
 
 
 @pytest.mark.parametrize("which", ["loss", "gradient"])

@@ -258,7 +258,7 @@ def test_train_denoiser_makes_its_pictures(folder, tmp_path, capsys, titles):
     assert "loss on 100 test pictures: 0." in shown and "sigma 0.8: error 0." in shown
     run(train_denoiser, tmp_path / "d", folder, "--four")  # again: nothing is trained, all is said as before
     assert capsys.readouterr().out.splitlines()[2:-1] == shown.splitlines()[2:-1]
-    assert "of a run training course, 400 pictures of mnist, not course, from noise alone, 400 pic" in fails(
+    assert "of a run training denoiser course, 400 pictures of mnist, not denoiser course, from" in fails(
         capsys, train_denoiser.main, "--quick", "--data", folder, "--out", tmp_path / "d", "--pure-noise"
     )
     assert images.read_metadata(tmp_path / "d" / "noising.png")["command"] == "python -m minidiff.mnist.train_denoiser"
@@ -364,7 +364,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
     assert (len(train), len(test)) == (180, 20) and not train & test
     # Onto another run: told before any pair is drawn.
     monkeypatch.setattr(train_flow, "kept_pairs", lambda *args: pytest.fail("pairs were drawn"))
-    assert "of a run training class, 400 pictures of mnist, not reflow, 180 pictures of" in fails(
+    assert "of a run training flow class, 400 pictures of mnist, not flow reflow, 180 pictures of" in fails(
         capsys, train_flow.main, "--quick", "--preset", "reflow", "--out", tmp_path / "f"
     )
     assert "--teacher and --pairs are for --preset reflow" in fails(
@@ -468,6 +468,7 @@ def test_without_out_the_folder_has_the_name_of_what_is_trained():
     ("module", "flags", "idle"),
     [(train_flow, ["--lr", "1", "--preset", "class", "--dataset", "fashion"], "--preset, --lr, --dataset"),
      (train_denoiser, ["--pure-noise", "--four", "--compile"], "--compile, --pure-noise, --four"),
+     (train_denoiser, ["--seed", "7"], "--seed"),
      (train_diffusion, ["--sample-epochs", "1"], "--sample-epochs"), (train_flow, ["--pairs", "9"], "--pairs")],
 )  # fmt: skip
 def test_flags_of_training_are_not_for_figures(module, flags, idle, capsys, tmp_path):
@@ -481,6 +482,36 @@ def test_the_folder_of_figures_is_tried_before_the_work(capsys, tmp_path, monkey
     monkeypatch.setattr(drawing, "load", lambda *args: pytest.fail("loaded"))
     message = fails(capsys, train_flow.main, "--figures", WEIGHTS / "mnist" / "flow", "--out", tmp_path / "file")
     assert "cannot write to" in message and "pass another --out" in message
+
+
+def test_one_kind_of_network_does_not_go_on_as_another(folder, tmp_path, capsys):
+    """The same network, the same plan: only the loss would be another."""
+    run(train_diffusion, tmp_path / "n", folder, "--preset", "class")
+    message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--preset", "class", "--out", tmp_path / "n")
+    assert "of a run training ddpm class, 400 pictures of mnist, not flow class, 400 pictures" in message
+    assert networks.read(tmp_path / "n", "ddpm")[0]["kind"] == "ddpm"
+
+
+def test_the_home_folder_is_found_without_a_shell(folder, tmp_path, monkeypatch):
+    """--out=~/n is what a program is told by bash."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    train_flow.main(["--quick", "--data", str(folder), "--out=~/n"])
+    networks.read(tmp_path / "n", "flow")
+    assert (tmp_path / "n" / "training" / "checkpoint.pt").is_file()
+    train_flow.main(["--quick", "--data", str(folder), "--figures=~/n", "--out=~/f"])
+    sample.main(["--quick", "--model=~/n", "--out=~/s.png"])
+    assert (tmp_path / "f" / "solvers.png").is_file() and (tmp_path / "s.png").is_file()
+
+
+@pytest.mark.parametrize("module", [train_denoiser, train_diffusion, train_flow])
+def test_an_unusable_folder_is_told_before_the_floors_are_computed(module, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("spectrum", "mean_image_mse"):
+        monkeypatch.setattr(floors, name, lambda x: pytest.fail("floors were computed"))
+    assert "cannot write to" in fails(
+        capsys, module.main, "--quick", "--data", folder, "--out", tmp_path / "file" / "n"
+    )
 
 
 def test_epochs_to_sample_after_must_be_in_the_plan(capsys, tmp_path):
@@ -527,7 +558,8 @@ def test_a_loss_that_explodes_is_told_in_one_line(folder, tmp_path, capsys):
     message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "n", "--lr", "1e30",
                     "--epochs", 2)  # fmt: skip
     assert "error: loss is nan at step" in message or "error: loss is inf at step" in message
-    assert "--seed must be at least 0, got -1" in fails(capsys, train_flow.main, "--seed", -1)
+    assert "--seed must lie in 0..2^63 - 1, got -1" in fails(capsys, train_flow.main, "--seed", -1)
+    assert "--seed must lie in 0..2^63 - 1, got 9223372036854775808" in fails(capsys, train_flow.main, "--seed", 2**63)
 
 
 def test_the_presets_are_the_courses():

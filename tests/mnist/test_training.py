@@ -44,7 +44,7 @@ def weights_of(run):
 
 
 def test_it_learns_and_writes_down_every_step(start, capsys):
-    run = start(floors={"mean image": 0.0673})
+    run = start(floors=lambda: {"mean image": 0.0673})
     epochs = []
     assert run.train(epochs.append) and epochs == [1, 2, 3]
     written = numbers(run.folder / "loss.csv")
@@ -282,12 +282,20 @@ def test_pictures_that_do_not_fill_a_batch_wait(start):
     assert run.train() and seen[:13] == [30] * 13 and len(run.losses) == 13
 
 
-def test_compile_compiles_the_network(start, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    start("plain")
-    run = start(compiled=True)
-    assert compiled == [run.model]
+def test_compile_is_for_the_steps_alone_with_one_size_of_batch(start, monkeypatch):
+    """So that a run that goes on, and is first asked for a test loss or a picture, compiles the same."""
+    compiled, asked = [], []
+
+    def compile(model, dynamic):
+        assert dynamic is False and not compiled.append(model)
+        return lambda x: asked.append((model.training, len(x))) or model(x)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    start("plain").train()
+    assert not compiled
+    run = start("compiled", compiled=True)
+    assert run.train() and compiled == [run.model] and asked == [(True, 40)] * 30
+    assert run.losses == start("plain").losses
 
 
 def test_test_pictures_are_drawn_from_all_and_always_the_same(digits):
@@ -338,7 +346,7 @@ def test_bad_input_is_told(start, tmp_path):
     for i, broken in enumerate(files):
         (tmp_path / f"b{i}").mkdir()
         (tmp_path / f"b{i}" / "checkpoint.pt").write_bytes(broken)
-        with pytest.raises(ValueError, match="is no checkpoint of a run; delete it, or pass another --out"):
+        with pytest.raises(ValueError, match="is no checkpoint of a run; pass another --out"):
             start(f"b{i}")
     with pytest.raises(ValueError, match="cannot write to .*file.*pass another --out"):
         start("file/run")
