@@ -56,16 +56,25 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
     """
     import torchvision.datasets  # takes a second, so only where it is needed
 
-    name = DATASETS[dataset]
+    name, folder = DATASETS[dataset], Path(folder).expanduser()
     try:
-        raw = getattr(torchvision.datasets, name)(str(Path(folder).expanduser()), train=train, download=True)
-        if len(raw.data) != len(raw.targets):
-            raise ValueError(f"{len(raw.data)} pictures, but {len(raw.targets)} labels")
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:  # URLError is an OSError
+        raw = getattr(torchvision.datasets, name)(str(folder), train=train, download=True)
+        shape, labels = tuple(raw.data.shape[1:]), raw.targets
+        if shape != (28, 28) or len(raw.data) != len(labels) or not 0 <= labels.min() <= labels.max() < CLASSES:
+            raise ValueError(f"{len(raw.data)} pictures of {shape}, {len(labels)} labels up to {labels.max()}")
+    except MemoryError:
+        raise
+    except Exception as error:  # of many classes, on files that are no such set
+        why = str(error) or type(error).__name__
+        if any(path.suffix != ".gz" for path in (folder / name).glob("*/*")):
+            raise ValueError(
+                f"the {name} in {folder} is damaged or incomplete ({why}); delete {folder / name}, so that it is "
+                "downloaded anew, or copy it here again"
+            ) from error
         raise ValueError(
-            f"no readable {name} in {folder}, and none to be had ({error or 'a broken file'}). On a machine with a "
-            f"network run `python -c \"import torchvision; torchvision.datasets.{name}('data', download=True)\"`, copy "
-            "the folder `data` here, and pass --data data"
+            f"no {name} in {folder}, and none to be had ({why}). On a machine with a network run "
+            f"`python -c \"import torchvision; torchvision.datasets.{name}('data', download=True)\"`, copy the folder "
+            "`data` here, and pass --data data"
         ) from error
     return Digits(raw.data[:, None].float() / 255, raw.targets.clone())
 

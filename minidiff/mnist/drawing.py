@@ -109,11 +109,11 @@ def asked_scale(guidance_scale: float | None, told: bool) -> float | None:
 
 
 def load(folder: Path, kind: str, device: torch.device) -> UNet:
-    """A trained network, ready to draw. Raises ValueError as `networks.read`."""
+    """A trained network, ready to draw. Raises ValueError as `networks.read`, or if its config describes none."""
     config, tensors = networks.read(folder, kind)
     try:
         unet = UNet(UNetConfig(**config["unet"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
     networks.fill(unet, tensors, folder)
     if device.type == "cpu":

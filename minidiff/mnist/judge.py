@@ -132,9 +132,16 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
 
 
 def load(folder: Path) -> tuple[Judge, dict, tuple[Tensor, Tensor]]:
-    """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features."""
+    """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features.
+
+    Raises ValueError as `networks.read`, or if any of these is missing.
+    """
     config, tensors = networks.read(folder, "judge")
-    reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
+    try:
+        reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
+        config = config | {"accuracy": float(config["accuracy"]), "floors": dict(config["floors"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds only part of a judge ({error!r}); copy it again, or train one") from error
     judge = Judge().eval()
     networks.fill(judge, tensors, folder)
     return judge, config, reference

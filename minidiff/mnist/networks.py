@@ -31,7 +31,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
     weights.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
-    (folder / "config.tmp").write_text(json.dumps(dict(config), indent=2) + "\n")
+    (folder / "config.tmp").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")
 
 
@@ -52,9 +52,9 @@ def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
             )
         raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.fp16.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read ({error}); {how}` into another folder") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:

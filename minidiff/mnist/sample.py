@@ -131,6 +131,17 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
+def described(row: Row, x: Tensor, labels: Tensor | None, args: argparse.Namespace) -> str:
+    """What is printed of a row x (B, 1, 28, 28): how it was drawn, and what the judge says.  labels: as asked for."""
+    dataset, judges = row.config.get("dataset", "mnist"), judge.load(args.judge)[1].get("dataset", "mnist")
+    if dataset == judges:
+        verdict = judge.report(args.judge, x, labels, args.seed)
+    else:
+        verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
+    trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
+    return "\n  ".join([f"{row}{trained}:", *verdict])
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.check_output(args.out)
     if args.tensors:
         images.check_output(args.tensors, (".safetensors",))
-    judges = judge.load(args.judge)[1].get("dataset", "mnist")
+    judge.load(args.judge)  # raises if there is none
     device, clock = device_of(args.device), Clock()
     labels = torch.tensor(parse_digits(args.digits or "0-9")).repeat(args.num_images)
     rows = planned(args, device)
@@ -162,18 +173,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     long = len(labels) > drawing.at_once(device)
     with stopped_between_steps() if long else contextlib.nullcontext(lambda: False) as stopped:
         for row in rows:
-            x, dataset = row.draw(labels, args.seed, device, stopped), row.config.get("dataset", "mnist")
+            try:
+                x = row.draw(labels, args.seed, device, stopped)
+            except ValueError as error:  # Dormand-Prince is stuck
+                if row is rows[0] if args.tensors else row is rows[-1] and not pictures:
+                    raise  # nothing is left to be written
+                warnings.warn(f"no row for {row}: {error}", stacklevel=2)
+                continue
             most = max(most, len(x))
             asked = {} if row.scale is None else {"labels": labels[: len(x)]}
             if args.tensors and row is rows[0]:
                 kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
-                weights.save(kept, args.tensors, {"dataset": dataset})
-            if dataset == judges:
-                verdict = judge.report(args.judge, x, asked.get("labels"), args.seed)
-            else:
-                verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
-            trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
-            print("\n  ".join([f"{row}{trained}:", *verdict]))
+                weights.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
+            print(described(row, x, asked.get("labels"), args))
             pictures += (shown := x[:SHOWN].split(10))
             texts += [""] * (len(shown) - 1) + [", ".join(word for word in row.words() if word not in shared)]
             if stopped():

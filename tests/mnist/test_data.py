@@ -22,7 +22,7 @@ def test_each_data_set_is_read_from_its_own_folder(fashion, digits, monkeypatch)
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     assert torch.equal(data.load(fashion, "fashion").images, digits.images[:400])
-    with pytest.raises(ValueError, match="no readable MNIST in"):
+    with pytest.raises(ValueError, match="no MNIST in"):
         data.load(fashion, "mnist")
 
 
@@ -50,10 +50,10 @@ def test_without_data_and_network_the_way_out_is_told(tmp_path, monkeypatch):
     import torchvision.datasets
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(ValueError, match=r"(?s)no readable MNIST in .*none to be had.*copy the folder `data` here"):
+    with pytest.raises(ValueError, match=r"(?s)no MNIST in .*none to be had.*copy the folder `data` here"):
         data.load(tmp_path / "none")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="no readable MNIST in"):
+    with pytest.raises(ValueError, match="no MNIST in"):
         data.load(tmp_path / "file")
 
 
@@ -62,9 +62,21 @@ def test_broken_and_unequal_files_are_told(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     shutil.copytree(folder, tmp_path / "data")
-    labels = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    whole = labels.read_bytes()
-    for broken in (b"\0\0\x08\x01" + (10).to_bytes(4, "big") + whole[8:18], b"\1\1\1\1" + whole[4:], b""):
-        labels.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"(?s)no readable MNIST in .*none to be had"):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+
+    def told(name, broken):
+        (raw / name).write_bytes(broken)
+        with pytest.raises(
+            ValueError, match=r"(?s)the MNIST in .* is damaged or incomplete \(.+\); delete .*MNIST, so"
+        ):
             data.load(tmp_path / "data")
+
+    whole = (raw / "train-labels-idx1-ubyte").read_bytes()
+    for broken in (b"\0\0\x08\x01" + (10).to_bytes(4, "big") + whole[8:18], b"\1\1\1\1" + whole[4:], b"",
+                   whole[:2] + b"\x0d" + whole[3:], whole[:2] + b"\x0a" + whole[3:], whole[:-1] + b"\x0a"):  # fmt: skip
+        told("train-labels-idx1-ubyte", broken)
+    (raw / "train-labels-idx1-ubyte").write_bytes(whole)
+    whole = (raw / "train-images-idx3-ubyte").read_bytes()
+    told("train-images-idx3-ubyte", whole[:8] + (20).to_bytes(4, "big") * 2 + whole[16 : 16 + 400 * 400])
+    (raw / "train-images-idx3-ubyte").write_bytes(whole)
+    assert len(data.load(tmp_path / "data")) == 400

@@ -199,6 +199,15 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
     assert "no trained judge in" in fails("score", str(tmp_path / "s.safetensors"), "--judge", str(tmp_path))
 
 
+@pytest.mark.parametrize("lost", ["accuracy", "floors", "feature_mean"])
+def test_a_judge_without_a_part_is_told_when_it_is_loaded(lost, tmp_path):
+    config, tensors = networks.read(judge.EMBEDDED, "judge")
+    kept = {k: v for k, v in tensors.items() if k.startswith("feature") and k != lost}
+    networks.write(tmp_path, judge.Judge(), {k: v for k, v in config.items() if k != lost}, kept)
+    with pytest.raises(ValueError, match=f"holds only part of a judge .*{lost}"):
+        judge.load(tmp_path)
+
+
 def test_the_embedded_judge_knows_real_digits(digits):
     """Its config says 99.3 % of 10,000 test digits; on 500 of the training set it is right about at least 97.4 %, five
     standard errors less. Upside down most of them are other digits, or none."""

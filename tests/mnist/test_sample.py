@@ -104,16 +104,8 @@ def test_ctrl_c_in_a_long_row_keeps_what_is_drawn(tmp_path, capsys, monkeypatch)
         return original(*args)
 
     monkeypatch.setattr(drawing, "draw_flow", draw)
-    flags = [
-        "--kind",
-        "flow",
-        "--quick",
-        "--out",
-        str(tmp_path / "s.png"),
-        "--tensors",
-        str(tmp_path / "s.safetensors"),
-    ]
-    sample.main([*flags, "--guidance-scale", "1", "5"])
+    files = ["--out", str(tmp_path / "s.png"), "--tensors", str(tmp_path / "s.safetensors")]
+    sample.main(["--kind", "flow", "--quick", *files, "--guidance-scale", "1", "5"])
     shown, kept = capsys.readouterr().out, load_file(tmp_path / "s.safetensors")
     assert len(parts) == 2 and len(kept["images"]) == 8 and kept["labels"].tolist() == list(range(8))
     assert "N = 8, seed 0" in shown and "stopped after 8 of 10 of this row" in shown and (tmp_path / "s.png").is_file()
@@ -134,6 +126,23 @@ def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monke
     said = [line.rstrip(":").split(", trained")[0] for line in shown]
     assert said == [f"flow, scale {scale}, {how}" for scale in (0, 5)
                     for how in ("heun, 2 steps", "heun, 3 steps", "dormand-prince")]  # fmt: skip
+
+
+def test_a_solver_that_is_stuck_costs_its_own_row_alone(tmp_path, capsys, monkeypatch):
+    def stuck(*args):
+        raise ValueError("the solver is stuck at time 0.1")
+
+    monkeypatch.setattr(drawing.flow, "dormand_prince", stuck)
+    flags, tensors = (
+        ["--kind", "flow", "--quick", "--out", tmp_path / "s.png"],
+        ["--tensors", tmp_path / "s.safetensors"],
+    )
+    sample.main([*map(str, flags), "--solver", "dormand-prince", "euler"])
+    said = capsys.readouterr()
+    assert "flow, scale 5, euler, 4 steps" in said.out and (tmp_path / "s.png").is_file()
+    assert "warning: no row for flow, scale 5, dormand-prince: the solver is stuck at time 0.1" in said.err
+    for wrong in (["dormand-prince"], ["dormand-prince", "euler", *tensors]):
+        assert "error: the solver is stuck at time 0.1" in fails(capsys, sample.main, *flags, "--solver", *wrong)
 
 
 def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):

@@ -423,8 +423,13 @@ def test_missing_and_wrong_networks_are_told(tmp_path):
         networks.read(tmp_path / "n", "judge")
     with pytest.raises(ValueError, match="do not fit each other"):
         networks.fill(nn.Conv2d(1, 1, 1), networks.read(tmp_path / "n", "flow")[1], tmp_path / "n")
-    with pytest.raises(ValueError, match="config.json describes no network of digits"):
-        drawing.load(tmp_path / "n", "flow", torch.device("cpu"))
+    for unet in ({}, {"unet": {"hidden": -3}}, {"unet": {"modulate": "film"}}, {"unet": {"depth": 3}}):
+        networks.write(tmp_path / "n", model(), {"kind": "flow"} | unet)
+        with pytest.raises(ValueError, match="n.config.json describes no network of digits"):
+            drawing.load(tmp_path / "n", "flow", torch.device("cpu"))
+    (tmp_path / "n" / "config.json").write_bytes(b"\xec\x00")
+    with pytest.raises(ValueError, match="n cannot be read .*utf-8.*train one with"):
+        networks.read(tmp_path / "n", "flow")
     (tmp_path / "n" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a None, not a flow"):
         networks.read(tmp_path / "n", "flow")
