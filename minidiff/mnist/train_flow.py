@@ -170,6 +170,26 @@ def few_steps(models: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
     return [flow.solve(models[name], x_0, flow.grid(n)) for name, n in runs], [f"{name}, {n}" for name, n in runs]
 
 
+def save_comparisons(
+    models: dict[str, UNet], labels: Tensor | None, x_0: Tensor, guidance_scale: float | None, steps: int, out: Path,
+    about: dict,
+) -> None:  # fmt: skip
+    """solvers.png of the last of the models; reflow.png if there are two; the straightness of each is printed.
+
+    labels, x_0: (B,) and (B, 1, 28, 28); the first ten are drawn, the straightness is that of all, without guidance.
+    """
+    model = list(models.values())[-1]
+    ten, first = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
+    strong = velocity(model, ten, guidance_scale)
+    save_strip(*by_solver(strong, first, steps), "Solvers and their evaluations", out / "solvers.png", about)
+    if len(models) > 1:
+        plain = {name: velocity(unet, ten) for name, unet in models.items()}
+        title = "Euler steps before and after reflow"
+        save_strip(*few_steps(plain, first, steps), title, out / "reflow.png", about)
+    straight = {name: flow.straightness(velocity(u, labels), x_0, steps).mean().item() for name, u in models.items()}
+    print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
+
+
 def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tuple[Digits, Digits]:
     """What reflow learns: `kept_pairs` for training, and a tenth for the test.
 
@@ -252,16 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_animation(lambda note: draw(args.guidance_scale, on_step=note), steps, out / "sampling.gif")
     if told:
         save_guidance(draw, out, about)
-    ten = labels[:CLASSES] if told else None
-    strong = velocity(model, ten, args.guidance_scale)
-    save_strip(*by_solver(strong, x_0[:CLASSES], steps), "Solvers and their evaluations", out / "solvers.png", about)
     both = {"this model": model} if teacher is None else {"the teacher": teacher, "this model": model}
-    if teacher is not None:
-        plain = {name: velocity(unet, ten) for name, unet in both.items()}
-        title = "Euler steps before and after reflow"
-        save_strip(*few_steps(plain, x_0[:CLASSES], steps), title, out / "reflow.png", about)
-    straight = {name: flow.straightness(velocity(u, labels), x_0, steps).mean().item() for name, u in both.items()}
-    print("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
+    save_comparisons(both, labels, x_0, args.guidance_scale, steps, out, about)
     print(f"wrote {out}   ({clock})")
 
 
