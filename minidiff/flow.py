@@ -198,7 +198,7 @@ def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None
     one for each value, and in the mean over probes the same (Hutchinson's estimator).
     """
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x.detach().clone().requires_grad_()  # a copy: what `solve` gives cannot be differentiated
         v = velocity(x, time)
         probes = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]) if probe is None else [probe]
         total = torch.zeros(len(x)).to(x)
@@ -220,7 +220,8 @@ def log_likelihood(velocity: Velocity, x_1: Tensor, times: Tensor, probe: Tensor
     x, spread, back = x_1, torch.zeros(len(x_1)).to(x_1), times.flip(0).tolist()
     for now, earlier in zip(back, back[1:]):
         h = earlier - now
-        halfway = x + h / 2 * velocity(x, _all_at(now, x)).detach()
+        with torch.no_grad():
+            halfway = x + h / 2 * velocity(x, _all_at(now, x))
         v, rate = divergence(velocity, halfway, _all_at(now + h / 2, x), probe)
         x, spread = x + h * v, spread - h * rate
     log_normal = -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
@@ -246,8 +247,8 @@ def from_eps(predict: Prediction, schedule: Schedule) -> Velocity:
         velocity = x_start - eps                                   since eps is x_0 and x_start is x_1
 
     predict: as `sampling.denoise` wants it.  schedule: of the T times it was trained with. Asked at a time between two
-    of the `clock`, the velocity takes the nearer one. Euler steps through `clock`, then to 1, are those of DDIM with
-    eta = 0, which draws no noise on the way.
+    of the `clock`, the velocity takes the nearer one. Euler steps through `clock(schedule).flip(0)`, then to 1, are
+    those of DDIM with eta = 0, which draws no noise on the way; they begin at the clock's last time, not at 0.
     """
     times = clock(schedule)
 

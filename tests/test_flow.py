@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minidiff import flow, toy
+from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.schedule import linear
 from tests.reference.fill import bent, normal, read
 
@@ -202,6 +203,23 @@ def test_diffusion_can_be_inverted_better_with_more_steps():
     assert (back - x_1).abs().max() < 1e-3
 
 
+def test_euler_steps_on_the_clock_are_ddim_without_noise():
+    """DDIM Eq. 12 with sigma = 0, written out over four times and the step to the end."""
+    schedule, kept, x = linear(300), [299, 200, 90, 7], noise(5)
+
+    def predict(x_t, t):
+        return x_t.tanh() + t.view(-1, 1, 1, 1) / 300, None
+
+    alpha_bar, y = [*schedule.alphas_cumprod.tolist(), 1.0], x
+    for t, earlier in zip(kept, [*kept[1:], -1]):
+        eps, a, b = predict(y, torch.full((5,), t))[0], alpha_bar[t], alpha_bar[earlier]
+        y = b**0.5 * (y - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+    times = torch.cat([flow.clock(schedule)[kept], torch.ones(1, dtype=torch.float64)])
+    a = alpha_bar[299]
+    found = flow.solve(flow.from_eps(predict, schedule), x / (a**0.5 + (1 - a) ** 0.5), times)
+    torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
+
+
 def test_straightness_is_zero_on_lines_and_known_on_a_circle():
     """Round a quarter circle v = pi/2 (-sin, cos)(pi t / 2): mean |v|^2 is pi^2 / 4, the chord's 2; 2 values."""
     x_0, x_1 = noise(4), noise(4, seed=1)
@@ -223,6 +241,17 @@ def test_the_likelihood_of_a_gaussian_is_its_closed_form():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     sign = noise(20, seed=5).sign()  # this J is a multiple of 1, so that any probe is exact
     torch.testing.assert_close(flow.log_likelihood(gaussian, x_1, flow.grid(200), sign), found, rtol=0, atol=1e-9)
+
+
+def test_the_likelihood_of_what_a_network_drew():
+    """What `solve` returns cannot be differentiated; its likelihood is that of a copy, and changes no weight's grad."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(4, time=True)).eval()
+    x_1 = flow.solve(unet, torch.randn(2, 1, 28, 28), flow.grid(2))
+    probe = torch.randn(2, 1, 28, 28).sign()
+    found = flow.log_likelihood(unet, x_1, flow.grid(2), probe)
+    assert torch.equal(found, flow.log_likelihood(unet, x_1.clone(), flow.grid(2), probe)) and found.isfinite().all()
+    assert flow.divergence(unet, x_1, torch.ones(2), probe)[1].isfinite().all()
 
 
 def test_the_divergence_is_the_trace_and_probes_estimate_it_without_bias():

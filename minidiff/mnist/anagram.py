@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minidiff import images, views
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings
@@ -69,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if args.quick:
         args.steps, args.num_images = 4, 5
-    if "negate" in args.view:
-        raise ValueError("negate is for pictures from -1 to 1; digits lie in 0 to 1, and would leave it")
     images.check_output(args.out)
     chosen, device, clock = [views.named(name) for name in args.view], device_of(args.device), Clock()
+    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 28, 28)
+    for view in chosen:
+        if (seen := view.view(black_and_white)).min() < 0 or seen.max() > 1:
+            raise ValueError(f"{view.name} is for pictures from -1 to 1; digits lie in 0 to 1, and would leave it")
     unet, (judge_of, config, _) = drawing.load(args.model, "ddpm", device), judge.load(args.judge)
     drawn, judged = (c.get("dataset", "mnist") for c in (read_config(args.model), config))
     if drawn != judged:
@@ -80,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not unet.config.num_classes:
         raise ValueError(f"{args.model} is not told the digit; pass one of `train_diffusion --preset class` as --model")
     both = prediction(unet, args.digits, chosen, args.guidance_scale)
-    x, alone = [], []
-    for i in range(0, args.num_images, drawing.at_once(device)):
-        n, first = min(drawing.at_once(device), args.num_images - i), args.seed + i
-        x.append(drawing.draw_ddpm(both, seeded(first, n), device, args.steps))
-        plain = drawing.prediction(unet, torch.full((n,), args.digits[0]), args.guidance_scale)
-        alone.append(drawing.draw_ddpm(plain, seeded(first, n), device, args.steps))
+    x, alone, starts = [], [], range(0, args.num_images, drawing.at_once(device))
+    with tqdm(total=2 * args.steps * len(starts), unit="step") as bar:
+        for i in starts:
+            n, first = min(drawing.at_once(device), args.num_images - i), args.seed + i
+            x.append(drawing.draw_ddpm(both, seeded(first, n), device, args.steps, lambda *_: bar.update()))
+            plain = drawing.prediction(unet, torch.full((n,), args.digits[0]), args.guidance_scale)
+            alone.append(drawing.draw_ddpm(plain, seeded(first, n), device, args.steps, lambda *_: bar.update()))
     x, alone = torch.cat(x), torch.cat(alone)
     good, lucky = (aligned(judge_of, samples, args.digits, chosen) for samples in (x, alone))
     print(f"{int(good.sum())} of {len(x)} are {' and '.join(map(str, args.digits))} through {', '.join(args.view)}; "

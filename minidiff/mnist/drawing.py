@@ -2,7 +2,8 @@
 
 `sampling.denoise` wants to be told eps at a time t = 0 to T - 1, the solvers of `flow.py` want a velocity at a time
 from 0 to 1. The same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is
-a prompt of one token, (B, 1, 10), and "no class" is a row of zeros, as in training.
+a prompt of one token, (B, 1, 10), and "no class" is a row of zeros, as in training. What the trainers and the drawing
+must agree about stands here, too: `course_schedule`, and `dropped`, which keeps the class from a network in training.
 
 Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
 """

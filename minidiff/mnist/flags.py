@@ -59,7 +59,8 @@ def parser(doc: str, kind: str, presets: Mapping[str, object]) -> argparse.Argum
     if kind != "judge":  # which draws nothing
         p.add_argument("--figures", type=file_path, metavar="FOLDER", help="train nothing; draw the pictures of the "
                        "end with the network in FOLDER, into --out")  # fmt: skip
-    p.add_argument("--quick", action="store_true", help="a tiny network, few pictures and steps: a smoke test")
+    tiny = "" if kind == "judge" else "a tiny network, "
+    p.add_argument("--quick", action="store_true", help=f"{tiny}few pictures and steps: a smoke test")
     return p
 
 

@@ -131,7 +131,10 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
     return found
 
 
-def load(folder: Path) -> tuple[Judge, dict, tuple[Tensor, Tensor]]:
+Loaded = tuple[Judge, dict, tuple[Tensor, Tensor]]  # as `load` returns it
+
+
+def load(folder: Path) -> Loaded:
     """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features.
 
     Raises ValueError as `networks.read`, or if any of these is missing.
@@ -147,9 +150,9 @@ def load(folder: Path) -> tuple[Judge, dict, tuple[Tensor, Tensor]]:
     return judge, config, reference
 
 
-def report(folder: Path, images: Tensor, labels: Tensor | None, seed: object) -> list[str]:
+def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) -> list[str]:
     """What `score` prints about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes asked for, if any were."""
-    judge, config, reference = load(folder)
+    judge, config, reference = loaded
     if not len(images) or not images.isfinite().all():
         return [f"N = {len(images)}, seed {seed}; no samples, or not finite: nothing to judge"]
     features, verdicts = look(judge, images)
@@ -161,7 +164,8 @@ def report(folder: Path, images: Tensor, labels: Tensor | None, seed: object) ->
                  + f"; entropy {entropy(verdicts):.3f} of 2.303")  # fmt: skip
     if len(images) > FEATURES:
         floors = ", ".join(f"{value:.3f} for {n}" for n, value in config["floors"].items())
-        lines.append(f"Frechet distance to the training digits: {frechet(gaussian(features), reference):.3f}; "
+        distance = frechet(gaussian(features), reference)
+        lines.append(f"Frechet distance to the training digits, in the judge's {FEATURES} features: {distance:.3f}; "
                      f"of real test digits: {floors}")  # fmt: skip
     else:
         lines.append(f"no Frechet distance: {FEATURES} features need more than {FEATURES} samples")
@@ -213,10 +217,11 @@ def score(argv: Sequence[str]) -> None:
     if dataset is None and not plausible:  # `sample` says of what data set its samples are, and scales them right
         raise ValueError(f"{args.file}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for "
                          "black, not to -1..1 or 0..255")  # fmt: skip
-    judged = load(args.judge)[1].get("dataset", "mnist")
+    loaded = load(args.judge)
+    judged = loaded[1].get("dataset", "mnist")
     if dataset not in (None, judged):
         raise ValueError(f"{args.file} holds samples of {dataset}, {args.judge} judges {judged}; pass another --judge")
-    print("\n".join(report(args.judge, images.float(), labels, seed)))
+    print("\n".join(report(loaded, images.float(), labels, seed)))
 
 
 @command

@@ -10,7 +10,7 @@
 One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
 them. A scale of 0 ignores the digit asked for, 1 is no guidance. Ctrl-C in a long row keeps what is drawn.
 
-Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first.
+Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first. Next: `mnist/anagram.py`, the last file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from minidiff import flow, images, weights
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings, stopped_between_steps
 from minidiff.hub import WEIGHTS, WeightsError, read_config
-from minidiff.mnist import drawing, judge, networks
+from minidiff.mnist import drawing, judge
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
@@ -56,7 +56,7 @@ def kind_of(folder: Path) -> str:
     """What a trained network is, as its config says; "ddpm" if it does not, which `drawing.load` will complain of."""
     try:
         kind = read_config(folder).get("kind")
-    except WeightsError:
+    except (WeightsError, OSError):
         return "ddpm"
     return kind if kind in STEPS else "ddpm"
 
@@ -116,7 +116,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     for folder in folders:
         alike = [other for other in folders if other.name == folder.name]
         name = folder.name if folder.name and len(alike) == 1 else str(folder)
-        unet, config = drawing.load(folder, args.kind, device), networks.read(folder, args.kind)[0]
+        unet, config = drawing.load(folder, args.kind, device), read_config(folder)
         scales = args.guidance_scale or [drawing.GUIDANCE_SCALE]
         if not unet.config.num_classes:
             if args.guidance_scale:
@@ -131,13 +131,13 @@ def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
-def described(row: Row, x: Tensor, labels: Tensor | None, args: argparse.Namespace) -> str:
+def described(row: Row, x: Tensor, labels: Tensor | None, seed: int, judging: judge.Loaded) -> str:
     """What is printed of a row x (B, 1, 28, 28): how it was drawn, and what the judge says.  labels: as asked for."""
-    dataset, judges = row.config.get("dataset", "mnist"), judge.load(args.judge)[1].get("dataset", "mnist")
+    dataset, judges = row.config.get("dataset", "mnist"), judging[1].get("dataset", "mnist")
     if dataset == judges:
-        verdict = judge.report(args.judge, x, labels, args.seed)
+        verdict = judge.report(judging, x, labels, seed)
     else:
-        verdict = [f"not judged: {args.judge} judges {judges}, these are of {dataset}"]
+        verdict = [f"not judged: the judge knows {judges}, these are of {dataset}"]
     trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
     return "\n  ".join([f"{row}{trained}:", *verdict])
 
@@ -161,10 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in 0..2^63 - 1, got {args.seed}")
     images.check_output(args.out)
     if args.tensors:
         images.check_output(args.tensors, (".safetensors",))
-    judge.load(args.judge)  # raises if there is none
+    judging = judge.load(args.judge)
     device, clock = device_of(args.device), Clock()
     labels = torch.tensor(parse_digits(args.digits or "0-9")).repeat(args.num_images)
     rows = planned(args, device)
@@ -185,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.tensors and row is rows[0]:
                 kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
                 weights.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
-            print(described(row, x, asked.get("labels"), args))
+            print(described(row, x, asked.get("labels"), args.seed, judging))
             pictures += (shown := x[:SHOWN].split(10))
             texts += [""] * (len(shown) - 1) + [", ".join(word for word in row.words() if word not in shared)]
             if stopped():

@@ -210,13 +210,16 @@ def lines(args: argparse.Namespace, teacher: UNet, plan: Plan, steps: int) -> tu
 def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
     """The teacher of reflow, by default the embedded flow model. Sets args.teacher, and args.dataset to the teacher's.
 
-    Raises ValueError as `drawing.load`, if another data set was asked for, and on flags of reflow without it.
+    Raises ValueError if there is none, as `drawing.load`, if another data set was asked for, and on flags of reflow
+    without it.
     """
     if args.preset != "reflow":
         if args.teacher is not None or args.pairs is not None:
             raise ValueError("--teacher and --pairs are for --preset reflow")
         return None
     args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
+    if not (args.teacher / "config.json").is_file():
+        raise ValueError(f"there is no teacher of reflow in {args.teacher}; pass its folder as --teacher")
     teacher, drawn = load(args.teacher, "flow", device), read_config(args.teacher).get("dataset", "mnist")
     if args.dataset not in (drawn, "mnist"):
         raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")

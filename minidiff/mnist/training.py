@@ -159,7 +159,10 @@ class Run:
             images.save(chart, self.folder / "loss.png", {})
 
     def one_step(self, batch: Digits, step: int) -> Tensor:
-        """Loss, gradient, Adam. Returns the loss, still on the device: reading it would make every step wait."""
+        """Loss, gradient, Adam. Returns the loss, still on the device: reading it would make every step wait.
+
+        (Those of DDPM wait all the same, to look the noise of their times up: `Schedule.alpha_bar`.)
+        """
         x = batch.images.to(memory_format=self.layout)
         with precision(self.device, self.dtype):
             loss = self.loss(self.in_step, Digits(x, batch.labels), generator(self.device, self.seed, STEP, step))

@@ -9,7 +9,8 @@
     1x1                               +----------+
 
 Alone it removes noise. For diffusion and flow it must know how noisy its input is, and may know which digit is meant:
-an FCBlock turns each of the two into a vector per channel, which acts on the outputs of `unflatten` and `up1`.
+an FCBlock turns each of the two into a vector, a number for each channel, which acts on the outputs of `unflatten` and
+`up1`.
 
     time only      u + t   ("add": the course of 2024)     or     u * t   ("mul": that of 2025)
     with class     c * u + t

@@ -59,9 +59,9 @@ def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     message = fails(capsys, anagram.main, "6", "9", "8", *flags)
     assert "need one digit 0..9 for each view" in message
     assert "need one digit 0..9" in fails(capsys, anagram.main, "6", "10", *flags)
-    assert "negate is for pictures from -1 to 1" in fails(
-        capsys, anagram.main, "6", "9", *flags, "--view", "identity", "negate"
-    )
+    for view in ("negate", "white_balance_failure"):
+        message = fails(capsys, anagram.main, "6", "9", *flags, "--view", "identity", view)
+        assert f"{view} is for pictures from -1 to 1" in message
     untold = UNet(UNetConfig(4, time=True))
     networks.write(tmp_path / "untold", untold, {"kind": "ddpm", "unet": asdict(untold.config)})
     assert "is not told the digit; pass one of `train_diffusion --preset class`" in fails(

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,6 +58,32 @@ def test_the_denoisers_loss_is_the_error_against_the_clean_digit(digits):
     assert abs((net.seen[0][0] * digits.images).mean()) < 5 * (digits.images.square().mean() / n) ** 0.5  # only noise
 
 
+def test_noise_alone_is_best_answered_by_the_mean(digits):
+    """At the answer "mean" neither a shift nor a share of z lowers the loss."""
+    mean, share = digits.images.mean(0), torch.zeros((), requires_grad=True)
+    shift = torch.zeros(1, 28, 28, requires_grad=True)
+    loss = train_denoiser.Denoising(None)(lambda z: mean + shift + share * z, digits, generator("cpu", 0))
+    loss.backward()
+    assert loss.item() == pytest.approx(floors.mean_image_mse(digits.images), rel=1e-5)
+    # dL / dshare = 2 mean((mean - x) z), of standard error 2 sqrt(L / n).
+    assert shift.grad.abs().max() < 1e-7 and abs(share.grad) < 10 * (loss.item() / digits.images.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [train_denoiser.Denoising(0.5), train_denoiser.Denoising(None),
+     train_diffusion.Diffusion(drawing.course_schedule()), train_flow.FlowMatching()],
+)  # fmt: skip
+def test_all_chance_in_a_loss_comes_from_its_generator(loss, digits):
+    """So a resumed run asks what the uninterrupted one would have asked, and every step something new."""
+    net = Told(lambda x, time: x, classes=10)
+    for step, of_torch in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(of_torch)
+        loss(net, digits[:50], generator("cpu", step))
+    first, again, other = ([value for value in asked if value is not None] for asked in net.seen)
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+
+
 def test_a_perfect_noise_predictor_has_loss_0_and_others_what_they_miss(digits):
     schedule = drawing.course_schedule()
     some = digits[:50]
@@ -99,6 +126,32 @@ def test_reflow_learns_the_lines_it_is_given(digits):
     assert train_flow.FlowMatching()(net, pairs, generator("cpu", 0)) == 0
     x, time, _ = net.seen[0]
     torch.testing.assert_close(x, flow.path(x_0, digits.images[:50], time))
+
+
+def test_the_best_student_of_reflow_walks_straight_and_arrives_in_one_step():
+    """Data 1 or -1, so that E[x_1 | x_t] = tanh(t x_t / (1 - t)^2). Paths in one dimension never cross, so neither do
+    the lines between their ends; the student that interpolates these has no loss, and its one step is the teacher's 50.
+    """
+
+    def teacher(x, time):
+        t = time.view(-1, 1, 1, 1)
+        return ((t * x / (1 - t) ** 2).tanh() - x) / (1 - t)
+
+    x_0 = torch.randn(2, 1, 28, 28, dtype=torch.float64, generator=generator("cpu", 0))
+    pairs = train_flow.make_pairs(Told(teacher), torch.zeros(2, dtype=torch.int64), x_0, 50)
+    order = x_0.flatten().argsort()
+    start, end = x_0.flatten()[order].numpy(), pairs.images[:, 0].flatten()[order].numpy()
+    assert (np.diff(end) >= 0).all()
+
+    def student(x, time):
+        rows = [np.interp(r.numpy().ravel(), start + t * (end - start), end - start) for r, t in zip(x, time.tolist())]
+        return torch.from_numpy(np.stack(rows)).view_as(x)
+
+    assert train_flow.FlowMatching()(Told(student), pairs, generator("cpu", 0)) < 1e-9
+    assert flow.straightness(student, x_0).max() < 1e-6 and flow.straightness(teacher, x_0).min() > 1e-2
+    at_once, (x_1, _) = flow.grid(1), pairs.images.split(1, dim=1)
+    torch.testing.assert_close(flow.solve(student, x_0, at_once), x_1, rtol=0, atol=1e-9)
+    assert (flow.solve(teacher, x_0, at_once) - x_1).abs().mean() > 0.5
 
 
 def test_pairs_join_each_noise_to_where_the_teacher_leads_it_for_its_class(tmp_path, monkeypatch):
@@ -151,6 +204,10 @@ def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row
             torch.testing.assert_close((x - row[0]) / sigma, (row[-1] - row[0]) / 1.0, rtol=0, atol=1e-5)
     assert labels[0] == [f"sigma {s}" for s in (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)]
     assert not torch.equal(rows[0][-1] - rows[0][0], rows[1][-1] - rows[1][0])
+    seen = []
+    train_denoiser.errors_by_sigma(lambda z: seen.append(z) or z, digits[:20], torch.ones(3))
+    for z, sigma in zip(seen[1:], train_denoiser.SIGMAS[1:], strict=True):
+        torch.testing.assert_close((z - seen[0]) / sigma, seen[-1] - seen[0], rtol=0, atol=1e-5)
     thrice = Digits(digits.images.repeat(3, 1, 1, 1), digits.labels.repeat(3))
     table = train_denoiser.errors_by_sigma(lambda z: z, thrice, torch.ones(3))
     # Doing nothing leaves sigma^2; of variance 1 the best is sigma^2 / (1 + sigma^2).
@@ -360,6 +417,9 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
             torch.testing.assert_close(named.pop(name)(x, time), expected, rtol=0.01, atol=2e-3)
         if how == "trained":  # the second time: the config of the network says who its teacher was
             assert figures(train_flow, tmp_path / "q", tmp_path / "z", folder) == sorted([*ends, "reflow.png"])
+    edit_config(tmp_path / "q", teacher=str(tmp_path / "gone"))
+    message = fails(capsys, train_flow.main, "--figures", tmp_path / "q", "--out", tmp_path / "z")
+    assert f"there is no teacher of reflow in {tmp_path / 'gone'}; pass its folder as --teacher" in message
     train, test = ({tuple(noise.flatten().tolist()) for noise in part.images[:, 1]} for part in split[0])
     assert (len(train), len(test)) == (180, 20) and not train & test
     # Onto another run: told before any pair is drawn.
@@ -451,7 +511,9 @@ def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, mon
     assert networks.read(out, "flow")[0]["trained"] == "1 of 2 epochs"
 
 
-def test_without_out_the_folder_has_the_name_of_what_is_trained():
+def test_without_out_the_folder_has_the_name_of_what_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def out(*given):
         p = flags.parser("", "flow", train_flow.PRESETS)
         p.add_argument("--pure-noise", action="store_true")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -69,6 +70,39 @@ def test_a_network_whose_time_and_class_say_nothing_is_the_plain_one(kind, value
     last_layers(told, value)
     x, time, c = inputs()
     torch.testing.assert_close(told(x, time, c if "c" in value else None), plain(x), rtol=0, atol=0)
+
+
+def test_the_forward_pass_written_out():
+    unet, (x, t, c) = small(**CLASS).double(), (v.double() for v in inputs())
+    p = unet.state_dict()
+
+    def wb(name):
+        return p[f"{name}.weight"], p[f"{name}.bias"]
+
+    def norm_gelu(h, name):
+        return F.gelu(F.batch_norm(h, p[f"{name}.running_mean"], p[f"{name}.running_var"], *wb(name)))
+
+    def conv(h, name, stride=1):
+        return norm_gelu(F.conv2d(h, *wb(f"{name}.0"), stride, 1), f"{name}.1")
+
+    def transposed(h, name, stride, padding):
+        return norm_gelu(F.conv_transpose2d(h, *wb(f"{name}.0"), stride, padding), f"{name}.1")
+
+    def block(h, name):
+        return conv(conv(h, f"{name}.0"), f"{name}.1")
+
+    def fc(v, name):
+        return F.linear(F.gelu(F.linear(v, *wb(f"{name}.0"))), *wb(f"{name}.2"))[:, :, None, None]
+
+    at_28 = block(x, "in_block")
+    at_14 = block(conv(at_28, "down1.0", 2), "down1.1")
+    at_7 = block(conv(at_14, "down2.0", 2), "down2.1")
+    u = fc(c, "fc1_c") * transposed(F.gelu(F.avg_pool2d(at_7, 7)), "unflatten", 7, 0) + fc(t[:, None], "fc1_t")
+    u = block(transposed(torch.cat([u, at_7], 1), "up1.0", 2, 1), "up1.1")
+    u = fc(c, "fc2_c") * u + fc(t[:, None], "fc2_t")
+    u = block(transposed(torch.cat([u, at_14], 1), "up2.0", 2, 1), "up2.1")
+    found = F.conv2d(block(torch.cat([u, at_28], 1), "out_block"), *wb("out"), 1, 1)
+    torch.testing.assert_close(unet(x, t, c), found, rtol=0, atol=1e-12)
 
 
 def test_modulation_by_hand():
