@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   compiled=args.compile)  # fmt: skip
         if not run.complete(out, {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}, after_epoch):
             return
+    print("drawing the pictures of the end")  # a few minutes
     save_animation(lambda note: draw(labels, args.guidance_scale, on_step=note), steps, out / "sampling.gif")
     if told:
         save_animation(lambda note: draw(None, 1.0, on_step=note), steps, out / "unconditional.gif")

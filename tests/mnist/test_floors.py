@@ -1,11 +1,17 @@
-"""The levels in the plots, against brute force on real digits; the values for all of MNIST are in the README."""
+"""The levels in the plots, against brute force on real digits, and those of the README.
 
+tests/reference/spectrum.npz holds the eigenvalues of the covariance (784 x 784) of MNIST's 60,000 training digits in
+[0, 1], by numpy.cov and numpy.linalg.eigvalsh.
+"""
+
+import numpy as np
 import pytest
 import torch
 
 from minidiff.mnist import floors
 from minidiff.mnist.data import Digits
 from minidiff.schedule import linear
+from tests.mnist.real import FILE
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,16 @@ def test_the_linear_optimum_is_that_of_the_normal_equations(images, variances, a
 def test_the_linear_optimum_at_its_ends(images, variances):
     assert floors.linear_mse(variances, 1, 0).item() == 0
     assert floors.linear_mse(variances, 1, 1e6).item() == pytest.approx(floors.mean_image_mse(images), rel=1e-6)
+
+
+def test_the_levels_of_all_of_mnist_are_those_of_the_readme():
+    with np.load(FILE.with_name("spectrum.npz")) as file:
+        variances = torch.from_numpy(file["variances"])
+    assert f"{variances.mean():.4f}" == "0.0673"
+    levels = [floors.linear_mse(variances, 1, sigma).item() for sigma in (0.2, 0.4, 0.5, 0.6, 0.8, 1.0)]
+    assert ", ".join(f"{level:.4f}" for level in levels) == "0.0080, 0.0163, 0.0201, 0.0235, 0.0295, 0.0346"
+    assert f"{floors.linear_eps_loss(variances, linear(300)):.4f}" == "0.0797"
+    assert f"{floors.linear_flow_loss(variances):.3f}" == "0.193"
 
 
 def test_the_losses_of_gaussian_data_by_hand():
