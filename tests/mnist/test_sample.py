@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minidiff import ddpm, flow
 from minidiff.hub import WEIGHTS
-from minidiff.mnist import drawing, judge, networks, sample
+from minidiff.mnist import drawing, judge, networks, sample, train_denoiser
 from minidiff.mnist.data import generator, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import seeded
@@ -185,6 +185,12 @@ def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
     labels = torch.arange(10).repeat(2)
     ignored = verdicts(labels, 0.0)
     assert judge.agreement(ignored, labels) < 0.4 and judge.entropy(ignored) > 1.8  # 2.1 is to be expected of 20
+
+
+@torch.no_grad()
+def test_the_embedded_denoiser_errs_less_than_the_courses(digits):
+    unet = drawing.load(WEIGHTS / "mnist" / "denoiser", "denoiser", CPU)
+    assert 0.0001 < train_denoiser.Denoising(0.5)(unet, digits[:200], generator("cpu", 0)) < 0.0084
 
 
 @pytest.mark.parametrize(("kind", "floor", "most"), [("ddpm", 0.0036, 0.030), ("flow", 0.031, 0.088)])
