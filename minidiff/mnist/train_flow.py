@@ -218,8 +218,8 @@ def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
             raise ValueError("--teacher and --pairs are for --preset reflow")
         return None
     args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
-    if not (args.teacher / "config.json").is_file():
-        raise ValueError(f"there is no teacher of reflow in {args.teacher}; pass its folder as --teacher")
+    if not args.teacher.is_dir():
+        raise ValueError(f"there is no folder {args.teacher}, the teacher of reflow; pass the right one as --teacher")
     teacher, drawn = load(args.teacher, "flow", device), read_config(args.teacher).get("dataset", "mnist")
     if args.dataset not in (drawn, "mnist"):
         raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")

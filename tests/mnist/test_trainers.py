@@ -419,7 +419,7 @@ def test_train_flow_makes_its_pictures_and_reflow_starts_from_its_teacher(folder
             assert figures(train_flow, tmp_path / "q", tmp_path / "z", folder) == sorted([*ends, "reflow.png"])
     edit_config(tmp_path / "q", teacher=str(tmp_path / "gone"))
     message = fails(capsys, train_flow.main, "--figures", tmp_path / "q", "--out", tmp_path / "z")
-    assert f"there is no teacher of reflow in {tmp_path / 'gone'}; pass its folder as --teacher" in message
+    assert f"there is no folder {tmp_path / 'gone'}, the teacher of reflow; pass the right one as --teacher" in message
     train, test = ({tuple(noise.flatten().tolist()) for noise in part.images[:, 1]} for part in split[0])
     assert (len(train), len(test)) == (180, 20) and not train & test
     # Onto another run: told before any pair is drawn.
