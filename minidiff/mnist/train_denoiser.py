@@ -5,7 +5,7 @@
 
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
-That is the course's preset: 0.0082 on the test digits, where the course's staff report 0.0084 of their last training
+Without --preset it is the course's: 0.0082 on the test digits, where its staff report 0.0084 of their last training
 batch. `better` trains longer and at a higher rate; `small` has a sixteenth of the arithmetic, for a machine without
 fast half precision, and at that higher rate reaches 0.0079 all the same.
 
