@@ -174,19 +174,26 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
     true_log_var = _cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
     mean = posterior_mean(predict_x_start(x_t, eps, alpha_bar_t), x_t, alpha_bar_t, alpha_bar_prev)
     log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
-    distance = (true_mean - mean).square() * (-log_var).exp()
-    kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp() + distance)
-    nll = -_log_prob_of_8bit(x_start, mean, log_var)
     is_last = (t == 0).view(-1, 1, 1, 1).to(x_start.device)
+    # Each formula gets only its own times: where the other one overflows, 0 * inf would make the gradient NaN.
+    kl_log_var = torch.where(is_last, true_log_var, log_var)
+    distance = (true_mean - mean).square() * (-kl_log_var).exp()
+    kl = 0.5 * (kl_log_var - true_log_var - 1 + (true_log_var - kl_log_var).exp() + torch.where(is_last, 0, distance))
+    nll = -_log_prob_of_8bit(x_start, mean, torch.where(is_last, log_var, 0).clamp(min=-60))  # std 1e-13: all or nothing
     return torch.where(is_last, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """log P(the Gaussian falls into x's own bin of width 2/255); the outermost bins reach to infinity. DDPM Eq. 13."""
+    """log P(the Gaussian falls into x's own bin of width 2/255); the outermost bins reach to infinity. DDPM Eq. 13.
+
+    Differences are taken in the lower tail, and of narrow bins by the density, where float32 keeps its digits.
+    """
     inv_std = (-0.5 * log_var).exp()
-    below = torch.special.ndtr((x - 1 / 255 - mean) * inv_std)
-    above = torch.special.ndtr((x + 1 / 255 - mean) * inv_std)
-    prob = torch.where(x > 0.999, 1 - below, torch.where(x < -0.999, above, above - below))
+    centre, half = (x - mean) * inv_std, inv_std / 255
+    z, ndtr = -centre.abs(), torch.special.ndtr
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    inside = torch.where(half < 3e-3, 2 * half * density, ndtr(z + half) - ndtr(z - half))
+    prob = torch.where(x > 0.999, ndtr(half - centre), torch.where(x < -0.999, ndtr(centre + half), inside))
     return prob.clamp(min=1e-12).log()
 
 

@@ -386,3 +386,22 @@ def test_shapes_must_agree():
     t = torch.tensor([10])
     with pytest.raises(ValueError, match=r"shapes must agree, got .*, noise \(1, 3, 8, 8\)"):
         ddpm.step(COSINE, small, t, t - 1, small, None, large)
+
+
+@pytest.mark.parametrize("process", [schedule.squaredcos_cap_v2(), schedule.linear(1000), schedule.linear(300)])
+@pytest.mark.parametrize("pred_var", [-50.0, -10.0, -4.0, -1.0, 0.0, 1.0, 3.0])
+@pytest.mark.parametrize("t", [0, 1, 5])
+def test_iddpm_eq16_gradient_is_float64s_at_every_time_and_variance(process, pred_var, t):
+    """At t = 0 the KL is not used and may overflow: exp(50) squared. Its branch must not make the gradient NaN."""
+    x_start = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        var = torch.full((4, 3, 8, 8), pred_var, dtype=dtype, requires_grad=True)
+        each = ddpm.loss(
+            process, x_start.to(dtype), noise.to(dtype), torch.full((4,), t), (noise + 0.1).to(dtype), var
+        )
+        each.sum().backward()
+        grads.append(var.grad.double())
+    scale = grads[1].abs().max().clamp(min=1e-30)
+    assert torch.isfinite(grads[0]).all() and ((grads[0] - grads[1]) / scale).abs().max() < 1e-3
