@@ -16,11 +16,16 @@ from torch import Tensor
 from minidiff import images
 from minidiff.deepfloyd.tokenizer import clean
 
-CAPTION_DROPOUT = 0.1  # how often a picture is shown with the empty prompt, for classifier-free guidance
+CAPTION_DROPOUT = 0.12  # how often a picture is shown with a neutral prompt, for classifier-free guidance
+NEUTRAL = ["", "", "", "", "a high quality photo", "a high quality picture"]
+HELD_OUT = 128  # pictures on which the error is measured
 
 
 class Pictures:
-    """The training set in memory: `size` pixels a side, uint8, and the captions of each picture."""
+    """The training set in memory: `size` pixels a side, uint8, and the captions of each picture.
+
+    Rows of captions.json with "split": "val" are never drawn: `held_out` gives them.
+    """
 
     def __init__(self, folder: Path, size: int):
         """Raises ValueError naming the folder and what it should hold."""
@@ -29,7 +34,9 @@ class Pictures:
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
             rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
             self.captions = [row["captions"] for row in rows]
+            self.held = [i for i, row in enumerate(rows) if row.get("split") == "val"]
             self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
+            self.weights[self.held] = 0
         else:
             files = sorted(
                 p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN and p.with_suffix(".txt").is_file()
@@ -38,26 +45,41 @@ class Pictures:
                 raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
             self.captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip().splitlines() for p in files]
-            self.weights = torch.ones(len(files))
+            self.held, self.weights = [], torch.ones(len(files))
         if len(self.pixels) != len(self.captions) or not all(self.captions):
             raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} captions; each needs one")
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    def draw(
+        self, batch_size: int, generator: torch.Generator, dropout: float = CAPTION_DROPOUT
+    ) -> tuple[Tensor, list[str]]:
         """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each picture with one of its captions."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks.tolist()]))
-        x_start = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x_start = self._take(picks.tolist())
         mirror = torch.rand(batch_size, generator=generator) < 0.5
         x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
-        choice = torch.rand(batch_size, 2, generator=generator).tolist()
-        texts = [self.captions[i][int(c * len(self.captions[i]))] for i, (c, _) in zip(picks.tolist(), choice)]
-        return x_start, ["" if drop < CAPTION_DROPOUT else text for text, (_, drop) in zip(texts, choice)]
+        choice = torch.rand(batch_size, 3, generator=generator).tolist()
+        texts = [_pick(self.captions[i], c) for i, (c, _, _) in zip(picks.tolist(), choice)]
+        return x_start, [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
+
+    def held_out(self) -> tuple[Tensor, list[str]]:
+        """HELD_OUT pictures that are never drawn (of a set without any: the first ones), with their first captions."""
+        candidates = self.held or list(range(len(self.captions)))
+        spread = [candidates[i * len(candidates) // HELD_OUT] for i in range(min(HELD_OUT, len(candidates)))]
+        return self._take(spread), [self.captions[i][0] for i in spread]
+
+    def _take(self, picks: list[int]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks]))
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _pick(texts: list[str], position: float) -> str:
+    return texts[int(position * len(texts))]
 
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = sorted({clean(c) for row in captions for c in row}) + ["a high quality photo", "a high quality picture"] * 5
+    lines = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix(".tmp")), vocab_size=vocab_size,
         hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,

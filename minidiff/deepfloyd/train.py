@@ -22,6 +22,7 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 from minidiff import charts, cli, ddpm, hub, images, weights
 from minidiff.deepfloyd import prompts, stages
-from minidiff.deepfloyd.initial import initialise, pass_through
+from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
 R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
 MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
 MINI_1 = UNetConfig(
-    block_out_channels=(24, 32, 64, 128), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
+    block_out_channels=(32, 64, 128, 192), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
     cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=32, norm_num_groups=8,
     addition_embed_type_num_heads=4, time_embedding_dim=192,
 )  # fmt: skip
@@ -63,14 +64,17 @@ MINI_2 = UNetConfig(
     time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
     resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
 )  # fmt: skip
-MAX_NOISE_LEVEL = 500  # stage 2 sees its small picture noised to 0..499
 CROP = 64
-EMA_DECAY = 0.999
+EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
+MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
+EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
-PREVIEW = ["a rocket ship", "a castle", "a volcano", "an old man", "a snowy mountain village", "a dog", "a campfire",
-           "an oil painting of a skull"]  # fmt: skip
+PREVIEW = ["a rocket ship", "a pencil", "a skull", "a castle", "a volcano", "a dog", "an old man", "a man wearing a hat",
+           "people around a campfire at night", "waterfalls", "a snowy mountain village", "a lion on a beach",
+           "an oil painting of an old man", "a lithograph of a skull", "a cartoon of a cat",
+           "a 3d render of a rocket"]  # fmt: skip
 
 
 class Trainee(nn.Module):
@@ -92,7 +96,7 @@ class Trainee(nn.Module):
         t, noise = random["t"], random["noise"]
         alpha_bar = self.schedule.alpha_bar(t)
         x_t = ddpm.add_noise(x_start, noise, alpha_bar)
-        with torch.autocast(x_start.device.type, dtype, enabled=dtype != torch.float32):
+        with _fast_attention(x_start.device), torch.autocast(x_start.device.type, dtype, dtype != torch.float32):
             prompt_embeds = (self.text_encoder or self.frozen[0])(ids, mask)
             stacked = x_t if self.stage == 1 else torch.cat([x_t, low_res], dim=1)
             out = self.unet(stacked, t, prompt_embeds, labels)
@@ -113,6 +117,12 @@ class Trainee(nn.Module):
         return both[:, :3], both[:, 3:], random["level"]
 
 
+def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU, attention written out: the backward pass of the fused one takes a fifth of a step longer."""
+    cpu = device.type == "cpu"
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if cpu else contextlib.nullcontext()
+
+
 def load_into(module: nn.Module, checkpoint: weights.Checkpoint) -> None:
     """The weights of a released-layout folder as float32 to train on. Raises hub.WeightsError if they do not fit."""
     weights.check_fit(module, checkpoint)
@@ -124,11 +134,13 @@ def random_numbers(
 ) -> dict[str, Tensor]:
     """Every random choice of one step except the pictures, drawn on the CPU.
 
-    t is drawn in proportion to min(1, MIN_SNR_GAMMA / SNR(t)): where a picture is nearly clean there is little left to
-    learn, so such times come less often. Drawing by a weight is the same in the mean as multiplying the loss by it.
+    t is drawn in proportion to min(1, MIN_SNR_GAMMA / SNR(t)), but at least MIN_SHARE: where a picture is nearly clean
+    there is less left to learn, yet every walk ends there, and what noise is left then stays in the picture. Drawing
+    by a weight is the same in the mean as multiplying the loss by it.
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    t = torch.multinomial((MIN_SNR_GAMMA / snr).clamp(max=1), batch_size, replacement=True, generator=generator)
+    share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)
+    t = torch.multinomial(share, batch_size, replacement=True, generator=generator)
     side = size if stage == 1 else CROP
 
     def below(high: int) -> Tensor:
@@ -136,7 +148,7 @@ def random_numbers(
 
     random = {"t": t, "noise": torch.randn(batch_size, 3, side, side, generator=generator)}
     if stage == 2:
-        random |= {"level": below(MAX_NOISE_LEVEL), "top": below(size - CROP + 1), "left": below(size - CROP + 1)}
+        random |= {"level": below(schedule.num_train_timesteps), "top": below(size - CROP + 1), "left": below(size - CROP + 1)}
         random["low_noise"] = torch.randn(batch_size, 3, size, size, generator=generator)
     return random
 
@@ -195,14 +207,46 @@ def _write_json(path: Path, value: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures) -> None:
+@torch.inference_mode()
+def examine(model: Trainee, ema: dict[str, Tensor], tokenizer: Tokenizer, x_start: Tensor, texts: list[str],
+            dtype: torch.dtype) -> list[tuple[int, float, float, float]]:  # fmt: skip
+    """What the prompt is worth: (t, error with the right prompt, with another image's, with none) for EXAMINED times.
+
+    The error is the mean squared difference between x_start (N, 3, H, W) and its estimate, clipped, with the averaged
+    weights and one noise for all. Stage 1 only.
+    """
+    device, rows = x_start.device, []
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    prompts_of = {"right": texts, "other": texts[1:] + texts[:1], "none": [""] * len(texts)}
+    swapped = {k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")}
+    with torch.autocast(device.type, dtype, dtype != torch.float32):
+        encoder = {k.removeprefix("text_encoder."): v for k, v in ema.items() if k.startswith("text_encoder.")}
+        states = {
+            name: torch.func.functional_call(model.text_encoder, encoder, tuple(x.to(device) for x in tokenizer(row)))
+            for name, row in prompts_of.items()
+        }
+        for time_ in EXAMINED:
+            t = torch.full((len(x_start),), time_, device=device)
+            alpha_bar, errors = model.schedule.alpha_bar(t), []
+            x_t = ddpm.add_noise(x_start, noise, alpha_bar)
+            for embeds in states.values():
+                out = [torch.func.functional_call(model.unet, swapped, (a, b, c)) for a, b, c in
+                       zip(x_t.split(32), t.split(32), embeds.split(32))]  # fmt: skip
+                eps = torch.cat(out).float()[:, :3]
+                estimate = ddpm.predict_x_start(x_t, eps, alpha_bar).clamp(-1, 1)
+                errors.append((estimate - x_start).square().mean().item())
+            rows.append((time_, *errors))
+    return rows
+
+
+def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures, size: int = 64) -> None:
     """Samples of the weights just written: the PREVIEW prompts, or four training pictures enlarged by stage 2."""
     loaded = stages.load_stage(out, torch.float32, "cpu")
     encode = prompts.load_text_encoder(text_encoder, torch.float32, "cpu")
     if stage == 1:
         n = len(PREVIEW)
         condition, walk = prompted(encode(PREVIEW), encode([""])), stages.Walk(respaced(20))
-        x = stages.sample_base(loaded, condition, walk, seeded(0, n), guidance_scale=4.0)
+        x = stages.sample_base(loaded, condition, walk, seeded(0, n), guidance_scale=4.0, size=(size, size))
         strip = images.strip([list(x[: n // 2]), list(x[n // 2 :])], [PREVIEW[: n // 2], PREVIEW[n // 2 :]])
     else:
         x_start, texts = pictures.draw(2, torch.Generator().manual_seed(1))
@@ -255,8 +299,16 @@ class Run:
             t5 = weights.built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
             weights.load(t5, checkpoint, torch.float32)
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
+        self.dtype = torch.bfloat16 if weights.default_dtype(device.type) != torch.float32 else torch.float32
+        if args.dtype:
+            self.dtype = getattr(torch, args.dtype)
         initialise(self.model)
         pass_through(unet)
+        fresh = not args.start_from and not (self.folder / "checkpoint.pt").is_file()
+        if args.stage == 1 and fresh:
+            share = match_captions(t5.to(device), self.tokenizer, self.pictures, args.seed, self.dtype, rank > 0)
+            if rank == 0:
+                tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
         if args.start_from:
             load_into(unet, weights.Checkpoint(args.start_from, "unet", torch.float32))
             if args.stage == 1:
@@ -266,7 +318,6 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
-        self.dtype = torch.bfloat16 if weights.default_dtype(device.type) != torch.float32 else torch.float32
         if (self.folder / "checkpoint.pt").is_file():
             self.resume()
         self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
@@ -303,6 +354,7 @@ class Run:
         seed = (self.args.seed * 1_000_003 + self.step) * 1024 + self.rank
         generator = torch.Generator().manual_seed(seed)
         x_start, texts = self.pictures.draw(per_process, generator)
+        x_start = self.pooled(x_start)
         random = random_numbers(self.stage, per_process, x_start.shape[-1], self.model.schedule, generator)
         ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
         random = {k: v.to(self.device) for k, v in random.items()}
@@ -324,6 +376,24 @@ class Run:
         self.step += 1
         return loss.item()
 
+    def pooled(self, x_start: Tensor) -> Tensor:
+        """Stage 1 at --size: a quarter of the pixels is a quarter of the cost, and what is learned there holds at 64."""
+        return x_start if self.stage == 2 else F.avg_pool2d(x_start, x_start.shape[-1] // self.args.size)
+
+    def examine(self) -> None:
+        """A row of held_out.csv for each of the EXAMINED times."""
+        x_start, texts = self.pictures.held_out()
+        path = self.folder / "held_out.csv"
+        new = not path.exists()
+        rows = examine(self.model, self.ema, self.tokenizer, self.pooled(x_start).to(self.device), texts, self.dtype)
+        with path.open("a", newline="") as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(["step", "t", "right", "other", "none"])
+            writer.writerows([self.step, t, *(f"{e:.5f}" for e in errors)] for t, *errors in rows)
+        text = ", ".join(f"t {t}: {right:.4f} / {other:.4f} / {none:.4f}" for t, right, other, none in rows)
+        tqdm.write(f"step {self.step}: held-out error with the right prompt / another / none: {text}")
+
     def train(self) -> None:
         """To --steps, writing the loss every LOG_EVERY steps."""
         losses, start = [], time.time()
@@ -340,7 +410,9 @@ class Run:
                 if self.step % self.args.save_every == 0 or self.step == self.args.steps:
                     self.save()
                     if self.rank == 0:
-                        preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures)
+                        preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures, self.args.size)
+                        if self.stage == 1:
+                            self.examine()
         if self.step < self.args.steps:
             self.save()
             tqdm.write(f"stopped at step {self.step}; the same command goes on from there")
@@ -376,6 +448,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="over all processes (default %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--size", type=int, default=64, choices=(32, 64), help="stage 1: pixels a side; begin with 32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what is fast here")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for flag in ("steps", "batch_size", "save_every"):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from minidiff import charts, hub, images, weights
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import prompts, stages, train
+from minidiff.deepfloyd import initial, prompts, stages, train
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import T5Encoder
@@ -37,6 +37,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train, "MINI_T5", TINY_T5)
     monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 2)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 2)
+    monkeypatch.setattr(initial, "CONTRASTIVE_BATCH", 4)
     monkeypatch.setattr(train, "preview", lambda *_: None)  # slow, and looked at in one test only
 
 
@@ -204,9 +206,21 @@ def test_packed_pictures_are_drawn_by_weight_and_mirrored(tmp_path):
     np.save(tmp_path / "images_64.npy", pixels)
     (tmp_path / "captions.json").write_text(json.dumps([{"captions": ["never"], "weight": 0}, {"captions": ["half"]}]))
     x_start, texts = Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
-    assert set(texts) == {"half", ""} and 5 <= texts.count("") <= 40  # 10 % of 200, 5 sigma
+    assert set(texts) == {"half", "", "a high quality photo", "a high quality picture"}
+    assert 5 <= 200 - texts.count("half") <= 47  # 12 % of 200, 5 sigma
+    assert set(Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0), dropout=0)[1]) == {"half"}
     left, right = x_start[:, 0, 0, 0], x_start[:, 0, 0, -1]
     assert set(left.tolist()) == {-1.0, 1.0} and torch.equal(left, -right)
+
+
+def test_held_out_rows_are_never_drawn(tmp_path):
+    np.save(tmp_path / "images_64.npy", np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 255)]))
+    rows = [{"captions": ["dark", "black"], "split": "val"}, {"captions": ["light"], "split": "train"}]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    pictures = Pictures(tmp_path, 64)
+    x_start, texts = pictures.held_out()
+    assert texts == ["dark"] and x_start.eq(-1).all() and x_start.shape == (1, 3, 64, 64)
+    assert pictures.draw(50, torch.Generator().manual_seed(0))[0].eq(1).all()
 
 
 def test_the_stage_2_crop_lines_up_with_its_low_resolution_picture():
@@ -254,13 +268,15 @@ def test_the_loss_asks_the_network_as_sampling_does_and_weighs_what_it_answers(s
 
 
 def test_times_are_drawn_less_often_where_little_noise_is_left():
-    """Min-SNR Sec. 3.4: weight 1 up to SNR 5 (t about 265 and above), 5 / SNR below."""
+    """Min-SNR Sec. 3.4: weight 1 up to SNR 5 (t about 265 and above), 5 / SNR below, 0.4 from t = 169 down."""
     generator = torch.Generator().manual_seed(0)
     t = train.random_numbers(1, 40_000, 1, squaredcos_cap_v2(), generator)["t"]
-    low, high = ((t >= 50) & (t < 100)).float().sum(), ((t >= 500) & (t < 550)).float().sum()
-    alphas = squaredcos_cap_v2().alphas_cumprod[50:100]
-    expected = (5 * (1 - alphas) / alphas).clamp(max=1).mean()
-    assert abs(low / high - expected) < 5 * (expected / high) ** 0.5
+    high = ((t >= 500) & (t < 550)).float().sum()
+    for start in (0, 170, 200):
+        alphas = squaredcos_cap_v2().alphas_cumprod[start : start + 50]
+        expected = (5 * (1 - alphas) / alphas).clamp(0.4, 1).mean()
+        found = ((t >= start) & (t < start + 50)).float().sum() / high
+        assert abs(found - expected) < 5 * (expected / high) ** 0.5
 
 
 @pytest.mark.parametrize("stage", [1, 2])
