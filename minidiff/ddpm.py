@@ -112,6 +112,7 @@ def step(
     pred_var: Tensor | None,
     noise: Tensor,
     fix_x_start: Callable[[Tensor], Tensor] | None = None,
+    previous: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One reverse step, from time t to the earlier time t_prev (-1: clean).
 
@@ -119,7 +120,8 @@ def step(
 
     x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64.  fix_x_start: clips or thresholds the estimate before use.
     pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t
-    (DDPM Sec. 3.2's first choice).  Returns (x_prev, pred_x_start).    Source: DDPM Alg. 2 with DDPM Eq. 7.
+    (DDPM Sec. 3.2's first choice).  previous: the time and estimate before this one, which only `solvers.dpm_step`
+    uses.  Returns (x_prev, pred_x_start).    Source: DDPM Alg. 2 with DDPM Eq. 7.
     """
     _same_shape(x_t=x_t, eps=eps, noise=noise)
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t_prev))

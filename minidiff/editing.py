@@ -1,25 +1,23 @@
-"""Editing a given picture: where the walk starts, and what of it is kept.
+"""Editing a given image: where the walk starts, and what of it is kept.
 
 Read `sampling.py` first. Of its three places to intervene, `factorized.py` used the first, what is predicted. These are
 the other two, and all three combine.
 
-    SDEdit       start from the picture noised to a middle time: coarse things stay, details are drawn anew
+    SDEdit       start from the image noised to a middle time: coarse things stay, details are drawn anew
     inpainting   after every step put the known region back, so that only the masked one is new:
 
         x_prev = mask * x_prev + (1 - mask) * known(t_prev)          mask: 1 = paint here, 0 = keep
 
-        renoise   known is the picture noised to t_prev, drawn anew each time           the course's way, RePaint's
-        clean     known is the picture itself, however noisy the rest still is          DeepFloyd IF's, diffusers'
+        renoise   known is the image noised to t_prev, drawn anew each time           the course's way, RePaint's
+        clean     known is the image itself, however noisy the rest still is          DeepFloyd IF's, diffusers'
         repaint   renoise, with `jumps` back up in the walk so that both regions agree
 
     reference    the same, for a component instead of a region: coarse shapes of a photograph, say, with new details
 
 Source: SDEdit Alg. 1 (`sampling.noised` starts it); RePaint Eq. 8, as in diffusers'
 schedulers/scheduling_repaint.py@v0.42.1 (their mask is 1 where we have 0); the Factorized Diffusion paper.
-Next: the plumbing, `images.py`, `hub.py`, `weights.py`; or straight on to `deepfloyd/tokenizer.py`.
+Next: `deepfloyd/tokenizer.py`, where a prompt begins its way.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
@@ -27,59 +25,59 @@ import torch
 from torch import Tensor
 
 from minidiff.components import Component, blur
-from minidiff.sampling import noised
+from minidiff.sampling import Keep, noised
 from minidiff.schedule import Schedule
 
-Keep = Callable[[Tensor, int], Tensor]
+KeepRule = Callable[[Schedule, Sequence[torch.Generator]], Keep]  # a Keep that waits for a stage and its random numbers
 METHODS = ("renoise", "clean", "repaint")
 JUMPS = (10, 3)  # jump_length and jump_n_sample, for some 30 steps; RePaint has 10 and 10 for 250
 
 
-def renoise(picture: Tensor, mask: Tensor, schedule: Schedule, generators: Sequence[torch.Generator]) -> Keep:
-    """Keep the picture outside the mask, as noisy as the rest: a `keep` for `sampling.denoise`.
+def renoise(image: Tensor, mask: Tensor) -> KeepRule:
+    """Keep the image outside the mask, as noisy as the rest.
 
-    picture: (1, C, H, W) in [-1, 1].  mask: (1, 1, H, W) in [0, 1], 1 = paint here; values between feather the seam.
-    generators: one per picture, not those of the loop, so that a mask of ones changes nothing.
-    Noised to the *new* time; after the last step the known region is the picture itself.
-    Raises ValueError if mask and picture do not fit.    Source: RePaint Eq. 8.
+    image: (1, C, H, W) in [-1, 1].  mask: (1, 1, H, W) in [0, 1], 1 = paint here; values between feather the seam.
+    Noised to the *new* time; after the last step the known region is the image itself. Its noise must come from
+    generators other than the loop's, so that a mask of ones changes nothing.
+    Raises ValueError if mask and image do not fit.    Source: RePaint Eq. 8.
     """
-    check_mask(mask, picture)
+    check_mask(mask, image)
 
-    def keep(x_prev: Tensor, t_prev: int) -> Tensor:
-        known = noised(picture.to(x_prev), t_prev, schedule, generators)
-        m = mask.to(x_prev)
-        return m * x_prev + (1 - m) * known
+    def rule(schedule: Schedule, generators: Sequence[torch.Generator]) -> Keep:
+        return lambda x_prev, t_prev: _blend(x_prev, noised(image.to(x_prev), t_prev, schedule, generators), mask)
 
-    return keep
+    return rule
 
 
-def clean(picture: Tensor, mask: Tensor) -> Keep:
-    """Keep the picture outside the mask as it is, at every time. Arguments and errors as for `renoise`.
+def clean(image: Tensor, mask: Tensor) -> KeepRule:
+    """Keep the image outside the mask as it is, at every time. Arguments and errors as for `renoise`.
 
     Source: deep-floyd/IF deepfloyd_if/model/gaussian_diffusion.py@ffc8163; diffusers' IFInpaintingPipeline.
     """
-    check_mask(mask, picture)
-
-    def keep(x_prev: Tensor, t_prev: int) -> Tensor:
-        m = mask.to(x_prev)
-        return m * x_prev + (1 - m) * picture.to(x_prev)
-
-    return keep
+    check_mask(mask, image)
+    return lambda schedule, generators: lambda x_prev, t_prev: _blend(x_prev, image.to(x_prev), mask)
 
 
-def reference(picture: Tensor, component: Component, schedule: Schedule, generators: Sequence[torch.Generator]) -> Keep:
-    """Keep one component of a picture, and let the rest be drawn: solves the inverse problem "what has this component?"
+def _blend(new: Tensor, known: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.to(new)
+    return mask * new + (1 - mask) * known
 
-        x_prev = x_prev - C(x_prev) + C(picture noised to t_prev)
 
-    picture: (1, 3, H, W) in [-1, 1].    Source: the inverse problems of the Factorized Diffusion paper.
+def reference(image: Tensor, component: Component) -> KeepRule:
+    """Keep one component of an image, and let the rest be drawn: solves the inverse problem "what has this component?"
+
+        x_prev = x_prev - C(x_prev) + C(image noised to t_prev)
+
+    image: (1, 3, H, W) in [-1, 1].    Source: the inverse problems of the Factorized Diffusion paper.
     """
 
-    def keep(x_prev: Tensor, t_prev: int) -> Tensor:
-        known = noised(picture.to(x_prev), t_prev, schedule, generators)
-        return x_prev - component(x_prev) + component(known)
+    def rule(schedule: Schedule, generators: Sequence[torch.Generator]) -> Keep:
+        def keep(x_prev: Tensor, t_prev: int) -> Tensor:
+            return x_prev - component(x_prev) + component(noised(image.to(x_prev), t_prev, schedule, generators))
 
-    return keep
+        return keep
+
+    return rule
 
 
 def box(corners: Sequence[float], size: int) -> Tensor:
@@ -106,11 +104,11 @@ def feather(mask: Tensor, width: float) -> Tensor:
     return blur(mask, width, kernel=2 * int(3 * width) + 3).clamp(0, 1) if width else mask
 
 
-def check_mask(mask: Tensor, picture: Tensor) -> None:
-    """Raise ValueError unless mask is (1, 1, H, W) in [0, 1], with the picture's H and W."""
-    if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2:] != picture.shape[2:]:
+def check_mask(mask: Tensor, image: Tensor) -> None:
+    """Raise ValueError unless mask is (1, 1, H, W) in [0, 1], with the image's H and W."""
+    if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2:] != image.shape[2:]:
         raise ValueError(
-            f"the mask must be (1, 1, {picture.shape[2]}, {picture.shape[3]}) like its picture, got {tuple(mask.shape)}"
+            f"the mask must be (1, 1, {image.shape[2]}, {image.shape[3]}) like its image, got {tuple(mask.shape)}"
         )
     if mask.min() < 0 or mask.max() > 1:
         raise ValueError(

@@ -2,15 +2,13 @@
 
     eps(x_t) = sum_k  C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
-Read `guidance.py`, `views.py` and `components.py` first. With one part, the identity view and the whole picture this
+Read `guidance.py`, `views.py` and `components.py` first. With one part, the identity view and the whole image this
 is plain guidance. With views and C_k = 1/K it is an anagram, with components that add up to the whole a hybrid image,
 and nothing keeps one from mixing them. All K parts and both branches of guidance go through the network as one batch.
 
 Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
 visual_anagrams/samplers.py@14582c0.    Next: `editing.py`, the other two places to intervene.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +24,7 @@ from minidiff.views import IDENTITY, View
 
 @dataclass(frozen=True)
 class Part:
-    """What one prompt has a say in.  prompt_embeds: (1, L, D), or (B, L, D) for B pictures."""
+    """What one prompt has a say in.  prompt_embeds: (1, L, D), or (B, L, D) for B images."""
 
     prompt_embeds: Tensor
     view: View = IDENTITY
@@ -43,7 +41,7 @@ def factorized(
     """The prediction of several parts together; the formula is this module's.
 
     negative_prompt_embeds: (1, L, D), shared by all parts.
-    A picture x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
+    A image x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
     pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
     split_batch: one network call per part and branch, with a fraction of the memory.
     Raises ValueError without parts.
@@ -52,25 +50,26 @@ def factorized(
         raise ValueError("no parts; pass at least one prompt")
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        seen = [part.view.view(x_t) for part in parts]
+        inputs = [part.view.view(x_t) for part in parts]
         embeds = [part.prompt_embeds.expand(len(x_t), -1, -1) for part in parts]
         if split_batch:
-            said = [guided(model, e, negative_prompt_embeds, guidance_scale, True)(x, t) for x, e in zip(seen, embeds)]
+            each = [guided(model, e, negative_prompt_embeds, guidance_scale, True) for e in embeds]
+            answers = [predict(x, t) for predict, x in zip(each, inputs)]
         else:
             ask = guided(model, torch.cat(embeds), negative_prompt_embeds, guidance_scale)
-            eps, pred_var = ask(torch.cat(seen), t.repeat(len(parts)))
+            eps, pred_var = ask(torch.cat(inputs), t.repeat(len(parts)))
             variances = [None] * len(parts) if pred_var is None else pred_var.chunk(len(parts))
-            said = list(zip(eps.chunk(len(parts)), variances))
-        eps = sum(part.component(part.view.inverse_view(eps)) for part, (eps, _) in zip(parts, said))
-        if said[0][1] is None:
+            answers = list(zip(eps.chunk(len(parts)), variances))
+        eps = sum(part.component(part.view.inverse_view(eps)) for part, (eps, _) in zip(parts, answers))
+        if answers[0][1] is None:
             return eps, None
-        pred_var = sum(part.view.inverse_variance(var) for part, (_, var) in zip(parts, said)) / len(parts)
+        pred_var = sum(part.view.inverse_variance(var) for part, (_, var) in zip(parts, answers)) / len(parts)
         return eps, pred_var
 
     return predict
 
 
-def averaged(parts: Sequence[Part]) -> list[Part]:
+def averaged(*parts: Part) -> list[Part]:
     """The same parts with a K-th of a say each: what an anagram is made of."""
 
     def share(component: Component) -> Component:

@@ -4,11 +4,8 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 
     model(x_t, t, prompt_embeds) -> (eps, pred_var or None)
 
-and `guided` gives it the text and makes it a prediction. A *condition* is that act of giving, still to be applied:
-`prompted` is the simplest, one prompt; `factorized.py` has the others. Next: `toy.py`, models with a known answer.
+and `guided` gives it the text and makes it a prediction. Next: `toy.py`, models with a known answer.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -18,7 +15,6 @@ from torch import Tensor
 from minidiff.sampling import Prediction
 
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-Condition = Callable[[Model, float], Prediction]  # how a model is asked: condition(model, guidance_scale)
 
 
 def combine(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
@@ -41,10 +37,11 @@ def guided(
 ) -> Prediction:
     """Give a model its text: a prediction with classifier-free guidance.
 
-    prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all pictures alike; the negative one is the
+    prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all images alike; the negative one is the
     encoding of the empty prompt (of text never zeros) unless something is to be avoided.
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
-    pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all.
+    pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all, and with 0
+    the conditional one is not: the prompt then has no say, in pred_var neither.
     """
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -52,6 +49,8 @@ def guided(
         if guidance_scale == 1:
             return model(x_t, t, cond)
         uncond = negative_prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)
+        if guidance_scale == 0:
+            return model(x_t, t, uncond)
         if split_batch:
             (eps_uncond, _), (eps_cond, pred_var) = model(x_t, t, uncond), model(x_t, t, cond)
         else:
@@ -63,15 +62,10 @@ def guided(
     return predict
 
 
-def prompted(prompt_embeds: Tensor, negative_prompt_embeds: Tensor, split_batch: bool = False) -> Condition:
-    """The condition of one prompt: `guided`, before model and scale are known. One condition serves both stages."""
-    return lambda model, scale: guided(model, prompt_embeds, negative_prompt_embeds, scale, split_batch)
-
-
 def dynamic_threshold(ratio: float = 0.95, max_value: float = 1.5) -> Callable[[Tensor], Tensor]:
     """Keep each estimate in range without flattening its colours: a `fix_x_start` for `sampling.denoise`.
 
-        s = clamp(quantile(|x_start|, ratio), 1, max_value)        over all values of one picture
+        s = clamp(quantile(|x_start|, ratio), 1, max_value)        over all values of one image
         x_start = clamp(x_start, -s, s) / s
 
     ratio: in (0, 1].  max_value: 1.5 in IF's stage 1; 1.0 in stage 2, where it is a plain clamp to [-1, 1].

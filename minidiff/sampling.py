@@ -1,23 +1,29 @@
-"""The one denoising loop: from noise to picture, step by step.
+"""The one denoising loop: from noise to image, step by step.
 
-Read `ddpm.py` first. A prediction is any callable
+Read `ddpm.py` and `solvers.py` first. A prediction is any callable
 
     predict(x_t, t) -> (eps, pred_var or None)        x_t: (B, C, H, W) float32, t: (B,) int64
 
-and the loop asks it once per step. There are three places to intervene, and they combine:
+and the loop asks it once per step. It is a generator of steps, so whoever wants to watch iterates:
 
-    what is predicted     wrap the callable                    guidance, anagrams, hybrids
-    where we start        another x_t, later timesteps         SDEdit
-    what we keep          `keep`, applied after every step     inpainting
+    for step in denoise(predict, x_T, timesteps, schedule, generators):
+        print(step.t, step.x_start.std())
+    image = step.x_prev                                # or, without watching: final(denoise(...))
+
+There are four places to intervene, and they combine:
+
+    what is predicted     wrap the callable                        guidance, anagrams, hybrids
+    how a step goes       another `step`                           DDPM, DDIM, DPM-Solver++
+    where the walk starts another x_t, later timesteps             SDEdit
+    what is kept          `keep`, applied after every step         inpainting
 
 Time only falls, unless `jumps` sends the walk back up a few times so that what is kept and what is new can settle.
 
 Next: `guidance.py`, the first wrapper.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +32,19 @@ from minidiff import ddpm
 from minidiff.schedule import Schedule, check_timesteps
 
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Keep = Callable[[Tensor, int], Tensor]  # keep(x_prev, t_prev) -> x_prev, with t_prev = -1 after the last step
+
+
+class Step(NamedTuple):
+    """What one step did. The tensors are the loop's own, (B, C, H, W) float32: clone before changing them."""
+
+    i: int  # 0, 1, 2, ... counts calls of the network
+    t: int  # the time it left
+    t_prev: int  # the time it went to, -1: clean
+    x_t: Tensor
+    eps: Tensor
+    x_start: Tensor  # the estimate of the clean image, after fix_x_start
+    x_prev: Tensor  # where it led, after keep
 
 
 @torch.inference_mode()
@@ -34,51 +53,58 @@ def denoise(
     x_t: Tensor,
     timesteps: Tensor,
     schedule: Schedule,
-    *,
     generators: Sequence[torch.Generator],
+    *,
+    step: Callable[..., tuple[Tensor, Tensor]] = ddpm.step,
     fix_x_start: Callable[[Tensor], Tensor] | None = None,
-    keep: Callable[[Tensor, int], Tensor] | None = None,
+    keep: Keep | None = None,
     final_step: bool = True,
     jumps: tuple[int, int] | None = None,
-    on_step: Callable[[int, int, Tensor, Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """Walk x_t down the timesteps and return the picture: (B, C, H, W) float32.
+) -> Iterator[Step]:
+    """Walk x_t down the timesteps, one Step at a time; the last one's x_prev is the image.
 
     x_t: noisy as at timesteps[0].  timesteps: (S,) int64, descending; the next time is always the next entry.
-    generators: one per picture, on the CPU, so that a seed gives one picture whatever the batch and the device.
-    fix_x_start: clips or thresholds each estimate.  keep(x_prev, t_prev) -> x_prev, with t_prev = -1 after the last.
+    generators: one per image, on the CPU, so that a seed gives one image whatever the batch and the device.
+    step: `ddpm.step`, `solvers.ddim_step` or `solvers.dpm_step`.  fix_x_start: clips or thresholds each estimate.
     final_step: False stops at timesteps[-1], still slightly noisy, without asking the network there.
     jumps: (jump_length, jump_n_sample), RePaint's resampling; see `visits`.
-    on_step(i, t, x_t, pred_x_start, eps) watches; it must not change its tensors.
     Raises ValueError if timesteps do not descend or generators do not match the batch.    Source: DDPM Alg. 2.
     """
     check_timesteps(timesteps, schedule.num_train_timesteps)
     B = len(x_t)
     if len(generators) != B:
-        raise ValueError(f"need one generator per picture: {B} pictures, {len(generators)} generators")
-    x_t = x_t.float()
+        raise ValueError(f"need one generator per image: {B} images, {len(generators)} generators")
+    x_t, previous, i = x_t.float(), None, 0
     times = visits(timesteps, final_step, jumps)
-    i = 0
     for t, t_next in zip(times, times[1:]):
         t_batch = torch.full((B,), t, device=x_t.device)
         t_next_batch = torch.full_like(t_batch, t_next)
         noise = draw_noise(x_t.shape, generators).to(x_t.device) if t_next >= 0 else torch.zeros_like(x_t)
         if t_next > t:  # back up
-            x_next = ddpm.add_more_noise(schedule, x_t, t_batch, t_next_batch, noise)
-        else:
-            eps, pred_var = predict(x_t, t_batch)
-            eps, pred_var = eps.float(), None if pred_var is None else pred_var.float()
-            x_next, x_start = ddpm.step(schedule, x_t, t_batch, t_next_batch, eps, pred_var, noise, fix_x_start)
-            if on_step is not None:
-                on_step(i, t, x_t, x_start, eps)
-            i += 1
-        x_t = x_next if keep is None else keep(x_next, t_next)
-    return x_t
+            x_t, previous = ddpm.add_more_noise(schedule, x_t, t_batch, t_next_batch, noise), None
+            x_t = x_t if keep is None else keep(x_t, t_next)
+            continue
+        eps, pred_var = predict(x_t, t_batch)
+        eps, pred_var = eps.float(), None if pred_var is None else pred_var.float()
+        x_prev, x_start = step(schedule, x_t, t_batch, t_next_batch, eps, pred_var, noise, fix_x_start, previous)
+        x_prev = x_prev if keep is None else keep(x_prev, t_next)
+        yield Step(i, t, t_next, x_t, eps, x_start, x_prev)
+        x_t, previous, i = x_prev, (t, x_start), i + 1
+
+
+def final(steps: Iterable[Step]) -> Tensor:
+    """Where a walk leads, (B, C, H, W). Raises ValueError if it has no step."""
+    step = None
+    for step in steps:
+        pass
+    if step is None:
+        raise ValueError("the walk has no step: a single timestep needs the final step")
+    return step.x_prev
 
 
 @torch.inference_mode()
 def one_step(predict: Prediction, x_t: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """The clean picture as one look at x_t (B, C, H, W) suggests it, not clipped.    Source: DDPM Eq. 15."""
+    """The clean image as one look at x_t (B, C, H, W) suggests it, not clipped.    Source: DDPM Eq. 15."""
     t_batch = torch.full((len(x_t),), t, device=x_t.device)
     eps, _ = predict(x_t, t_batch)
     return ddpm.predict_x_start(x_t, eps.float(), schedule.alpha_bar(t_batch))
@@ -119,7 +145,7 @@ def network_calls(times: list[int]) -> int:
 
 
 def noised(x_start: Tensor, t: int, schedule: Schedule, generators: Sequence[torch.Generator]) -> Tensor:
-    """Pictures as they are at time t (-1: clean), one for each generator: where SDEdit starts.
+    """Images as they are at time t (-1: clean), one for each generator: where SDEdit starts.
 
     x_start: (B, C, H, W), or (1, C, H, W) for all alike, in [-1, 1].  Source: DDPM Eq. 4.
     """
@@ -131,15 +157,26 @@ def noised(x_start: Tensor, t: int, schedule: Schedule, generators: Sequence[tor
 
 
 def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
-    """Gaussian noise (B, C, H, W) float32 on the CPU, each picture's from its own generator."""
+    """Gaussian noise (B, C, H, W) float32 on the CPU, each image's from its own generator."""
     return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generators])
 
 
-def seeded(seed: int, num_images: int, stream: int = 0) -> list[torch.Generator]:
-    """Generators for num_images pictures, seeded seed, seed + 1, ...: picture i is what seed + i alone would give.
+def seeded(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
+    """One generator for each seed, on the CPU. Image i is what its seed alone gives.
 
     stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
     within 32 bits, all that torch's CPU generator takes of a seed.
+    Raises ValueError if a seed lies outside 0..2^32 - 1.
     """
-    far = stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
-    return [torch.Generator().manual_seed((seed + i + far) % 2**32) for i in range(num_images)]
+    generators = []
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"a seed must lie in 0..2^32 - 1, got {seed}; no number stands for a random one")
+        far = seed + stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
+        generators.append(torch.Generator().manual_seed(far % 2**32))
+    return generators
+
+
+def other_stream(generators: Sequence[torch.Generator], stream: int) -> list[torch.Generator]:
+    """The same seeds' generators in another stream, at its beginning. stream: counted from the stream they are in."""
+    return [torch.Generator().manual_seed((g.initial_seed() + stream * 0x9E3779B1) % 2**32) for g in generators]

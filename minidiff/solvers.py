@@ -1,0 +1,111 @@
+"""Fewer steps: DDIM and DPM-Solver++ as other ways to take one reverse step.
+
+Read `ddpm.py` first. `ddpm.step` draws noise anew in every step and so needs many of them. The same network also
+defines an ordinary differential equation, which has no noise in it and bears longer steps:
+
+    ddim_step   first order: eps stays as it is during the step          error falls as 1 / steps
+    dpm_step    second order: x_start moves on in a straight line        error falls as 1 / steps^2
+
+All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
+`sampling.denoise` takes any of them. The two of this file do not use pred_var: they add no noise, or the fixed amount of DDIM.
+`invert` walks the same equation upwards: from an image to the noise that gives it.
+
+Next: `sampling.py`, the loop.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff import ddpm
+from minidiff.schedule import Schedule, check_timesteps
+
+Previous = tuple[int, Tensor]  # the time before this one, and its x_start
+FixXStart = Callable[[Tensor], Tensor]
+
+
+def ddim_step(
+    schedule: Schedule, x_t: Tensor, t: Tensor, t_prev: Tensor, eps: Tensor, pred_var: Tensor | None, noise: Tensor,
+    fix_x_start: FixXStart | None = None, previous: Previous | None = None, eta: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step along the line between the estimate and the noise: from time t to the earlier t_prev (-1: clean).
+
+        x_prev = sqrt(alpha_bar_prev) x_start + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise
+        sigma  = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
+
+    Where fix_x_start changes the estimate, eps becomes the noise that lies between it and x_t, as in DeepFloyd IF.
+    eta: 0 adds no noise; 1 adds as much as DDPM with its smaller variance.  Other arguments: as for `ddpm.step`.
+    Returns (x_prev, x_start), each (B, C, H, W).    Source: DDIM Eq. 12 and DDIM Eq. 16.
+    """
+    alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
+    if fix_x_start is not None:
+        x_start = fix_x_start(x_start)
+        eps = (x_t - _cast(alpha_bar_t.sqrt(), x_t) * x_start) / _cast((1 - alpha_bar_t).sqrt(), x_t)
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_prev).sqrt()
+    to_noise = (1 - alpha_bar_prev - sigma.square()).clamp(min=0).sqrt()
+    x_prev = _cast(alpha_bar_prev.sqrt(), x_t) * x_start + _cast(to_noise, x_t) * eps
+    return (x_prev + _cast(sigma, x_t) * noise if eta else x_prev), x_start
+
+
+def dpm_step(
+    schedule: Schedule, x_t: Tensor, t: Tensor, t_prev: Tensor, eps: Tensor, pred_var: Tensor | None, noise: Tensor,
+    fix_x_start: FixXStart | None = None, previous: Previous | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of DPM-Solver++(2M), which also remembers the estimate before this one.
+
+        x_prev = sigma_prev / sigma_t x_t + (a_prev - sigma_prev a_t / sigma_t) D
+        D      = x_start + (x_start - x_start before) / (2 r),    r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
+
+    with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
+    The first step, which has no previous one, and the step to clean, whose lambda is infinite, take D = x_start: they
+    are DDIM's.  previous: (time before, x_start before).  Other arguments and result: as for `ddim_step`.
+    Source: DPM-Solver++ Alg. 2 (arXiv 2211.01095v2), data prediction.
+    """
+    alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
+    if fix_x_start is not None:
+        x_start = fix_x_start(x_start)
+    direction = x_start
+    if previous is not None and int(t_prev.min()) >= 0:
+        before, x_start_before = previous
+        lambda_t, lambda_prev = _half_log_snr(alpha_bar_t), _half_log_snr(alpha_bar_prev)
+        lambda_before = _half_log_snr(schedule.alpha_bar(torch.full_like(t, before)))
+        r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
+        direction = x_start + _cast(0.5 / r, x_t) * (x_start - x_start_before)
+    ratio = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
+    to_start = alpha_bar_prev.sqrt() - ratio * alpha_bar_t.sqrt()
+    return _cast(ratio, x_t) * x_t + _cast(to_start, x_t) * direction, x_start
+
+
+STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --sampler names
+
+
+@torch.inference_mode()
+def invert(
+    predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], x_start: Tensor, timesteps: Tensor,
+    schedule: Schedule,
+) -> Tensor:  # fmt: skip
+    """Walk DDIM's equation upwards: from an image to the noise from which `ddim_step` leads back to it.
+
+    Each step takes the eps of the time it leaves for that of the time it goes to; what this is wrong by falls with the
+    number of steps.  x_start: (B, C, H, W) in [-1, 1], taken as noisy as at the last of the timesteps.
+    timesteps: (S,) int64, descending, as for `sampling.denoise`.  Returns x at timesteps[0], (B, C, H, W).
+    Source: DDIM Sec. 4.3 (encoding).
+    """
+    check_timesteps(timesteps, schedule.num_train_timesteps)
+    x_t, up = x_start.float(), timesteps.tolist()[::-1]
+    for now, later in zip(up, up[1:]):
+        t, t_later = (torch.full((len(x_t),), s, device=x_t.device) for s in (now, later))
+        eps = predict(x_t, t)[0].float()
+        x_t, _ = ddim_step(schedule, x_t, t, t_later, eps, None, eps)
+    return x_t
+
+
+def _half_log_snr(alpha_bar: Tensor) -> Tensor:
+    return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
+
+
+def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
+    return coefficient.to(like.dtype).to(like.device)
