@@ -1,23 +1,21 @@
-"""A picture that is one thing, and another when it is turned: visual anagrams.
+"""An image that is one thing, and another when it is turned: visual anagrams.
 
     python -m minidiff.anagram "an old man" "a campfire" --view identity rotate_180
     python -m minidiff.anagram "a castle" "a volcano" "a skull" --view identity rotate_cw rotate_ccw
     python -m minidiff.anagram "a castle" "a dog" --view identity jigsaw --num-images 6
-    python -m minidiff.anagram "a castle" "a skull" --image photo.png --box 16 16 48 48          inside a picture
+    python -m minidiff.anagram "a castle" "a skull" --image photo.png --box 16 16 48 48          inside an image
     python -m minidiff.anagram --check square_hinge                                              is this a good view?
 
-Each prompt sees x_t through its view; what it says of the noise is turned back, and the mean of all is taken (or, with
---reduction alternate, they take turns). Views: identity, flip (upside down), rotate_180, rotate_cw, rotate_ccw, negate,
+Each prompt sees x_t through its view; its eps is turned back, and the mean of all is taken (or, with --reduction
+alternate, they take turns). Views: identity, flip (upside down), rotate_180, rotate_cw, rotate_ccw, negate,
 skew (or skew:1.5), skew_by:50, patch_permute (or patch_permute:8), pixel_permute, jigsaw (or jigsaw:SEED),
-inner_circle, square_hinge; three that fail, to be looked at: inner_circle_failure, blur_failure, white_balance_failure.
+inner_circle, square_hinge; three that fail, for comparison: inner_circle_failure, blur_failure, white_balance_failure.
 
-Writes the picture as every prompt sees it, and an animation of the way from one view to the next beside it, OUT.gif.
---check measures a view instead, and tells why a bad one is bad (exit status 1).
+Writes the image, a sheet of it as every prompt sees it, and an animation of the way from one view to the next, OUT.gif.
+--check measures a view instead, and says why a bad one is bad (exit status 1).
 
 Source: the papers Visual Anagrams and, for the sum over prompts, Factorized Diffusion; see `factorized.py`.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
@@ -29,20 +27,26 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, images, views
-from minidiff.cascade import (
-    Cascade,
-    add_cascade_flags,
-    add_edit_flags,
-    check_optional_image,
-    edited,
-    fill_in,
-    upper_walk,
-    walk_of,
-)
-from minidiff.factorized import Part, alternating, averaged
-from minidiff.guidance import Condition
+from minidiff.cascade import Cascade, Mask
+from minidiff.factorized import InTurns, Part, averaged
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
+
+
+def anagram(
+    cascade: Cascade, prompts: Sequence[str], view_names: Sequence[str] = ("identity", "rotate_180"),
+    seeds: Sequence[int] = (0,), *, in_turns: bool = False, image: object = None, mask: Mask | None = None,
+    i_start: int | None = None, feather: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """An image that shows each prompt in its view: (small, large or None), each (B, 3, H, W) in [-1, 1].
+
+    view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step instead of the mean of all.
+    image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
+    """
+    encoded = zip(cascade.encode(*prompts), view_names, strict=True)
+    parts = [Part(states, views.named(name)) for states, name in encoded]
+    parts = InTurns(parts) if in_turns else averaged(*parts)
+    return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
 
 
 @cli.command
@@ -51,36 +55,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         sys.exit(report(args.check))
     animation = cli.animation_beside(args)
-    chosen = [views.named(name) for name in args.view]
-    for view in chosen:
-        for fault in views.check(view).faults:
-            print(f"warning: view {view.name}: {fault}", file=sys.stderr)
-    cascade = Cascade(args, args.prompts)
-    parts = [Part(embeds, view) for embeds, view in zip(cascade.prompts, chosen)]
-    walk, upper = walk_of(args.steps[0]), upper_walk(cascade)
-    walk = edited(walk, args, cascade.size, cascade.base.schedule, i_start=args.i_start)
-    small = cascade.draw(_condition(cascade, parts, args.reduction, walk.timesteps), [walk], args.guidance_scale)
-    large = cascade.enlarge(_condition(cascade, parts, args.reduction, upper.timesteps), [upper], small)
-    results = (large or [x for x, _ in small])[0]
+    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
+    cli.check_edit(args, cascade)
+    for name in dict.fromkeys(args.view):
+        for fault in views.check(views.named(name)).faults:
+            print(f"warning: view {name}: {fault}", file=sys.stderr)
+    small, large = anagram(cascade, args.prompts, args.view, seeds, in_turns=args.reduction == "alternate",
+                           image=args.image, mask=mask, i_start=args.i_start, feather=args.feather)  # fmt: skip
+    results, chosen = list(small if large is None else large), [views.named(name) for name in args.view]
     rows = [[view.view(x) for view in chosen] for x in results]
-    labels = [
-        [f"{view.name}: {prompt}, seed {args.seed + i}" for view, prompt in zip(chosen, args.prompts)]
-        for i in range(args.num_images)
-    ]
-    cascade.finish("anagram", rows, labels, f"[{args.model}, guidance {args.guidance_scale[0]:g}]")
+    labels = [[f"{name}: {p}, seed {seed}" for name, p in zip(args.view, args.prompts)] for seed in seeds]
+    cli.finish(args, "anagram", results, rows, labels, " / ".join(args.prompts), cascade)
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
 
 
-def _condition(cascade: Cascade, parts: list[Part], reduction: str, timesteps: Tensor) -> Condition:
-    if reduction == "mean":
-        return cascade.factorized(averaged(parts))
-    one_each = [cascade.factorized([part]) for part in parts]
-    return lambda model, scale: alternating([condition(model, scale) for condition in one_each], timesteps)
-
-
 def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
-    """The animation of one picture (3, H, H): from each view to the next and back to the first, easing in and out."""
+    """The animation of one image (3, H, H): from each view to the next and back to the first, easing in and out."""
     result = []
     for view in chosen:
         if view.name == "identity":
@@ -92,7 +83,7 @@ def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
 
 
 def travel(x: Tensor, view: views.View, part: float) -> Tensor:
-    """The picture on its way to its view: part 0 is x, 1 is view(x), on a white square half as large again.
+    """The image on its way to its view: part 0 is x, 1 is view(x), on a white square half as large again.
 
     x: (3, H, H) in [-1, 1].  Pixels of a permutation travel straight, or about the view's turning points; other views
     fade over.  Returns (3, 3H/2, 3H/2).
@@ -125,7 +116,7 @@ def travel(x: Tensor, view: views.View, part: float) -> Tensor:
 def report(name: str) -> int:
     """Print what `views.check` finds of a view; 0 if it is good, 1 if not."""
     found = views.check(views.named(name))
-    print(f"{found.name}")
+    print(found.name)
     for what, value, wanted in (
         ("inverse error", found.inverse_error, "0"),
         ("linearity error", found.linearity_error, "0"),
@@ -148,9 +139,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--view", nargs="+", help="one per prompt (default, of two prompts: identity rotate_180)")
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
-    p.add_argument("--i-start", type=int, help="with --image: where on the steps to begin")
-    add_edit_flags(p)
-    add_cascade_flags(p, "")
+    cli.add_edit_flags(p)
+    cli.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.check:
         return args
@@ -158,10 +148,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError('no prompts; pass one for each view, before --view: "a castle" "a skull" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
-    if len(args.view or []) != len(args.prompts):
-        raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view or [])}: pass --view")
-    check_optional_image(args)
-    return fill_in(args)
+    cli.check_views(args.view or [], args.prompts)
+    return args
 
 
 if __name__ == "__main__":

@@ -1,341 +1,324 @@
-"""What a command on pictures is made of: the cascade it draws with, and walks as its flags want them.
+"""The door: a cascade of two UNets and their text encoder, used from Python.
 
-`Cascade` finds, checks and loads both stages and the prompts' states; `draw` and `enlarge` run them. `edited` turns
-flags about a given picture (where to start, what to keep) into a `Walk`. A command asks for flags, builds a condition
-and walks, and shows the result.    Read `deepfloyd/stages.py` first. Next: `encode.py`, then
-`denoise.py`, the first command that draws.
+    from minidiff.cascade import Cascade
+
+    cascade = Cascade.load("mini")                        # a released name, or a folder
+    image = cascade("a snowy mountain village", seed=0)    # (1, 3, 256, 256) in [-1, 1]
+
+and, one thing at a time:
+
+    village, volcano = cascade.encode("a snowy mountain village", "a volcano")
+    parts = averaged(Part(village), Part(volcano, view=views.named("rotate_180")))
+    small = cascade.draw(parts, seeds=[2])                 # stage 1: (1, 3, 64, 64)
+    large = cascade.enlarge(small, parts, seeds=[2])       # stage 2: (1, 3, 256, 256)
+
+`load` finds and checks everything and reads nothing large. The text encoder is read by `encode` and then freed; a
+stage is read when it first draws. So T5-XXL and the UNets are never in memory together.
+
+Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `generate.py`.
 """
 
-from __future__ import annotations
-
-import argparse
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import cli, editing, hub, images, weights
-from minidiff.cli import QUICK_STEPS, Clock, add_text_flags, choose, finite
-from minidiff.deepfloyd import prompts as prompt_files
-from minidiff.deepfloyd import stages
-from minidiff.deepfloyd.stages import Walk
-from minidiff.factorized import Part, factorized
-from minidiff.guidance import Condition, prompted
-from minidiff.sampling import network_calls, seeded, visits
-from minidiff.schedule import Schedule, respaced, strided
+from minidiff import editing, hub, images, weights
+from minidiff.deepfloyd import prompts as text
+from minidiff.deepfloyd.stages import (
+    NOISE_LEVEL,
+    Stage,
+    base_model,
+    beside,
+    load_stage,
+    plan_stage,
+    super_resolution_model,
+    upsample,
+)
+from minidiff.editing import KeepRule
+from minidiff.factorized import InTurns, Part, alternating, factorized
+from minidiff.guidance import Model
+from minidiff.sampling import Prediction, Step, denoise, draw_noise, final, network_calls, noised, other_stream
+from minidiff.sampling import seeded, visits
+from minidiff.schedule import respaced, strided
+from minidiff.solvers import STEPS
+
+EDIT_SMALL, EDIT_LARGE, KEPT = 3, 4, 1  # streams of random numbers: of walks that edit an image, of what they keep
+Seeds = Sequence[int | torch.Generator]
+Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
+Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, W), or the corners of a box in pixels of 64
 
 
-def add_cascade_flags(
-    p: argparse.ArgumentParser, steps: str, stage2: bool = True, *, only_stage1: bool = False,
-    guidance: str = "mini 5, others 7",
-) -> None:  # fmt: skip
-    """The flags of commands that draw with the cascade. steps: of stage 1, if the model is not to decide.
+class Settings(NamedTuple):
+    """How a stage is sampled unless a call says otherwise."""
 
-    stage2: whether stage 2 is asked unless told otherwise.  only_stage1: one picture of stage 1 is all there is to it.
-    guidance: the default of --guidance-scale in words.
-    """
-    p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
-                   help="of stage 1: a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
-                   + f"{steps or 'mini 27, others 100'})")  # fmt: skip
-    p.add_argument("--guidance-scale", type=finite, nargs="+", help=f"of stage 1; 1 is none (default: {guidance})")
-    if only_stage1:
-        p.set_defaults(stage2="none", stage2_steps=None, stage2_guidance_scale=None, num_images=1)
-    else:
-        p.add_argument("--stage2", default=None if stage2 else "none",
-                       help="mini, a released name, a folder, or none (default: "
-                       + ("what fits --model)" if stage2 else "none)"))  # fmt: skip
-        p.add_argument("--stage2-steps", help="of stage 2 (default: mini 20, others 50)")
-        p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
-        p.add_argument("--num-images", type=int, default=1, help="pictures, seeds counted up (default %(default)s)")
-    add_text_flags(p)
+    steps: int | str
+    guidance_scale: float
+    sampler: str = "ddpm"
+    negative_prompt: str = ""
 
 
-def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
-    """The flags of commands that can start from a picture and keep some of it. image: they take it by --image."""
-    if image:
-        p.add_argument("--image", type=Path, help="a picture to start from, or to keep some of")
-    p.add_argument("--mask", type=Path, help="picture of the same shape, white where new content goes")
-    p.add_argument("--box", type=finite, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
-                   help="instead of --mask: a rectangle, in pixels of 64")  # fmt: skip
-    p.add_argument("--feather", type=finite, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
-
-
-def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespace:
-    """Flags left open get what fits the model. Raises ValueError on numbers out of range.
-
-    sweeps: whether the command compares several --steps or --guidance-scale.
-    """
-    args.model = hub.short_name(args.model, 1)
-    mini = args.model == "mini"
-    given = args.stage2_steps or args.stage2_guidance_scale is not None
-    if args.stage2 is not None:
-        args.stage2 = hub.short_name(args.stage2, 2)
-    if args.stage2 is None:
-        args.stage2 = "mini" if mini else "IF-II-M-v1.0" if args.model in hub.RELEASED else "none"
-    args.steps = [QUICK_STEPS] if args.quick else args.steps or ["27" if mini else "100"]
-    args.stage2_steps = QUICK_STEPS if args.quick else args.stage2_steps or ("20" if args.stage2 == "mini" else "50")
-    args.guidance_scale = args.guidance_scale or [5.0 if mini else 7.0]
-    if args.stage2_guidance_scale is None:
-        args.stage2_guidance_scale = 1.0 if args.stage2 == "mini" else 4.0
-    if args.stage2 == "none" and given:
-        raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
-    if args.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
-    if not sweeps and len(args.steps) * len(args.guidance_scale) > 1:
-        raise ValueError("this command takes one --steps and one --guidance-scale; minidiff.generate compares several")
-    for steps in (*args.steps, args.stage2_steps):
-        walk_of(steps)
-    return args
-
-
-def neutral_prompt(model: str) -> str:
-    """What to say of any picture: the course's "a high quality photo", or nothing to the miniature, which has never
-    seen a photo and takes the word for one that it knows."""
-    return "" if model == "mini" else "a high quality photo"
-
-
-def walk_of(steps: str) -> Walk:
-    """--steps: a count, a name like smart50, sections like 10,10,3,2,2, or course. Raises ValueError as `respaced`.
-
-    course: 990, 960, ..., 0, stopping there, slightly noisy, and without dynamic thresholding.
-    """
-    if steps == "course":
-        return Walk(strided(), final_step=False, threshold=False)
-    return Walk(respaced(steps))
-
-
-def encode(args: argparse.Namespace, model: str, texts: Sequence[str]) -> Tensor:
-    """The states of these prompts, (N, L, D): from --prompt-embeds, or by the model's text encoder, then freed."""
-    local = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model)
-    if args.prompt_embeds:
-        known = prompt_files.fingerprint(local) if (local / "text_encoder").is_dir() else None
-        return prompt_files.read_embeds(args.prompt_embeds, texts, known)
-    folder = hub.resolve(model, 1, ("text_encoder",), print)
-    device, dtype = choose(args)
-    streamed = args.text_encoder == "streamed"
-    if args.text_encoder == "auto":
-        streamed = prompt_files.should_stream(folder, dtype, device)
-    if streamed and args.dtype == "auto":  # a streamed encoder computes on the CPU
-        dtype = weights.default_dtype("cpu")
-    return prompt_files.load_text_encoder(folder, dtype, device, streamed)(texts).cpu()
+DEFAULTS = {"mini": (Settings(27, 5.0), Settings(20, 1.0)), "released": (Settings(100, 7.0), Settings(50, 4.0))}
 
 
 class Cascade:
-    """What a command draws with: both stages and the prompts' states, found, checked and loaded."""
+    """Two stages and a text encoder, made by `Cascade.load`.
 
-    def __init__(self, args: argparse.Namespace, texts: Sequence[str]):
-        """Raises ValueError, hub.WeightsError among them, before loading anything if something is wrong or missing."""
-        self.args, self.clock = args, Clock()
-        images.check_output(args.out)
-        check_pictures(args, args.steps[0])
-        check_negative(args, args.guidance_scale + ([args.stage2_guidance_scale] if args.stage2 != "none" else []))
-        device, dtype = choose(args)
-        folders = [hub.resolve(args.model, 1, ("unet",), print)]
-        if args.stage2 != "none":
-            folders.append(hub.resolve(args.stage2, 2, ("unet",), print))
-        for folder in folders:
-            stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
-        check_widths(folders, None)
-        embeds = encode(args, args.model, [args.negative_prompt, *texts])[:, None]  # (1 + N, 1, L, D)
-        self.negative, self.prompts = embeds[0], list(embeds[1:])
-        check_widths(folders, embeds)
-        self.base = stages.load_stage(folders[0], dtype, device)
-        self.upper = stages.load_stage(folders[1], dtype, device) if len(folders) > 1 else None
-        self.size = self.base.unet.config.sample_size
+    settings: of stage 1 and stage 2; assign to them to change what every later call does:
+    cascade.settings[0] = cascade.settings[0]._replace(steps=50, sampler="dpm++").
+    progress: whether draw and enlarge show a bar.  split_batch: one network call per prompt, with less memory.
+    """
 
-    def prompted(self, i: int = 0) -> Condition:
-        """The i-th text alone, with guidance."""
-        return prompted(self.prompts[i], self.negative, self.args.split_batch)
+    def __init__(
+        self, base: Callable[[], Stage] | None, upper: Callable[[], Stage] | None,
+        encode: Callable[[Sequence[str]], Tensor], settings: Sequence[Settings],
+    ):  # fmt: skip
+        """base, upper: read the stages when they are first needed; None if there is no such stage.
 
-    def factorized(self, parts: Sequence[Part]) -> Condition:
-        return lambda model, scale: factorized(model, parts, self.negative, scale, self.args.split_batch)
+        encode: texts to states (N, L, D).
+        """
+        self._readers, self._stages = (base, upper), [None, None]
+        self._encode, self._states = encode, {}
+        self.settings, self.progress, self.split_batch = list(settings), False, False
+
+    @classmethod
+    def load(
+        cls, model: str = "mini", stage2: str = "auto", *, text_model: str | None = None,
+        device: torch.device | str = "cpu", dtype: torch.dtype | None = None, text_encoder: str = "auto",
+        prompt_embeds: str | Path | None = None,
+    ) -> "Cascade":  # fmt: skip
+        """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
+
+        model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
+        stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder, if not model's.
+        dtype: of the networks; None: what the device is fast at.  text_encoder: "whole", "streamed" (half a block in
+        memory at a time), or "auto": streamed if free memory is short.  prompt_embeds: a file of encoded prompts, which
+        are then read and not computed.
+        Raises ValueError (hub.WeightsError among them) if anything is missing, broken or does not fit together.
+        """
+        model, stage2 = hub.short_name(model, 1), hub.short_name(stage2, 2)
+        if stage2 == "auto":
+            stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in hub.RELEASED else "none"
+        precision = weights.default_dtype(device) if dtype is None else dtype
+        folders = [
+            None if name == "none" else hub.resolve(name, number, ("unet",), print)
+            for number, name in ((1, model), (2, stage2))
+        ]
+        width = _common_width([folder for folder in folders if folder is not None], precision)
+        if text_model is None:
+            text_model = model if model != "none" else "mini" if stage2 == "mini" else "IF-I-XL-v1.0"
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            states = encode_texts(text_model, texts, prompt_embeds=prompt_embeds, text_encoder=text_encoder,
+                                  dtype=dtype, device=device)  # fmt: skip
+            if states.shape[-1] != width:
+                raise ValueError(f"the stages read text states of width {width}, but these have width "
+                                 f"{states.shape[-1]}; encode the prompts with a text encoder of their family")  # fmt: skip
+            return states
+
+        readers = [
+            None if folder is None else lambda folder=folder: load_stage(folder, precision, device)
+            for folder in folders
+        ]
+        kinds = ["mini" if name == "mini" else "released" for name in (model, stage2)]
+        return cls(*readers, encode, [DEFAULTS[kind][i] for i, kind in enumerate(kinds)])
+
+    @property
+    def has_upper(self) -> bool:
+        """Whether there is a stage 2."""
+        return self._readers[1] is not None
+
+    def stage(self, number: int) -> Stage:
+        """Stage 1 or 2, read when first needed. Raises ValueError if there is none."""
+        if self._readers[number - 1] is None:
+            raise ValueError(f"this cascade has no stage {number}; load it with one")
+        if self._stages[number - 1] is None:
+            self._stages[number - 1] = self._readers[number - 1]()
+        return self._stages[number - 1]
+
+    def encode(self, *prompts: str) -> list[Tensor]:
+        """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once."""
+        wanted = [p for p in dict.fromkeys((*prompts, "")) if p not in self._states]
+        if wanted:
+            self._states.update(zip(wanted, self._encode(wanted).cpu().split(1)))
+        return [self._states[p] for p in prompts]
+
+    def __call__(self, prompt: str, seed: int = 0) -> Tensor:
+        """An image of the prompt, (1, 3, 256, 256) in [-1, 1]; (1, 3, 64, 64) if there is no stage 2."""
+        small, large = self.make([Part(*self.encode(prompt))], [seed])
+        return small if large is None else large
+
+    def make(
+        self, parts: Sequence[Part], seeds: Sequence[int], *, image: object = None, mask: Mask | None = None,
+        i_start: int | None = None, method: str = "renoise", jumps: tuple[int, int] = editing.JUMPS,
+        feather: float = 0.0, through: Through = iter,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`draw` and, if there is a stage 2, `enlarge`: from noise, from an image, or only where a mask is.
+
+        image: a file, a Pillow image or a tensor: to start from (with i_start) and to keep outside the mask.
+        mask: 1 or white where new content goes; softened by `feather` pixels of 64.
+        method: how the rest is kept, one of `editing.METHODS`; jumps: those of "repaint", at stage 1 only.
+        Returns (small, large or None).
+        """
+        generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
+        small = self.draw(
+            parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,
+            keep=editing.kept(image, mask, size, method, feather), jumps=jumps if method == "repaint" else None,
+            through=through,
+        )  # fmt: skip
+        if not self.has_upper:
+            return small, None
+        keep = editing.kept(image, mask, 4 * size, method, feather)
+        return small, self.enlarge(small, parts, generators, keep=keep)
 
     def draw(
-        self, condition: Condition, walks: Sequence[Walk], scales: Sequence[float], watch: Callable | None = None
-    ) -> list[tuple[Tensor, list[torch.Generator]]]:
-        """Stage 1 once for each walk and scale: pictures (num_images, 3, 64, 64), and generators for stage 2.
+        self, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
+        sampler: str | None = None, guidance_scale: float | None = None,
+        image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
+        jumps: tuple[int, int] | None = None, through: Through = iter,
+    ) -> Tensor:  # fmt: skip
+        """Stage 1: one image for each seed, (B, 3, 64, 64) float32 in [-1, 1].
 
-        All start from the same seeds.  watch: a further `on_step`.
+        parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
+        where they stand.  steps: as `times_of`.  sampler: ddpm, ddim or dpm++.
+        image: (1 or B, 3, 64, 64), the image to start from, noised to the i_start-th of the times (SDEdit).
+        keep: what of an image is kept (`editing.py`).  jumps: RePaint's, as for `sampling.denoise`.
+        through: passes the steps on, and may watch them.
+        Raises ValueError if the sizes, the times or the seeds do not fit.
         """
-        args, size, results = self.args, (self.size, self.size), []
-        announce(f"{self.size} px", self.base, condition, scales, walks, args.num_images, size)
-        for walk, scale in zip(walks, scales):
-            generators = seeded(args.seed, args.num_images)
-            walk = replace(walk, on_step=progress(walk, f"{self.size} px", watch))
-            x = stages.sample_base(self.base, condition, walk, generators, guidance_scale=scale, size=size)
-            results.append((x.cpu(), generators))
-        return results
+        stage, default = self.stage(1), self.settings[0]
+        generators, size = _generators(seeds, image, keep, EDIT_SMALL), (stage.unet.config.sample_size,) * 2
+        timesteps, is_course = _times(default.steps if steps is None else steps, i_start)
+        predict = self._predict(base_model(stage.unet), parts, guidance_scale, default, timesteps)
+        x_t = _start(stage, timesteps, generators, size, image)
+        step = STEPS[sampler or default.sampler]
+        return self._run(stage, predict, x_t, timesteps, is_course, generators, step, keep, jumps, through)
 
     def enlarge(
-        self, condition: Condition, walks: Sequence[Walk], small: Sequence[tuple[Tensor, list[torch.Generator]]]
-    ) -> list[Tensor]:
-        """Stage 2 on each result of `draw`: pictures (num_images, 3, 256, 256); none if there is no stage 2."""
-        if self.upper is None:
-            return []
-        scale, pictures, size = self.args.stage2_guidance_scale, [], 4 * small[0][0].shape[-1]
-        announce(f"{size} px", self.upper, condition, [scale] * len(walks), walks, len(small[0][0]), (size, size))
-        for walk, (low_res, generators) in zip(walks, small):
-            walk = replace(walk, on_step=progress(walk, f"{size} px"))
-            x = stages.sample_super_resolution(self.upper, low_res, condition, walk, generators, guidance_scale=scale)
-            pictures.append(x.cpu())
-        return pictures
+        self, small: Tensor, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
+        sampler: str | None = None, guidance_scale: float | None = None,
+        noise_level: int = NOISE_LEVEL, image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
+        through: Through = iter,
+    ) -> Tensor:  # fmt: skip
+        """Stage 2: images (B, 3, h, w) in [-1, 1] at four times their size, (B, 3, 4h, 4w) in [-1, 1].
 
-    def finish(self, name: str, rows: list[list[Tensor]], labels: list[list[str]], title: str) -> None:
-        """Write the labelled strip with its settings, and say where it is and what it took."""
-        cli.finish(self.args, name, rows, labels, title, self.clock)
+        small is upsampled and noised to noise_level once (0: hardly at all), before the loop. Other arguments as for
+        `draw`, image and keep at the large size.
+        Raises ValueError also if noise_level is out of range.    Source: Imagen Sec. 2.4.
+        """
+        stage, default = self.stage(2), self.settings[1]
+        generators = _generators(seeds, image, keep, EDIT_LARGE)
+        if small.ndim != 4 or small.shape[1] != 3 or len(small) != len(generators):
+            raise ValueError(f"small must be (B, 3, h, w) with B = {len(generators)} seeds, got {tuple(small.shape)}")
+        if not 0 <= noise_level < stage.noising.num_train_timesteps:
+            raise ValueError(f"noise_level must lie in 0..{stage.noising.num_train_timesteps - 1}, got {noise_level}")
+        size = (4 * small.shape[2], 4 * small.shape[3])
+        timesteps, is_course = _times(default.steps if steps is None else steps, i_start)
+        model = super_resolution_model(stage.unet, noise_level)
+        both = self._predict(model, parts, guidance_scale, default, timesteps)
+        x_t = _start(stage, timesteps, generators, size, image)
+        low_res = noised(upsample(small.float(), size), noise_level, stage.noising, generators).to(stage.device)
+        step = STEPS[sampler or default.sampler]
+        predict = beside(low_res, both)
+        return self._run(stage, predict, x_t, timesteps, is_course, generators, step, keep, None, through)
+
+    def _predict(
+        self, model: Model, parts: Sequence[Part], guidance_scale: float | None, default: Settings, timesteps: Tensor
+    ) -> Prediction:
+        scale = default.guidance_scale if guidance_scale is None else guidance_scale
+        (negative,) = self.encode(default.negative_prompt)
+
+        def together(some: Sequence[Part]) -> Prediction:
+            return factorized(model, some, negative, scale, self.split_batch)
+
+        in_turns = isinstance(parts, InTurns)
+        return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
+
+    def _run(
+        self, stage: Stage, predict: Prediction, x_t: Tensor, timesteps: Tensor, is_course: bool,
+        generators: Sequence[torch.Generator], step: Callable[..., tuple[Tensor, Tensor]], keep: KeepRule | None,
+        jumps: tuple[int, int] | None, through: Through,
+    ) -> Tensor:  # fmt: skip
+        kept = None if keep is None else keep(stage.schedule, other_stream(generators, KEPT))
+        x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
+        steps = denoise(
+            predict, x_t, timesteps, stage.schedule, generators, step=step, keep=kept, jumps=jumps,
+            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
+        )  # fmt: skip
+        total = network_calls(visits(timesteps, not is_course, jumps))
+        bar = tqdm(steps, f"{x_t.shape[-1]} px", total, unit="step", disable=not self.progress)
+        return final(through(bar)).cpu()
 
 
-def check_pictures(args: argparse.Namespace, steps: str) -> None:
-    """Before minutes of encoding: can the pictures be read, is there a mask as its flags say, are starts on the walk?
+def times_of(steps: int | str | Tensor) -> tuple[Tensor, bool]:
+    """The timesteps that `steps` means, and whether it is the course's walk.
 
-    Raises ValueError.
+    steps: a count, a name like smart27, sections like "10,10,3,2,2", timesteps as a tensor; or "course": 990, 960, ...,
+    0, which stops there, slightly noisy, and does not threshold.    Raises ValueError as `schedule.respaced`.
     """
-    cli.keep_inputs(args, args.out)
-    for path in cli.inputs(args):
-        images.load(path, 64)
-    if hasattr(args, "mask"):
-        mask = load_mask(args, 64)
-        if mask is None and args.feather:
-            raise ValueError("--feather softens a mask; pass --mask or --box")
-        if mask is not None and mask.max() == 0:
-            warnings.warn("the mask is black all over: nothing will be painted", stacklevel=2)
-        if args.mask and args.image:
-            images.check_same_shape(args.image, args.mask)
-    start, last = getattr(args, "i_start", None), last_start(walk_of(steps))
-    for i in start if isinstance(start, list) else [] if start is None else [start]:
-        if not 0 <= i <= last:
-            raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {i}")
+    if isinstance(steps, Tensor):
+        return steps, False
+    return (strided(), True) if steps == "course" else (respaced(steps), False)
 
 
-def check_negative(args: argparse.Namespace, scales: Sequence[float]) -> None:
-    """Warn of a --negative-prompt that no guidance leads away from."""
-    if args.negative_prompt and all(scale == 1 for scale in scales):
-        warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
+def last_start(steps: int | str | Tensor) -> int:
+    """The last i_start: the last place on these steps from which the network is asked at all."""
+    timesteps, is_course = times_of(steps)
+    return len(timesteps) - (2 if is_course else 1)
 
 
-def last_start(walk: Walk) -> int:
-    """The last place on the steps from which the network is asked at all."""
-    return len(walk.timesteps) - (1 if walk.final_step else 2)
+def _times(steps: int | str | Tensor, i_start: int) -> tuple[Tensor, bool]:
+    timesteps, is_course = times_of(steps)
+    if not 0 <= i_start <= last_start(steps):
+        raise ValueError(f"i_start must lie in 0..{last_start(steps)} for these steps, got {i_start}")
+    return timesteps[i_start:], is_course
 
 
-def check_optional_image(args: argparse.Namespace) -> None:
-    """Raises ValueError if flags need an --image and there is none, or there is one and nothing to do with it."""
-    used = args.mask or args.box or args.i_start is not None
-    if used and args.image is None:
-        raise ValueError("a mask or a start needs a picture: pass --image FILE")
-    if args.image and not used:
-        raise ValueError("what is to happen to --image? pass --mask, --box or --i-start")
+def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
+    """Of a walk that edits, in a stream of its own: an image edited with the seed that made it would find itself."""
+    generators = [s if isinstance(s, torch.Generator) else seeded([s])[0] for s in seeds]
+    return generators if image is None and keep is None else other_stream(generators, edit)
 
 
-def check_widths(folders: Sequence[Path], prompt_embeds: Tensor | None) -> None:
-    """Before hours of work: do all stages read states of the width that the text encoder (or file) gives?
+def _start(
+    stage: Stage, timesteps: Tensor, generators: Sequence[torch.Generator], size: tuple[int, int], image: Tensor | None
+) -> Tensor:
+    """Pure noise, or the image noised to the first of the times: (B, 3, H, W) on the stage's device."""
+    if image is None:
+        return draw_noise((len(generators), 3, *size), generators).to(stage.device)
+    if image.shape[1:] != (3, *size):
+        raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
+    return noised(image.float(), int(timesteps[0]), stage.schedule, generators).to(stage.device)
 
-    prompt_embeds: None if there are none yet; then the stages are compared with each other.
+
+def _common_width(folders: Sequence[Path], dtype: torch.dtype | None) -> int:
+    """The width of the text states that all stages read. Raises ValueError if they differ, or a stage is broken."""
+    widths = [plan_stage(folder, dtype)[0].unet.config.encoder_hid_dim for folder in folders]
+    if len(set(widths)) != 1:
+        text_widths = ", ".join(f"{folder.name} of width {width}" for folder, width in zip(folders, widths))
+        raise ValueError(f"the stages must be of one family, but read text states {text_widths}; choose another stage 2")
+    return widths[0]
+
+
+def encode_texts(
+    model: str, texts: Sequence[str], *, prompt_embeds: str | Path | None = None, text_encoder: str = "auto",
+    dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """The states of these texts, (N, 77, D): from a file of encoded prompts, or by the text encoder, then freed.
+
+    Arguments as for `Cascade.load`.
     """
-    widths = [hub.read_config(folder / "unet").get("encoder_hid_dim") for folder in folders]
-    wanted = widths[0] if prompt_embeds is None else prompt_embeds.shape[-1]
-    whose = f"{folders[0].name} reads" if prompt_embeds is None else "these have"
-    for folder, width in zip(folders, widths):
-        if width != wanted:
-            raise ValueError(
-                f"{folder.name} reads text states of width {width}, but {whose} {wanted}: stages "
-                "and text encoder must be of one family; choose another --stage2 or --prompt-embeds"
-            )
-
-
-def load_mask(args: argparse.Namespace, size: int) -> Tensor | None:
-    """What --mask or --box says, (1, 1, size, size), softened by --feather; None if neither is given."""
-    if args.mask and args.box:
-        raise ValueError("--mask and --box both say where to paint; pass one of them")
-    if not (args.mask or args.box):
-        return None
-    return editing.feather(editing.box(args.box, size) if args.box else images.load_mask(args.mask, size), args.feather)
-
-
-def edited(
-    walk: Walk, args: argparse.Namespace, size: int, schedule: Schedule, *, i_start: int | None = None,
-    method: str = "renoise", jumps: tuple[int, int] = editing.JUMPS,
-) -> Walk:  # fmt: skip
-    """The walk as the edit flags want it at this size: starting at its i_start-th time, keeping what is not masked.
-
-    The known region is noised with random numbers of its own (stream 1 at stage 1, 2 at larger sizes). The flags have
-    passed `check_pictures` and, where a picture is optional, `check_optional_image`.
-    """
-    mask = load_mask(args, size)
-    if args.image is None:
-        return walk
-    picture = images.load(args.image, size)
-    if i_start is not None:
-        walk = replace(walk, timesteps=walk.timesteps[i_start:], x_start=picture)
-    if mask is None:
-        return walk
-    if method == "clean":
-        return replace(walk, keep=editing.clean(picture, mask))
-    own = seeded(args.seed, args.num_images, stream=1 if size <= 64 else 2)
-    keep = editing.renoise(picture, mask, schedule, own)
-    return replace(walk, keep=keep, jumps=jumps if method == "repaint" else None)
-
-
-def upper_walk(cascade: Cascade, method: str = "renoise") -> Walk:
-    """Stage 2's walk, keeping at its size what --mask or --box keep at stage 1's."""
-    walk = walk_of(cascade.args.stage2_steps)
-    if cascade.upper is None:
-        return walk
-    return edited(walk, cascade.args, 4 * cascade.size, cascade.upper.schedule, method=method)
-
-
-def progress(walk: Walk, what: str, watch: Callable | None = None) -> Callable[..., None]:
-    """An `on_step` that moves a progress bar, and calls watch."""
-    total = network_calls(visits(walk.timesteps, walk.final_step, walk.jumps))
-    bar = tqdm(total=total, desc=what, unit="step", disable=total == 0)
-
-    def on_step(i: int, *more: object) -> None:
-        bar.update()
-        if watch is not None:
-            watch(i, *more)
-        if i + 1 == total:
-            bar.close()
-
-    return on_step
-
-
-@torch.inference_mode()
-def announce(
-    what: str, stage: stages.Stage, condition: Condition, scales: Sequence[float], walks: Sequence[Walk],
-    num_images: int, size: tuple[int, int],
-) -> None:  # fmt: skip
-    """Before a run: how many network calls it will make, and about how long.
-
-    The condition is tried on a model that only notes what it is asked; then one call of that kind is timed, and a
-    second if the first was short, when warming up is most of it.
-    """
-    channels, asked = stage.unet.config.in_channels, []
-
-    def note(x: Tensor, t: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        asked.append((x, t, embeds))
-        return torch.zeros_like(x[:, :3]), torch.zeros_like(x[:, :3])
-
-    total, pictures, largest = 0, 0, None
-    for scale, walk in zip(scales, walks):
-        asked.clear()
-        x = torch.zeros(num_images, channels, *size, device=stage.device)
-        condition(note, scale)(x, torch.full((num_images,), int(walk.timesteps[0]), device=stage.device))
-        calls = network_calls(visits(walk.timesteps, walk.final_step, walk.jumps))
-        total, pictures = total + len(asked) * calls, pictures + calls * sum(len(x) for x, *_ in asked)
-        largest = max([largest, *asked] if largest else asked, key=lambda call: len(call[0]))
-    x, t, embeds = largest
-    labels = t if stage.unet.config.class_embed_type else None
-    for _ in range(2):
-        start = time.perf_counter()
-        stage.unet(x, t, embeds, labels).sum().item()
-        seconds = time.perf_counter() - start
-        if seconds > 2:
-            break
-    each = f"{len(x)} pictures in each" if pictures == total * len(x) else f"up to {len(x)} pictures in each"
-    print(f"{what}: {total} UNet calls, {each}, about {seconds * pictures / len(x):.0f} s")
+    if prompt_embeds is not None:
+        local = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model)
+        known = text.fingerprint(local) if (local / "text_encoder").is_dir() else None
+        return text.read_embeds(Path(prompt_embeds), texts, known)
+    folder = hub.resolve(model, 1, ("text_encoder",), print)
+    precision = weights.default_dtype(device) if dtype is None else dtype
+    device = torch.device(device)
+    streamed = text.should_stream(folder, precision, device) if text_encoder == "auto" else text_encoder == "streamed"
+    if streamed and dtype is None:  # a streamed encoder computes on the CPU
+        precision = weights.default_dtype("cpu")
+    return text.load_text_encoder(folder, precision, device, streamed)(texts)

@@ -20,10 +20,13 @@ Next: `deepfloyd/tokenizer.py`, where a prompt begins its way.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff import images
 from minidiff.components import Component, blur
 from minidiff.sampling import Keep, noised
 from minidiff.schedule import Schedule
@@ -78,6 +81,29 @@ def reference(image: Tensor, component: Component) -> KeepRule:
         return keep
 
     return rule
+
+
+def kept(image: object, mask: object, size: int, method: str = "renoise", feather_width: float = 0.0) -> KeepRule | None:
+    """What a walk at this size keeps of an image: all that lies outside the mask. None if there is no mask.
+
+    image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, W), or four numbers as for `box`.
+    method: one of METHODS.    Raises ValueError if a mask comes without an image, or the method is unknown.
+    """
+    if mask is None:
+        return None
+    if image is None:
+        raise ValueError("a mask needs an image, of which the rest is kept")
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
+    region = feather(mask_at(mask, size), feather_width)
+    return (clean if method == "clean" else renoise)(images.load(image, size), region)
+
+
+def mask_at(mask: object, size: int) -> Tensor:
+    """A mask at this size, (1, 1, size, size) in [0, 1]: from a file, a tensor (1, 1, H, W), or the corners of a box."""
+    if isinstance(mask, Tensor):
+        return mask if mask.shape[-1] == size else F.interpolate(mask, (size, size), mode="nearest")
+    return images.load_mask(mask, size) if isinstance(mask, (str, Path)) else box(mask, size)
 
 
 def box(corners: Sequence[float], size: int) -> Tensor:

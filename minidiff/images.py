@@ -40,7 +40,10 @@ def load(path: str | Path, size: Size | None = None) -> Tensor:
     (height, width), and cropped at its centre; None keeps it as it is.
     Raises ValueError if the file is missing, broken or no picture.
     """
-    return from_pil(_fit(_rgb(_open(path)), size, Image.Resampling.BICUBIC))
+    if isinstance(path, Tensor):
+        path = to_pil(path)
+    image = path if isinstance(path, Image.Image) else _open(path)
+    return from_pil(_fit(_rgb(image), size, Image.Resampling.BICUBIC))
 
 
 def load_mask(path: str | Path, size: Size) -> Tensor:
@@ -291,3 +294,21 @@ def _write(path: str | Path, write: Callable[[Path, str], None]) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def grid(images, labels):
+    columns = math.ceil(math.sqrt(len(images)))
+    starts = range(0, len(images), columns or 1)
+    return [list(images[i : i + columns]) for i in starts], [list(labels[i : i + columns]) for i in starts]
+
+
+sheet = strip
+
+
+def save_images(images, sheet, path, metadata):
+    path = Path(path)
+    names = [path] if len(images) == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(images))]
+    for x, name in zip(images, names):
+        save(to_pil(x), name, metadata)
+    save(sheet, path.with_name(f"{path.stem}-sheet{path.suffix}"), metadata)
+    return [*names, path.with_name(f"{path.stem}-sheet{path.suffix}")]

@@ -1,106 +1,80 @@
-"""Any picture four times as large: stage 2 as a super-resolution network of its own.
+"""Any image four times as large: stage 2 as a super-resolution network of its own.
 
     python -m minidiff.upscale small.png "a castle"
     python -m minidiff.upscale photo.jpg "a dog" --model IF-II-M-v1.0 --noise-level 100
-    python -m minidiff.upscale photo.jpg "a castle" --i-start 10               start from the picture itself (SDEdit)
+    python -m minidiff.upscale photo.jpg "a castle" --i-start 10               start from the image itself (SDEdit)
     python -m minidiff.upscale photo.jpg "a castle" --box 16 16 48 48          enlarge inside a box only
     python -m minidiff.upscale anagram.png "a castle" "a skull" --view identity rotate_180
 
-The picture is cropped to a square and shrunk to 64x64, enlarged again bilinearly, and noised to --noise-level: beside
-this, stage 2 draws 256x256. More noise lets the network invent more. Writes a strip: 64 pixels, bilinear enlargement,
-stage 2 (as each view sees it).
+The image is cropped to a square and shrunk to 64x64, enlarged again bilinearly, and noised to --noise-level: beside
+this, stage 2 draws 256x256. More noise lets the network invent more.
 """
-
-from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from minidiff import cli, hub, images, views
-from minidiff.cascade import (
-    add_edit_flags,
-    check_negative,
-    check_pictures,
-    check_widths,
-    edited,
-    encode,
-    progress,
-    walk_of,
-)
-from minidiff.deepfloyd import stages
-from minidiff.factorized import Part, averaged, factorized
-from minidiff.sampling import seeded
+from minidiff import cli, editing, images, views
+from minidiff.cascade import Cascade, Mask
+from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
+from minidiff.factorized import Part, averaged
 
 
-def text_model_of(model: str) -> str:
-    """Whose text encoder a stage 2 reads: mini's or, whoever else's it is, the one that all released models share."""
-    mini = hub.WEIGHTS / hub.MINI[2]
-    for folder in (mini,) if model == "mini" else (Path(model).expanduser(), hub.WEIGHTS / model):
-        if (folder / "unet" / "config.json").is_file():
-            widths = [hub.read_config(f / "unet").get("encoder_hid_dim") for f in (folder, mini)]
-            return "mini" if widths[0] == widths[1] else "IF-I-XL-v1.0"
-    return "IF-I-XL-v1.0"
+def upscale(
+    cascade: Cascade, image: object, prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), *,
+    view_names: Sequence[str] = ("identity",), noise_level: int = NOISE_LEVEL, i_start: int | None = None,
+    mask: Mask | None = None, feather: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The image at 256x256, once for each seed: (B, 3, 256, 256) in [-1, 1].
+
+    image: a file, a Pillow image or a tensor, of which 64x64 pixels are used.  view_names: one for each prompt.
+    noise_level: 0..999.  i_start: start from the image itself, noised to this place on the steps.  mask: as for
+    `Cascade.make`; only there the image is drawn.    Source: Imagen Sec. 2.4.
+    """
+    encoded = zip(cascade.encode(*prompts), view_names, strict=True)
+    parts = averaged(*(Part(states, views.named(name)) for states, name in encoded))
+    small = images.load(image, 64).expand(len(seeds), -1, -1, -1)
+    return cascade.enlarge(
+        small, parts, seeds, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
+        image=None if i_start is None else images.load(image, 256), i_start=i_start or 0,
+    )  # fmt: skip
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    clock = cli.Clock()
-    images.check_output(args.out)
-    check_pictures(args, args.steps)
-    check_negative(args, [args.guidance_scale])
-    low_res = images.load(args.image, 64)
-    chosen = [views.named(name) for name in args.view]
-    device, dtype = cli.choose(args)
-    folder = hub.resolve(args.model, 2, ("unet",), print)
-    stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
-    embeds = encode(args, args.text_model, [args.negative_prompt, *args.prompts])[:, None]
-    check_widths([folder], embeds)
-    stage = stages.load_stage(folder, dtype, device)
-    walk = walk_of(args.steps)
-    walk = edited(walk, args, 256, stage.schedule, i_start=args.i_start)
-    parts = averaged([Part(e, view) for e, view in zip(embeds[1:], chosen)])
-    x = stages.sample_super_resolution(
-        stage, low_res, lambda model, scale: factorized(model, parts, embeds[0], scale, args.split_batch),
-        replace(walk, on_step=progress(walk, "256 px")), seeded(args.seed, 1),
-        guidance_scale=args.guidance_scale, noise_level=args.noise_level,
-    ).cpu()  # fmt: skip
-    row = [low_res[0], stages.upsample(low_res, x.shape[2:])[0]] + [view.view(x[0]) for view in chosen]
-    seen = [f"stage 2, {len(walk.timesteps)} steps" + (f", {view.name}" if len(chosen) > 1 else "") for view in chosen]
+    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
+    results = upscale(cascade, args.image, args.prompts, seeds, view_names=args.view, noise_level=args.noise_level,
+                      i_start=args.i_start, mask=mask, feather=args.feather)  # fmt: skip
+    small, count = images.load(args.image, 64), len(args.view)
+    rows = [[small[0], upsample(small, (256, 256))[0]]]
+    labels = [["64 px", "bilinear"]]
+    for x, seed in zip(results, seeds):
+        rows[-1] += [views.named(name).view(x) for name in args.view]
+        labels[-1] += [f"stage 2, seed {seed}" + (f", {name}" if count > 1 else "") for name in args.view]
     title = f"{args.image.name}: {' / '.join(args.prompts) or '(empty prompt)'}"
-    cli.finish(args, "upscale", [row], [["64 px", "bilinear", *seen]], title, clock)
+    cli.finish(args, "upscale", list(results), rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__, "out/upscale.png")
-    p.add_argument("image", type=Path)
+    p.add_argument("image", type=cli.file_path)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what it shows (default: the empty prompt)")
     p.add_argument("--view", nargs="+", default=["identity"], help="one per prompt, as for minidiff.anagram")
-    p.add_argument("--i-start", type=int, help="start from the picture, noised to this place on the steps")
-    p.add_argument("--model", default="mini", help="stage 2: mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--text-model", help="whose text encoder (default: mini, or the released one)")
-    p.add_argument("--steps", help="a count, smart27, ... (default: mini 20, others 50)")
-    p.add_argument("--guidance-scale", type=cli.finite, help="1 is none (default: mini 1, others 4)")
-    p.add_argument("--noise-level", type=int, default=stages.NOISE_LEVEL, help="0 to 999 (default %(default)s)")
-    add_edit_flags(p, image=False)
-    cli.add_text_flags(p)
+    p.add_argument("--i-start", type=int, help="start from the image, noised to this place on the steps")
+    p.add_argument("--noise-level", type=int, default=NOISE_LEVEL, help="0 to 999 (default %(default)s)")
+    p.add_argument("--text-model", help="whose text encoder (default: mini's, or the one of the released models)")
+    cli.add_edit_flags(p, image=False)
+    cli.add_cascade_flags(p, stage2=None)
     args = p.parse_intermixed_args(argv)
-    args.model = hub.short_name(args.model, 2)
-    mini = args.model == "mini"
-    args.prompts, args.num_images = args.prompts or [""], 1
-    args.guidance_scale = args.guidance_scale if args.guidance_scale is not None else 1.0 if mini else 4.0
-    args.text_model = hub.short_name(args.text_model or text_model_of(args.model), 1)
+    args.model, args.stage2 = "none", args.model  # --model is stage 2 here
+    args.stage2_steps, args.steps = args.steps, None
+    args.stage2_guidance_scale, args.guidance_scale = (args.guidance_scale or [None])[0], None
+    args.prompts = args.prompts or [""]
     if not 0 <= args.noise_level < 1000:
         raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
-    for name in args.view:
-        views.named(name).view(torch.zeros(3, 256, 256))  # so that one that does not fit is told now
-    args.steps = cli.QUICK_STEPS if args.quick else args.steps or ("20" if mini else "50")
-    if len(args.view) != len(args.prompts):
-        raise ValueError(f"{len(args.prompts)} prompts need as many views, got {len(args.view)}: pass --view")
+    cli.check_views(args.view, args.prompts)
     return args
 
 
