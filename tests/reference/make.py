@@ -17,11 +17,10 @@ It rewrites the files below (about fifteen seconds). All networks are tiny; thei
     schedule.json                    alpha-bar tables and timestep lists
     ddpm.safetensors                 steps and whole walks of the scheduler
     stages.safetensors               both pipelines from start to end
-    edits.safetensors                the pipelines that edit a picture; RePaint's walks
+    edits.safetensors                the pipelines that edit an image; RePaint's walks
     flow.safetensors                 where ODE solvers lead along a velocity field
+    solvers.safetensors              whole walks of DDIM and DPM-Solver++(2M), by `walks.py`
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -53,6 +52,7 @@ from fill import HERE, bent, calm, digest, fill, normal
 from safetensors.torch import save_file
 from torchdiffeq import odeint
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from walks import STEPS, record
 
 PINS = {
     "torch": "2.13.0",
@@ -96,7 +96,7 @@ def unet_config(kinds: list[tuple[str, str]], **more: object) -> dict:
 
 
 UNETS = {
-    # stage 1: attention beside the picture's own tokens, 32 norm groups, time activated in each resnet
+    # stage 1: attention beside the image's own tokens, 32 norm groups, time activated in each resnet
     "stage_1": unet_config(
         [R, S, S], in_channels=3, sample_size=8, block_out_channels=[32, 64, 96], layers_per_block=2,
         attention_head_dim=16, norm_num_groups=32,
@@ -347,7 +347,7 @@ SHAPE = (2, 3, 8, 8)
 
 
 def model_output(walk: str, i: int, x_t: torch.Tensor, alpha_bar_t: float) -> torch.Tensor:
-    """What stands in for a network in step i: mostly the right answer for a picture of zeros, so x_start stays of
+    """What stands in for a network in step i: mostly the right answer for an image of zeros, so x_start stays of
     order 1, and a variance output that also leaves [-1, 1]. The tests repeat this formula."""
     eps = (1 - alpha_bar_t) ** 0.5 * x_t + 0.3 * alpha_bar_t**0.5 * normal(f"{walk}.{i}.eps", *SHAPE)
     return torch.cat([eps, 1.2 * torch.tanh(normal(f"{walk}.{i}.pred_var", *SHAPE))], dim=1)
@@ -438,7 +438,7 @@ def make_stages() -> None:
 
 
 def make_edits() -> None:
-    """Starting from a picture (img2img), keeping some of it (inpainting), and the walk of RePaint."""
+    """Starting from an image (img2img), keeping some of it (inpainting), and the walk of RePaint."""
     parts = {
         "tokenizer": None, "text_encoder": None, "safety_checker": None, "feature_extractor": None,
         "watermarker": None, "requires_safety_checker": False,
@@ -486,6 +486,13 @@ def make_flow() -> None:
     save("flow", out)
 
 
+def make_solvers() -> None:
+    """The times are those of minidiff.schedule.respaced: 0 to 999, both included, rounded."""
+    times = {n: [round(k * 999 / (n - 1)) for k in reversed(range(n))] for n in STEPS}
+    tensors, about = record(scheduler(float64=True).alphas_cumprod, times)
+    save("solvers", tensors, **about, dtype="float64, CPU, one thread; released: float32 tables, end as float32")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -519,7 +526,8 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for make in (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages, make_edits, make_flow):
+    parts = (make_unet, make_t5, make_tokens, make_schedule, make_ddpm, make_stages, make_edits, make_flow)
+    for make in (*parts, make_solvers):
         make()
     for path in sorted(HERE.iterdir()):
         if path.suffix in (".safetensors", ".json", ".model"):
