@@ -4,15 +4,17 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     schedule.py              how much noise at which time, and which times a sampler visits
     ddpm.py                  noise forward, estimate back, one reverse step, the losses
+    solvers.py               fewer steps: DDIM and DPM-Solver++
     sampling.py              the one denoising loop
     guidance.py              classifier-free guidance and dynamic thresholding
     toy.py                   denoisers with a known answer, to test everything else against
+
+    images.py                image files, labelled sheets, GIFs
     views.py                 turning and shuffling pictures, and what makes a view a good one
     components.py            parts of a picture: near and far, grey and colour
     factorized.py            several prompts in one picture: the formula of anagrams and hybrids
     editing.py               starting from a picture, and keeping some of it
 
-    images.py                plumbing: picture files, labelled strips, GIFs
     charts.py                plumbing: loss curves
     hub.py                   plumbing: which models there are, where they lie, fetching them
     weights.py               plumbing: mapping weights into networks, writing and checking them

@@ -112,7 +112,7 @@ def step(
     pred_var: Tensor | None,
     noise: Tensor,
     fix_x_start: Callable[[Tensor], Tensor] | None = None,
-    previous: tuple[int, Tensor] | None = None,
+    previous: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One reverse step, from time t to the earlier time t_prev (-1: clean).
 

@@ -89,7 +89,7 @@ def denoise(
         x_prev, x_start = step(schedule, x_t, t_batch, t_next_batch, eps, pred_var, noise, fix_x_start, previous)
         x_prev = x_prev if keep is None else keep(x_prev, t_next)
         yield Step(i, t, t_next, x_t, eps, x_start, x_prev)
-        x_t, previous, i = x_prev, (t, x_start), i + 1
+        x_t, previous, i = x_prev, (t_batch, x_start), i + 1
 
 
 def final(steps: Iterable[Step]) -> Tensor:

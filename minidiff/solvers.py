@@ -21,7 +21,7 @@ from torch import Tensor
 from minidiff import ddpm
 from minidiff.schedule import Schedule, check_timesteps
 
-Previous = tuple[int, Tensor]  # the time before this one, and its x_start
+Previous = tuple[Tensor, Tensor]  # the time before this one, (B,), and its x_start
 FixXStart = Callable[[Tensor], Tensor]
 
 
@@ -34,7 +34,7 @@ def ddim_step(
         x_prev = sqrt(alpha_bar_prev) x_start + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise
         sigma  = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
 
-    Where fix_x_start changes the estimate, eps becomes the noise that lies between it and x_t, as in DeepFloyd IF.
+    Where fix_x_start changes the estimate, eps stays the network's, as in diffusers.
     eta: 0 adds no noise; 1 adds as much as DDPM with its smaller variance.  Other arguments: as for `ddpm.step`.
     Returns (x_prev, x_start), each (B, C, H, W).    Source: DDIM Eq. 12 and DDIM Eq. 16.
     """
@@ -42,11 +42,12 @@ def ddim_step(
     x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         x_start = fix_x_start(x_start)
-        eps = (x_t - _cast(alpha_bar_t.sqrt(), x_t) * x_start) / _cast((1 - alpha_bar_t).sqrt(), x_t)
-    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_prev).sqrt()
-    to_noise = (1 - alpha_bar_prev - sigma.square()).clamp(min=0).sqrt()
+    variance = torch.zeros_like(alpha_bar_t)
+    if eta:  # of a clean x_t it would be 0 / 0
+        variance = eta**2 * ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev)
+    to_noise = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
     x_prev = _cast(alpha_bar_prev.sqrt(), x_t) * x_start + _cast(to_noise, x_t) * eps
-    return (x_prev + _cast(sigma, x_t) * noise if eta else x_prev), x_start
+    return x_prev + _cast(variance.sqrt(), x_t) * noise, x_start
 
 
 def dpm_step(
@@ -71,7 +72,7 @@ def dpm_step(
     if previous is not None and int(t_prev.min()) >= 0:
         before, x_start_before = previous
         lambda_t, lambda_prev = _half_log_snr(alpha_bar_t), _half_log_snr(alpha_bar_prev)
-        lambda_before = _half_log_snr(schedule.alpha_bar(torch.full_like(t, before)))
+        lambda_before = _half_log_snr(schedule.alpha_bar(before))
         r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
         direction = x_start + _cast(0.5 / r, x_t) * (x_start - x_start_before)
     ratio = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
@@ -89,17 +90,18 @@ def invert(
 ) -> Tensor:  # fmt: skip
     """Walk DDIM's equation upwards: from an image to the noise from which `ddim_step` leads back to it.
 
-    Each step takes the eps of the time it leaves for that of the time it goes to; what this is wrong by falls with the
-    number of steps.  x_start: (B, C, H, W) in [-1, 1], taken as noisy as at the last of the timesteps.
-    timesteps: (S,) int64, descending, as for `sampling.denoise`.  Returns x at timesteps[0], (B, C, H, W).
-    Source: DDIM Sec. 4.3 (encoding).
+    Each step asks the network for eps at the time it goes to, with the x of the time it leaves; what this is wrong by
+    falls with the number of steps.
+    x_start: (B, C, H, W) in [-1, 1].  timesteps: (S,) int64, descending, as for `sampling.denoise`.
+    Returns x at timesteps[0], (B, C, H, W).    Source: DDIM Sec. 4.3; as diffusers' DDIMInverseScheduler.
     """
     check_timesteps(timesteps, schedule.num_train_timesteps)
-    x_t, up = x_start.float(), timesteps.tolist()[::-1]
-    for now, later in zip(up, up[1:]):
-        t, t_later = (torch.full((len(x_t),), s, device=x_t.device) for s in (now, later))
-        eps = predict(x_t, t)[0].float()
-        x_t, _ = ddim_step(schedule, x_t, t, t_later, eps, None, eps)
+    x_t, t = x_start.float(), torch.full((len(x_start),), -1, device=x_start.device)
+    for later in timesteps.flip(0).tolist():
+        t_later = torch.full_like(t, later)
+        eps = predict(x_t, t_later)[0].float()
+        x_t, _ = ddim_step(schedule, x_t, t, t_later, eps, None, torch.zeros_like(x_t))
+        t = t_later
     return x_t
 
 
