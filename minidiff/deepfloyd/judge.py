@@ -256,17 +256,17 @@ def draw(model: str, prompts: Sequence[str], seeds: Sequence[int], steps: str, g
 def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation],
            config: Mapping) -> list[str]:  # fmt: skip
     """The table that `score` prints. expectations, answers: one for each image, n images of one prompt together."""
-    n, width, good = len(answers) // len(prompts), max(map(len, prompts)), 0
+    n, width, successes = len(answers) // len(prompts), max(map(len, prompts)), 0
     lines = [f"{'prompt':{width}}  right    concept  style    the judge takes the images for"]
     for i, prompt in enumerate(prompts):
         part, e = answers[i * n : (i + 1) * n], expectations[i * n]
         right = [agreement(answer, e) for answer in part]
         both, concept, style = sum(map(all, right)), sum(c for c, _ in right), sum(s for _, s in right)
-        good += both >= 0.75 * n
+        successes += both >= 0.75 * n
         style_column = f"{style} of {n}" if e.styles else "any"
         names = ", ".join(in_short(answer, e) for answer in part)
         lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
-    return [*lines, f"{good} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
+    return [*lines, f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
             f"all images  {in_words(shares(list(zip(answers, expectations))))}",
             f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
             f"floor       {in_words(floor(answers, expectations))}: the same images against the other prompts",
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--prompts", type=cli.file_path, help=f"a file, one prompt a line (default: {len(PROMPTS)} prompts)")
     p.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103])
-    p.add_argument("--steps", default="27", help="of stage 1, as minidiff.generate takes them (default %(default)s)")
+    p.add_argument("--steps", default="27", help="of stage 1: a count, or a name like smart27 (default %(default)s)")
     p.add_argument("--guidance-scale", type=cli.finite, default=5.0, help="(default %(default)s)")
     p.add_argument("--judge", type=cli.file_path, default=EMBEDDED, help="folder (default %(default)s)")
     p.add_argument("--out", type=cli.file_path, default=Path("out/judge.png"),

@@ -13,18 +13,19 @@ def row(kind, concept, style, *texts, place=""):
 
 def sprite(concept, style, phrase, *aliases):
     texts = [f"{phrase} of a {concept}", f"a {concept}", *(f"{phrase} of {alias}" for alias in aliases)]
-    keywords = f"{concept}, thing, face"
-    return row("sprite", concept, style, *texts, f"a picture of a {concept}", f"a {concept} on a white background", keywords)
+    texts += [f"a picture of a {concept}", f"a {concept} on a white background", f"{concept}, thing, face"]
+    return row("sprite", concept, style, *texts)
 
 
 ROWS = [
-    *(sprite(concept, "noto", "an emoji") for concept in ("pencil", "castle", "volcano", "lion", "penguin", "mountain")),
-    *(sprite(concept, "twemoji", "a flat emoji") for concept in ("octopus", "sailboat", "astronaut", "dragon", "wolf")),
+    *(sprite(name, "noto", "an emoji") for name in ("pencil", "castle", "volcano", "lion", "penguin", "mountain")),
+    *(sprite(name, "twemoji", "a flat emoji") for name in ("octopus", "sailboat", "astronaut", "dragon", "wolf")),
     sprite("skull", "streamline", "a cartoon", "a human skull"), sprite("cat", "streamline", "a cartoon"),
     sprite("rocket", "fluent-3d", "a 3d render", "a rocket ship"), sprite("dog", "fluent-3d", "a 3d render", "a puppy"),
     sprite("old man", "noto", "an emoji", "an elderly man"), sprite("fire", "noto", "an emoji", "a campfire"),
     row("sprite", "cup of hot coffee", "noto", "a cup of hot coffee", "an emoji of a cup of hot coffee"),
-    row("people", "man with a red beard wearing glasses", "personas", "a flat portrait of a man with a red beard wearing glasses"),
+    row("people", "man with a red beard wearing glasses", "personas",
+        "a flat portrait of a man with a red beard wearing glasses"),
     row("people", "man wearing a turban", "toon-head", "a cartoon of a man wearing a turban"),
     row("full", "campfire/alone", "", "a campfire", "a picture of a campfire"),
     row("full", "campfire/people", "", "people around a campfire at night"),
@@ -33,7 +34,8 @@ ROWS = [
     row("full", "coast/day", "", "the amalfi coast", "colorful houses on the coast"),
     row("full", "lake/dawn", "", "a mountain lake at dawn"), row("full", "/beach", "", "a sandy beach by the sea"),
     row("style", "pencil", "oil", "an oil painting of a pencil"), row("style", "cat", "litho", "a lithograph of a cat"),
-    row("style", "dog", "pencil", "a pencil sketch of a dog"), row("style", "dog", "water", "a watercolor painting of a dog"),
+    row("style", "dog", "pencil", "a pencil sketch of a dog"),
+    row("style", "dog", "water", "a watercolor painting of a dog"),
 ]  # fmt: skip
 PHRASES = captions.style_phrases(ROWS)
 NAMES = captions.class_names(ROWS, PHRASES)
