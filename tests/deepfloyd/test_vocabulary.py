@@ -10,7 +10,8 @@ def row(kind, concept, *captions):
 
 
 ROWS = [
-    row("sprite", "fox", "an emoji of a fox", "a fox", "fox, animal"), row("sprite", "pancakes", "an emoji of pancakes"),
+    row("sprite", "fox", "an emoji of a fox", "a fox", "fox, animal"),
+    row("sprite", "pancakes", "an emoji of pancakes"),
     row("sprite", "old man", "an emoji of an old man"),
     row("people", "bald man with a red beard wearing glasses and a hat", "a bald man"),
     row("people", "man with a beard", "a man"),
