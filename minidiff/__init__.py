@@ -21,13 +21,16 @@ The files in reading order; each imports only from files above it (tests/test_la
     cli.py                   plumbing: flags, errors and the last line of every command
 
     deepfloyd/tokenizer.py   prompt to ids
+    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
     deepfloyd/t5.py          ids to text states
     deepfloyd/prompts.py     prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy picture, time and text to noise and variance
     deepfloyd/stages.py      prompts, weights and UNets become predictions
     deepfloyd/pictures.py    captioned pictures to train on
+    deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned pictures
+    deepfloyd/judge.py       a classifier that says whether images show what their prompts say
 
     cascade.py               what the commands on pictures are made of
     encode.py                prompts to a file of embeddings

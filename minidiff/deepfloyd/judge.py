@@ -1,0 +1,350 @@
+"""Does the cascade draw what a prompt says? A small classifier answers, so that nobody must trust an eye.
+
+    python -m minidiff.deepfloyd.judge train IMAGES --out weights/judge
+    python -m minidiff.deepfloyd.judge score
+    python -m minidiff.deepfloyd.judge score --model weights/mini-IF-I --prompts FILE --seeds 0 1 2 --steps 50
+
+The judge looks at 64 x 64 images and names three things: the concept (a dog, a volcano; all people are one concept,
+"person"), the style (a set of drawings, "scene" for landscapes, oil, ...), and the traits of a person. What a prompt
+expects follows from its words, by the names and style phrases that the captions used. A word that the judge has no
+class for, such as a place or a color, is not judged.
+
+`score` draws every prompt with every seed and prints for how many images the concept, the style and both are right.
+Two numbers stand beside the result. The ceiling is the judge's accuracy on real images that it never saw. The floor
+is how many images are right when each is held against the other prompts.
+
+IMAGES is the folder that `minidiff.deepfloyd.train` reads, packed, with "kind", "concept" and "style" in captions.json.
+The judge sees the images that the cascade learns from, but turned, cropped, recolored, blurred and noised; rows with
+"split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/captions.py` first.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidiff import cli, hub, images, weights
+from minidiff.deepfloyd import prompts as prompt_files
+from minidiff.deepfloyd import stages
+from minidiff.deepfloyd.captions import (
+    PERSON_CLASS, TRAITS, Expectation, agreement, class_names, concept_class, expected, floor, shares, style_phrases,
+    traits_in, words_of,
+)  # fmt: skip
+from minidiff.guidance import prompted
+from minidiff.schedule import respaced
+
+EMBEDDED = hub.WEIGHTS / "judge"
+PROMPTS = (
+    "a rocket ship", "a pencil", "a skull", "a castle", "a volcano", "a dog", "an old man", "a man wearing a hat",
+    "a campfire", "waterfalls", "a snowy mountain village", "people around a campfire at night",
+    "an oil painting of a snowy mountain village", "an oil painting of people around a campfire",
+    "an oil painting of an old man", "a lithograph of a skull", "a lithograph of waterfalls", "the amalfi coast",
+    "a 3d render of a rocket", "a cartoon of a cat", "a pencil sketch of a castle", "a watercolor painting of a lion",
+    "pixel art of a dragon", "an oil painting of an octopus", "a lion on a beach", "a penguin in the desert",
+    "a sailboat on the sea at sunset", "an astronaut in outer space",
+    "a flat portrait of a man with a red beard wearing glasses", "a mountain lake at sunset",
+)  # fmt: skip
+SCENE_STYLE = "scene"  # of images whose style is ""
+BATCH, PEAK_LR, FEATURES = 128, 4e-3, 96
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+class Judge(nn.Module):
+    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 260,000 weights in the body."""
+
+    def __init__(self, concepts: int, styles: int) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+        self.body = nn.Sequential(
+            block(3, 32, 5, 2), block(32, 64, 3, 2), block(64, 64, 3, 1), block(64, 128, 3, 2),
+            block(128, FEATURES, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, concepts + styles + len(TRAITS))
+        self.sizes = [concepts, styles, len(TRAITS)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.body(x)).split(self.sizes, dim=1)  # (B, concepts), (B, styles), (B, traits)
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, turned, scaled, moved, recolored, noised and blurred: never twice the same.
+
+    x: (B, 3, H, W) in [-1, 1]. Returns as much, in [-1, 1].
+    """
+    B = len(x)
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(B, *shape, generator=generator)
+
+    angle, scale = between(-0.15, 0.15), between(0.8, 1.2)
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin, shift = angle.cos() * scale, angle.sin() * scale, between(-0.15, 0.15, 2)
+    theta = torch.stack([cos * mirror, -sin, shift[:, 0], sin * mirror, cos, shift[:, 1]], dim=1).view(B, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * between(0.7, 1.2, 1, 1, 1)
+    x = x * between(0.85, 1.15, 3, 1, 1) + between(-0.1, 0.1, 3, 1, 1)
+    x = x + torch.randn(x.shape, generator=generator) * between(0, 0.15, 1, 1, 1)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # after the noise: some of it is coarse
+    return x.lerp(blurred, between(-0.5, 1, 1, 1, 1).clamp(min=0)).clamp(-1, 1)
+
+
+def loss(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of concept and style, and of each trait where the image shows a person.
+
+    scores: as of Judge.  labels: concept (B,), style (B,), traits (B, n) in {0, 1}, or -1 where no person is.
+    """
+    concept, style = (F.cross_entropy(s.float(), y, label_smoothing=0.05) for s, y in zip(scores[:2], labels[:2]))
+    mask = labels[2] >= 0
+    traits = F.binary_cross_entropy_with_logits(scores[2].float(), labels[2].clamp(min=0), reduction="none")
+    return concept + 0.5 * style + 0.5 * (traits * mask).sum() / mask.sum().clamp(min=1)
+
+
+@torch.inference_mode()
+def answers_on(judge: Judge, x: Tensor, config: Mapping) -> list[Expectation]:
+    """What the judge takes each image (N, 3, 64, 64) for: one concept, one style, and the traits of a person."""
+    answers = []
+    for part in x.split(256):
+        concept, style, traits = judge.eval()(part)
+        for c, s, t in zip(concept.argmax(1).tolist(), style.argmax(1).tolist(), (traits > 0).tolist()):
+            concepts = (config["concepts"][c],)
+            names = tuple(name for name, is_there in zip(TRAITS, t) if is_there and PERSON_CLASS in concepts)
+            answers.append(Expectation(concepts, (config["styles"][s],), names))
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------- files and training
+
+
+def write(folder: Path, judge: Judge, config: Mapping) -> None:
+    """model.fp16.safetensors (matrices in half precision, vectors in float32), then config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.half() if value.ndim > 1 else value for key, value in judge.state_dict().items()}
+    weights.save(tensors, folder / "model.fp16.safetensors", {"format": "pt"})
+    (folder / "config.tmp").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    os.replace(folder / "config.tmp", folder / "config.json")
+
+
+def read(folder: Path) -> tuple[Judge, dict]:
+    """The judge and its config.    Raises ValueError, naming the folder and the command that trains another judge."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        judge = Judge(len(config["concepts"]), len(config["styles"]))
+        judge.load_state_dict(load_file(folder / "model.fp16.safetensors"))
+        {key: config[key] for key in ("names", "phrases", "ceiling", "held_out")}  # a KeyError names what is lost
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no judge ({error}); train one with `python -m minidiff.deepfloyd.judge train "
+                         f"IMAGES --out {folder}`, or pass another --judge") from error  # fmt: skip
+    return judge.eval(), config
+
+
+def read_rows(folder: Path) -> tuple[np.ndarray, list[dict]]:
+    """The pixels (N, 64, 64, 3) uint8 and the rows of captions.json.    Raises ValueError if a row lacks a field."""
+    try:
+        pixels = np.load(folder / "images_64.npy", mmap_mode="r")
+        rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} needs images_64.npy and captions.json of a packed set ({error})") from error
+    fields, path = {"captions", "kind", "concept", "style"}, folder / "captions.json"
+    if len(rows) != len(pixels):
+        raise ValueError(f"{path} has {len(rows)} rows for {len(pixels)} images; pack the set again")
+    for i in (i for i, row in enumerate(rows) if not fields <= set(row)):
+        raise ValueError(f"{path}: row {i} lacks one of {', '.join(sorted(fields))}")
+    return pixels, rows
+
+
+def labels_of(rows: Sequence[Mapping], concepts: Sequence[str], styles: Sequence[str]) -> tuple[Tensor, ...]:
+    """Concept (N,), style (N,) and traits (N, n), as `loss` takes them."""
+    classes = [concept_class(row["concept"]) for row in rows]
+    names = [traits_in(words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
+    traits = [[float(t in n) if c == PERSON_CLASS else -1.0 for t in TRAITS] for n, c in zip(names, classes)]
+    concept = [concepts.index(c) for c in classes]
+    style = [styles.index(row["style"] or SCENE_STYLE) for row in rows]
+    return torch.tensor(concept), torch.tensor(style), torch.tensor(traits)
+
+
+def batch_of(pixels: np.ndarray, picks: Sequence[int]) -> Tensor:
+    """(B, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(np.stack([pixels[i] for i in picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def frequencies(labels: Sequence[Tensor]) -> Tensor:
+    """How often to draw each image (N,): 1 / sqrt(n), n images having the same concept, style and traits."""
+    keys = torch.cat([labels[0][:, None], labels[1][:, None], labels[2].long()], dim=1)
+    _, group, count = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    return count[group].float().rsqrt()
+
+
+def train(folder: Path, out: Path, steps: int, seed: int) -> None:
+    """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out."""
+    pixels, rows = read_rows(folder)
+    concepts = sorted({concept_class(row["concept"]) for row in rows})
+    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), style_phrases(rows)
+    config = {"kind": "judge", "images_seen": steps * BATCH, "concepts": concepts, "styles": styles,
+              "phrases": phrases, "names": class_names(rows, phrases)}  # fmt: skip
+    held_out = [i for i, row in enumerate(rows) if row.get("split") == "val"]
+    labels = labels_of(rows, concepts, styles)
+    weight = frequencies(labels)
+    weight[held_out] = 0
+    torch.manual_seed(seed)
+    judge = Judge(len(concepts), len(styles)).to(memory_format=torch.channels_last)
+    fit(judge, pixels, labels, weight, steps, torch.Generator().manual_seed(seed))
+    answers = answers_on(judge, batch_of(pixels, held_out), config) if held_out else []
+    expectations = [expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
+    pairs = [(answer, e) for answer, e in zip(answers, expectations) if e]  # "two mice" names nothing
+    config |= {"ceiling": shares(pairs), "held_out": len(pairs)}
+    write(out, judge, config)
+    print(f"{len(pairs)} held-out images: {in_words(config['ceiling'])}; wrote {out}")
+
+
+def fit(judge: Judge, pixels: np.ndarray, labels: Sequence[Tensor], weight: Tensor, steps: int,
+        generator: torch.Generator) -> None:  # fmt: skip
+    """AdamW on augmented batches, drawn in proportion to weight (N,); the rate rises for a tenth, then falls."""
+    optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
+    dtype = torch.float32 if weights.default_dtype("cpu") == torch.float32 else torch.bfloat16
+    judge.train()
+    for step in (bar := tqdm(range(steps), mininterval=2)):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LR * min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+        picks = torch.multinomial(weight, BATCH, replacement=True, generator=generator)
+        x = augment(batch_of(pixels, picks.tolist()), generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, dtype != torch.float32):
+            scores = judge(x)
+        value = loss(scores, [label[picks] for label in labels])
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        bar.set_postfix_str(f"loss {value.item():.3f}", refresh=False)
+
+
+# ---------------------------------------------------------------------------------------------- score
+
+
+@torch.inference_mode()
+def draw(model: str, prompts: Sequence[str], seeds: Sequence[int], steps: str, guidance_scale: float) -> Tensor:
+    """Stage 1 on every prompt with every seed: (len(prompts) * len(seeds), 3, 64, 64), seeds side by side."""
+    device = cli.device_of("auto")
+    folder, dtype = hub.resolve(model, 1, ("unet", "text_encoder"), print), weights.default_dtype(device)
+    stage = stages.load_stage(folder, dtype, device)
+    states = prompt_files.load_text_encoder(folder, dtype, device)([*prompts, ""])
+    rows = []
+    for i in tqdm(range(len(prompts)), desc="prompts"):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        condition, walk = prompted(states[i : i + 1], states[-1:]), stages.Walk(respaced(steps))
+        rows.append(stages.sample_base(stage, condition, walk, generators, guidance_scale=guidance_scale).cpu())
+    return torch.cat(rows)
+
+
+def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation],
+           config: Mapping) -> list[str]:  # fmt: skip
+    """The table that `score` prints. expectations, answers: one for each image, n images of one prompt together."""
+    n, width, successes = len(answers) // len(prompts), max(map(len, prompts)), 0
+    lines = [f"{'prompt':{width}}  right    concept  style    the judge takes the images for"]
+    for i, prompt in enumerate(prompts):
+        part, e = answers[i * n : (i + 1) * n], expectations[i * n]
+        right = [agreement(answer, e) for answer in part]
+        both, concept, style = sum(map(all, right)), sum(c for c, _ in right), sum(s for _, s in right)
+        successes += both >= 0.75 * n
+        style_column = f"{style} of {n}" if e.styles else "any"
+        names = ", ".join(in_short(answer, e) for answer in part)
+        lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
+    return [*lines, f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
+            f"all images  {in_words(shares(list(zip(answers, expectations))))}",
+            f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
+            f"floor       {in_words(floor(answers, expectations))}: the same images against the other prompts",
+            ]  # fmt: skip
+
+
+def in_short(answer: Expectation, expectation: Expectation) -> str:
+    """An answer in words: "person old", or "person old (oil)" where the prompt names a style."""
+    words = " ".join([answer.concepts[0], *answer.traits])
+    return f"{words} ({answer.styles[0]})" if expectation.styles else words
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """concept 80 %, style 90 %, both 75 %"""
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in numbers.items())
+
+
+def sheet(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation], x: Tensor,
+          title: str) -> Image.Image:  # fmt: skip
+    """Every image with its prompt and the judge's answer, two prompts in a row."""
+    n, labels = len(answers) // len(prompts), []
+    for i, (answer, expectation) in enumerate(zip(answers, expectations)):
+        mark = "right" if all(agreement(answer, expectation)) else "WRONG"
+        labels.append(f"{prompts[i // n]}\n{mark}: {in_short(answer, expectation)}")
+    parts = [slice(i, i + 2 * n) for i in range(0, len(answers), 2 * n)]
+    return images.strip([list(x[part]) for part in parts], [labels[part] for part in parts], title)
+
+
+def score(args: argparse.Namespace) -> None:
+    """Draw, judge, print and write the sheet."""
+    images.check_output(args.out)
+    judge, config = read(args.judge)
+    prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
+    expectations = [expected(prompt, config["names"], config["phrases"]) for prompt in prompts for _ in args.seeds]
+    if None in expectations:
+        raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None) // len(args.seeds)]!r}; name a "
+                         f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
+    x = draw(args.model, prompts, args.seeds, args.steps, args.guidance_scale)
+    answers = answers_on(judge, x, config)
+    title = f"{args.model}, {args.steps} steps, guidance {args.guidance_scale:g}, seeds {args.seeds}"
+    lines = [title, *report(prompts, expectations, answers, config)]
+    written = images.save(sheet(prompts, expectations, answers, x, title), args.out, {"report": "\n".join(lines)})
+    print(*lines, f"wrote {written}", sep="\n")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, empty lines left out.    Raises ValueError if there are none."""
+    prompts = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one on each line")
+    return prompts
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("train", help="train a judge on captioned images")
+    p.add_argument("images", type=cli.file_path, metavar="IMAGES", help="a packed set of captioned images")
+    p.add_argument("--out", type=cli.file_path, default=EMBEDDED, help="folder to write (default %(default)s)")
+    p.add_argument("--steps", type=int, default=2500, help=f"batches of {BATCH} (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p = commands.add_parser("score", help="judge what a cascade draws")
+    p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
+    p.add_argument("--prompts", type=cli.file_path, help=f"a file, one prompt a line (default: {len(PROMPTS)} prompts)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103])
+    p.add_argument("--steps", default="27", help="of stage 1: a count, or a name like smart27 (default %(default)s)")
+    p.add_argument("--guidance-scale", type=cli.finite, default=5.0, help="(default %(default)s)")
+    p.add_argument("--judge", type=cli.file_path, default=EMBEDDED, help="folder (default %(default)s)")
+    p.add_argument("--out", type=cli.file_path, default=Path("out/judge.png"),
+                   help="contact sheet to write (default %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.command == "score":
+        return score(args)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    train(args.images, args.out, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    main()

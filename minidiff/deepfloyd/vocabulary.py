@@ -1,0 +1,75 @@
+"""What a cascade knows, collected from the captions that it learned: things, people, places, scenes, styles, words.
+
+Read `deepfloyd/captions.py` and `deepfloyd/pictures.py` first. Next: `deepfloyd/initial.py`.
+"""
+
+import itertools
+import json
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minidiff.deepfloyd.captions import ARTICLE, PERSON, TIME, singulars, split_style, style_phrases, words_of
+from minidiff.deepfloyd.pictures import NEUTRAL
+
+WIDTH = 110  # of a listing, in letters
+
+
+def collect(rows: Sequence[Mapping]) -> dict:
+    """{"things", "people", "attributes", "places", "scenes": lists of phrases, "styles": {phrase: styles}, "words"}."""
+    phrases, people, attributes, places, scenes = style_phrases(rows), set(), set(), set(), set()
+    things = {row["concept"] for row in rows if row["kind"] == "sprite"}
+    for row in rows:
+        if row["kind"] == "people":
+            head, *parts = re.split(r" (?:with|wearing|and) ", row["concept"])
+            people.add(head)
+            attributes |= {ARTICLE.sub("", part) for part in parts}
+        elif row["kind"] in ("scene", "colour"):
+            rest = re.sub(r"^e?s(?= )", "", row["captions"][0].partition(row["concept"])[2]).strip()  # of "cats on ..."
+            places |= {TIME.sub("", rest), *(f"at {time}" for time in TIME.findall(rest))} - {""}
+        elif row["kind"] == "full":
+            scenes |= {TIME.sub("", split_style(caption, phrases)[1]) for caption in row["captions"]}
+    people |= {concept for concept in things if PERSON.search(concept)}
+    words = {word for row in rows for caption in row["captions"] for word in words_of(caption)}
+    lists = {"things": things - people, "people": people, "attributes": attributes, "places": places, "scenes": scenes,
+             "words": words | set(words_of(" ".join(NEUTRAL)))}  # fmt: skip
+    return {name: sorted(entries) for name, entries in lists.items()} | {"styles": phrases}
+
+
+def write(rows: Sequence[Mapping], path: Path) -> None:
+    """The collection as JSON. The file is there whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(collect(rows), indent=1) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def unknown_words(prompt: str, vocabulary: Mapping) -> list[str]:
+    """The words of the prompt that no caption had, each once. A plural is known with its singular, and the reverse."""
+    known = set(vocabulary["words"])
+    return [word for word in dict.fromkeys(words_of(prompt)) if known.isdisjoint([*singulars(word), f"{word}s"])]
+
+
+def listing(vocabulary: Mapping) -> str:
+    """All of it but the words, for a terminal of WIDTH letters: things in columns, attributes by what they are of."""
+    nouns: dict[str, list[str]] = {}
+    for attribute in vocabulary["attributes"]:
+        kind, _, noun = attribute.rpartition(" ")
+        nouns.setdefault(noun, []).extend([kind] if kind else [])
+    grouped = [f"{noun} ({', '.join(kinds)})" if kinds else noun for noun, kinds in sorted(nouns.items())]
+    lines = ["things", *_columns(vocabulary["things"])]
+    for kind in ("people", "attributes", "places", "scenes", "styles"):
+        text = f"{kind}: " + ", ".join(grouped if kind == "attributes" else vocabulary[kind])
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _columns(entries: Sequence[str]) -> list[str]:
+    """As few lines as hold all entries in columns, to read downwards."""
+    for height in range(1, len(entries) + 1):
+        columns = [entries[i : i + height] for i in range(0, len(entries), height)]
+        widths = [max(map(len, column)) + 2 for column in columns]
+        if sum(widths) <= WIDTH:
+            break
+    rows = itertools.zip_longest(*columns, fillvalue="") if entries else ()
+    return ["  " + "".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows]

@@ -1,0 +1,189 @@
+"""The judge: its augmentation, loss and sampling by hand, a training on two colors, and the table of `score`."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidiff import images
+from minidiff.deepfloyd import judge, prompts, stages
+from minidiff.deepfloyd.captions import Expectation, expected
+from minidiff.guidance import prompted
+from minidiff.schedule import respaced
+from tests.tiny import write_cascade
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_augmentation_mirrors_half_and_keeps_the_subject_in_view():
+    """A bright right half: after a turn of at most 0.15 and a shift of at most 0.15 the bright side still tells which
+    way the image looks. Of 400, 200 are mirrored, give or take 5 sigma = 50."""
+    x = torch.full((400, 3, 64, 64), -0.9)
+    x[:, :, :, 32:] = 0.9
+    y = judge.augment(x, generator())
+    difference = (y[..., 32:].mean((1, 2, 3)) - y[..., :32].mean((1, 2, 3)))
+    assert (difference.abs() > 0.8).all() and abs(int((difference < 0).sum()) - 200) < 50
+    assert y.abs().max() <= 1 and torch.equal(y, judge.augment(x, generator()))
+
+
+def test_augmentation_of_an_even_image_moves_its_color_within_bounds():
+    """Red 0.5, green and blue -0.5, mean -1/6: with saturation s, gain g and offset o red is g (-1/6 + 2/3 s) + o, so
+    0.85 * 0.3 - 0.1 = 0.155 at least and 1.15 * 0.633 + 0.1 = 0.828 at most; the means do not see the noise."""
+    x = torch.full((200, 3, 64, 64), -0.5)
+    x[:, 0] = 0.5
+    red = judge.augment(x, generator())[:, 0].mean((1, 2))
+    assert 0.15 < red.min() < 0.3 and 0.65 < red.max() < 0.835
+
+
+def test_the_loss_of_an_undecided_judge_by_hand():
+    """ln 4 + ln 2 / 2 + ln 2 / 2; without any person the last term is 0, whatever the traits' scores."""
+    scores = torch.zeros(2, 4), torch.zeros(2, 2), torch.zeros(2, 4)
+    labels = torch.tensor([0, 3]), torch.tensor([1, 0]), torch.tensor([[1.0, 0, 0, 1], [-1] * 4])
+    assert judge.loss(scores, labels).item() == pytest.approx(math.log(4) + math.log(2))
+    nobody = labels[0], labels[1], torch.full((2, 4), -1.0)
+    scores = scores[0], scores[1], torch.full((2, 4), 9.0)
+    assert judge.loss(scores, nobody).item() == pytest.approx(math.log(4) + math.log(2) / 2)
+
+
+def test_labels_and_frequencies_by_hand():
+    rows = [{"concept": "volcano/night", "style": ""}, {"concept": "old man wearing a cap", "style": "oil"},
+            {"concept": "cat", "style": "oil"}, {"concept": "cat", "style": "oil"}]  # fmt: skip
+    concept, style, traits = judge.labels_of(rows, ["cat", "person", "volcano"], ["oil", "scene"])
+    assert concept.tolist() == [2, 1, 0, 0] and style.tolist() == [1, 0, 0, 0]
+    assert traits.tolist() == [[-1] * 4, [1, 0, 0, 1], [-1] * 4, [-1] * 4]  # hat, glasses, beard, old
+    half = 0.5**0.5
+    assert judge.frequencies((concept, style, traits)).tolist() == pytest.approx([1, 1, half, half])
+
+
+COLORS = {"apple": (220, 40, 40), "cloud": (60, 90, 230)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A judge of red apples in noto and blue clouds in oil: 12 of each to learn, 4 of each held out."""
+    folder, rows = tmp_path_factory.mktemp("set"), []
+    for i in range(32):
+        concept, style, phrase = (("apple", "noto", "an emoji"), ("cloud", "oil", "an oil painting"))[i % 2]
+        rows.append({"captions": [f"{phrase} of a {concept}", f"a {concept}"], "kind": "sprite", "concept": concept,
+                     "style": style, "split": "val" if i >= 24 else "train"})  # fmt: skip
+    pixels = np.stack([np.broadcast_to(np.uint8(COLORS[row["concept"]]), (64, 64, 3)) for row in rows])
+    np.save(folder / "images_64.npy", pixels)
+    (folder / "captions.json").write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "BATCH", 8)
+        judge.main(["train", str(folder), "--out", str(folder / "judge"), "--steps", "40"])
+    return folder
+
+
+def plain(*concepts):
+    return torch.stack([torch.tensor(COLORS[c]) / 127.5 - 1 for c in concepts])[:, :, None, None].expand(-1, 3, 64, 64)
+
+
+def test_training_tells_two_colors_apart_and_writes_what_it_measured(trained):
+    network, config = judge.read(trained / "judge")
+    assert config["concepts"] == ["apple", "cloud"] and config["styles"] == ["noto", "oil"]
+    assert config["ceiling"] == {"concept": 1, "style": 1, "both": 1} and config["held_out"] == 8
+    assert config["images_seen"] == 320 and config["phrases"] == {"emoji": ["noto"], "oil painting": ["oil"]}
+    assert config["names"] == {"apple": ["apple"], "cloud": ["cloud"]}
+    assert judge.answers_on(network, plain("cloud", "apple", "cloud"), config) == [
+        Expectation(("cloud",), ("oil",)), Expectation(("apple",), ("noto",)), Expectation(("cloud",), ("oil",))
+    ]  # fmt: skip
+
+
+def test_held_out_rows_are_never_drawn(trained, monkeypatch):
+    weights = []
+    monkeypatch.setattr(judge, "fit", lambda network, pixels, labels, weight, *rest: weights.append(weight))
+    monkeypatch.setattr(judge, "write", lambda *args: None)
+    judge.train(trained, trained / "other", 1, 0)
+    assert (weights[0] > 0).tolist() == [True] * 24 + [False] * 8
+
+
+def test_score_prints_the_table_and_writes_the_sheet(trained, tmp_path, monkeypatch, capsys):
+    """Two prompts, four seeds. "a cloud": three of four, good. "an emoji of an apple": two, and once a cloud in oil.
+
+    All images: concept 5 of 8, style 2 of the 4 that name one, both 5 of 8. Floor: the cloud's images against the
+    emoji of an apple: concept 1 of 4, style 1 of 4, both 1; the others against a cloud: concept 2 of 4, both 2.
+    """
+    drawn = plain("cloud", "cloud", "apple", "cloud", "apple", "cloud", "apple", "cloud")
+    arguments = []
+    monkeypatch.setattr(judge, "draw", lambda *args: arguments.append(args) or drawn)
+    (tmp_path / "prompts.txt").write_text("a cloud\n\nan emoji of an apple\n")
+    judge.main(["score", "--judge", str(trained / "judge"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "9",
+                "--model", "M", "--out", str(tmp_path / "sheet.png")])  # fmt: skip
+    assert arguments == [("M", ["a cloud", "an emoji of an apple"], [100, 101, 102, 103], "9", 5.0)]
+    printed = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert lines[2] == "a cloud 3 of 4 3 of 4 any cloud, cloud, apple, cloud"
+    assert lines[3] == "an emoji of an apple" + " 2 of 4" * 3 + " apple (noto), cloud (oil), apple (noto), cloud (oil)"
+    assert lines[4] == "1 of 2 prompts are right in at least three quarters of their 4 images"
+    assert lines[5] == "all images concept 62 %, style 50 %, both 62 %"
+    assert lines[6].startswith("ceiling concept 100 %, style 100 %, both 100 %: 8 held-out")
+    assert lines[7].startswith("floor concept 38 %, style 25 %, both 38 %")
+    assert Image.open(tmp_path / "sheet.png").width > 8 * 128
+    assert images.read_metadata(tmp_path / "sheet.png")["report"] in printed
+
+
+def test_the_sheet_marks_every_image(monkeypatch):
+    """Prompts of one seed stand two in a row."""
+    calls = []
+    monkeypatch.setattr(judge.images, "strip", lambda *args: calls.append(args))
+    answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("oil",)), Expectation(("dog",), ("noto",))]
+    expectations = [Expectation(("cat",)), Expectation(("cat",)), Expectation(("dog",), ("oil",))]
+    judge.sheet(["a", "b", "c"], expectations, answers, torch.zeros(3, 3, 64, 64), "T")
+    assert calls[0][1:] == ([["a\nright: cat", "b\nWRONG: dog"], ["c\nWRONG: dog (noto)"]], "T")
+
+
+def test_drawing_is_stage_1_on_each_prompt_with_each_seed(tmp_path):
+    """The second prompt with the second seed is what `sample_base` makes of them, up to the rounding of a batch, which
+    a random network passes on: compared with the distance to the image of the first seed."""
+    folder, _ = write_cascade(tmp_path)
+    drawn = judge.draw(str(folder), ["a castle", "a dog"], [5, 3], "4", 2.0)
+    stage = stages.load_stage(folder, torch.float32, "cpu")
+    states = prompts.load_text_encoder(folder, torch.float32)(["a dog", ""])
+    condition = prompted(states[:1], states[1:])
+    alone = stages.sample_base(stage, condition, stages.Walk(respaced(4)), [generator(3)], guidance_scale=2.0)
+    assert drawn.shape == (4, 3, 64, 64)
+    assert (drawn[3] - alone[0]).abs().mean() < 0.05 * (drawn[3] - drawn[2]).abs().mean()
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit):
+        judge.main([str(a) for a in argv])
+    return capsys.readouterr().err
+
+
+def test_bad_input_is_explained(trained, tmp_path, capsys):
+    assert "holds no judge" in fails(capsys, "score", "--judge", tmp_path, "--out", tmp_path / "s.png")
+    assert "judge train IMAGES --out" in fails(capsys, "score", "--judge", tmp_path, "--out", tmp_path / "s.png")
+    common = "score", "--judge", trained / "judge", "--out", tmp_path / "s.png", "--prompts", tmp_path / "p.txt"
+    (tmp_path / "p.txt").write_text("a cloud\na barista\n")
+    assert "knows nothing in 'a barista'; name a thing that" in fails(capsys, *common)
+    (tmp_path / "p.txt").write_text("\n")
+    assert "holds no prompt; write one on each line" in fails(capsys, *common)
+    assert "images_64.npy and captions.json of a packed set" in fails(capsys, "train", tmp_path / "none")
+    np.save(tmp_path / "images_64.npy", np.zeros((1, 64, 64, 3), np.uint8))
+    (tmp_path / "captions.json").write_text('[{"captions": ["a cat"], "concept": "cat", "kind": "sprite"}]')
+    assert "row 0 lacks one of captions, concept, kind, style" in fails(capsys, "train", tmp_path)
+    (tmp_path / "captions.json").write_text("[]")
+    assert "has 0 rows for 1 images; pack the set again" in fails(capsys, "train", tmp_path)
+    assert "--steps must be at least 1, got 0" in fails(capsys, "train", tmp_path, "--steps", "0")
+
+
+@pytest.mark.parametrize("lost", ["names", "ceiling", "concepts"])
+def test_a_judge_that_lacks_a_part_is_refused(trained, tmp_path, lost):
+    network, config = judge.read(trained / "judge")
+    judge.write(tmp_path, network, {key: value for key, value in config.items() if key != lost})
+    with pytest.raises(ValueError, match=f"holds no judge .*{lost}"):
+        judge.read(tmp_path)
+
+
+@pytest.mark.skipif(not judge.EMBEDDED.is_dir(), reason="no judge is embedded yet")
+def test_the_embedded_judge_understands_all_prompts():
+    _, config = judge.read(judge.EMBEDDED)
+    assert None not in [expected(prompt, config["names"], config["phrases"]) for prompt in judge.PROMPTS]
+    assert config["ceiling"]["both"] > 0.5 and config["held_out"] > 1000
