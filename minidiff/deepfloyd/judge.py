@@ -35,14 +35,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import cli, hub, images, weights
-from minidiff.deepfloyd import prompts as prompt_files
-from minidiff.deepfloyd import stages
+from minidiff.cascade import Cascade
 from minidiff.deepfloyd.captions import (
     PERSON_CLASS, TRAITS, Expectation, agreement, class_names, concept_class, expected, floor, shares, style_phrases,
     traits_in, words_of,
 )  # fmt: skip
-from minidiff.guidance import prompted
-from minidiff.schedule import respaced
+from minidiff.factorized import Part
+from minidiff.solvers import STEPS
 
 EMBEDDED = hub.WEIGHTS / "judge"
 PROMPTS = (
@@ -239,18 +238,10 @@ def fit(judge: Judge, pixels: np.ndarray, labels: Sequence[Tensor], weight: Tens
 
 
 @torch.inference_mode()
-def draw(model: str, prompts: Sequence[str], seeds: Sequence[int], steps: str, guidance_scale: float) -> Tensor:
+def draw(cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Stage 1 on every prompt with every seed: (len(prompts) * len(seeds), 3, 64, 64), seeds side by side."""
-    device = cli.device_of("auto")
-    folder, dtype = hub.resolve(model, 1, ("unet", "text_encoder"), print), weights.default_dtype(device)
-    stage = stages.load_stage(folder, dtype, device)
-    states = prompt_files.load_text_encoder(folder, dtype, device)([*prompts, ""])
-    rows = []
-    for i in tqdm(range(len(prompts)), desc="prompts"):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        condition, walk = prompted(states[i : i + 1], states[-1:]), stages.Walk(respaced(steps))
-        rows.append(stages.sample_base(stage, condition, walk, generators, guidance_scale=guidance_scale).cpu())
-    return torch.cat(rows)
+    states = cascade.encode(*prompts)
+    return torch.cat([cascade.draw([Part(prompt)], seeds) for prompt in tqdm(states, desc="prompts", leave=False)])
 
 
 def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation],
@@ -304,9 +295,13 @@ def score(args: argparse.Namespace) -> None:
     if None in expectations:
         raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None) // len(args.seeds)]!r}; name a "
                          f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
-    x = draw(args.model, prompts, args.seeds, args.steps, args.guidance_scale)
+    cascade = Cascade.load(args.model, "none", device=cli.device_of("auto"))
+    flags = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+    used = cascade.settings[0]._replace(**{key: value for key, value in flags.items() if value is not None})
+    cascade.settings[0] = used
+    x = draw(cascade, prompts, args.seeds)
     answers = answers_on(judge, x, config)
-    title = f"{args.model}, {args.steps} steps, guidance {args.guidance_scale:g}, seeds {args.seeds}"
+    title = f"{args.model}, {used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}, seeds {args.seeds}"
     lines = [title, *report(prompts, expectations, answers, config)]
     written = images.save(sheet(prompts, expectations, answers, x, title), args.out, {"report": "\n".join(lines)})
     print(*lines, f"wrote {written}", sep="\n")
@@ -333,8 +328,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--prompts", type=cli.file_path, help=f"a file, one prompt a line (default: {len(PROMPTS)} prompts)")
     p.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103])
-    p.add_argument("--steps", default="27", help="of stage 1: a count, or a name like smart27 (default %(default)s)")
-    p.add_argument("--guidance-scale", type=cli.finite, default=5.0, help="(default %(default)s)")
+    p.add_argument("--steps", help="of stage 1: a count, or a name like smart27 (default: the model's)")
+    p.add_argument("--sampler", choices=STEPS, help="(default: the model's)")
+    p.add_argument("--guidance-scale", type=cli.finite, help="(default: the model's)")
     p.add_argument("--judge", type=cli.file_path, default=EMBEDDED, help="folder (default %(default)s)")
     p.add_argument("--out", type=cli.file_path, default=Path("out/judge.png"),
                    help="contact sheet to write (default %(default)s)")  # fmt: skip

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from minidiff import images
-from minidiff.deepfloyd import judge, prompts, stages
+from minidiff.cascade import Cascade
+from minidiff.deepfloyd import judge
 from minidiff.deepfloyd.captions import Expectation, expected
-from minidiff.guidance import prompted
-from minidiff.schedule import respaced
+from minidiff.factorized import Part
 from tests.tiny import write_cascade
 
 
@@ -114,8 +114,10 @@ def test_score_prints_the_table_and_writes_the_sheet(trained, tmp_path, monkeypa
     monkeypatch.setattr(judge, "draw", lambda *args: arguments.append(args) or drawn)
     (tmp_path / "prompts.txt").write_text("a cloud\n\nan emoji of an apple\n")
     judge.main(["score", "--judge", str(trained / "judge"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "9",
-                "--model", "M", "--out", str(tmp_path / "sheet.png")])  # fmt: skip
-    assert arguments == [("M", ["a cloud", "an emoji of an apple"], [100, 101, 102, 103], "9", 5.0)]
+                "--guidance-scale", "3", "--out", str(tmp_path / "sheet.png")])  # fmt: skip
+    (cascade, *rest), settings = arguments[0], arguments[0][0].settings[0]
+    assert rest == [["a cloud", "an emoji of an apple"], [100, 101, 102, 103]]
+    assert (settings.steps, settings.guidance_scale) == ("9", 3.0) and not cascade.has_upper
     printed = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert lines[2] == "a cloud 3 of 4 3 of 4 any cloud, cloud, apple, cloud"
@@ -139,14 +141,12 @@ def test_the_sheet_marks_every_image(monkeypatch):
 
 
 def test_drawing_is_stage_1_on_each_prompt_with_each_seed(tmp_path):
-    """The second prompt with the second seed is what `sample_base` makes of them, up to the rounding of a batch, which
-    a random network passes on: compared with the distance to the image of the first seed."""
-    folder, _ = write_cascade(tmp_path)
-    drawn = judge.draw(str(folder), ["a castle", "a dog"], [5, 3], "4", 2.0)
-    stage = stages.load_stage(folder, torch.float32, "cpu")
-    states = prompts.load_text_encoder(folder, torch.float32)(["a dog", ""])
-    condition = prompted(states[:1], states[1:])
-    alone = stages.sample_base(stage, condition, stages.Walk(respaced(4)), [generator(3)], guidance_scale=2.0)
+    """The second prompt with the second seed alone gives the last image, up to the rounding of a batch, which a random
+    network passes on: compared with the distance to the image of the first seed."""
+    cascade = Cascade.load(str(write_cascade(tmp_path)[0]), "none", dtype=torch.float32)
+    cascade.settings[0] = cascade.settings[0]._replace(steps=4, guidance_scale=2.0)
+    drawn = judge.draw(cascade, ["a castle", "a dog"], [5, 3])
+    alone = cascade.draw([Part(*cascade.encode("a dog"))], [3])
     assert drawn.shape == (4, 3, 64, 64)
     assert (drawn[3] - alone[0]).abs().mean() < 0.05 * (drawn[3] - drawn[2]).abs().mean()
 
