@@ -12,16 +12,16 @@ The files in reading order; each imports only from files above it (tests/test_la
     factorized.py            several prompts in one picture: the formula of anagrams and hybrids
     editing.py               starting from a picture, and keeping some of it
 
+    checkpoint.py            plumbing: mapping weights into networks, writing files whole
     images.py                plumbing: picture files, labelled strips, GIFs
     charts.py                plumbing: loss curves
-    hub.py                   plumbing: which models there are, where they lie, fetching them
-    weights.py               plumbing: mapping weights into networks, writing and checking them
     cli.py                   plumbing: flags, errors and the last line of every command
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states
-    deepfloyd/prompts.py     prompts to states, whole or streamed, and files of them
+    deepfloyd/text.py        prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy picture, time and text to noise and variance
+    weights.py               plumbing: which models there are, where they lie, fetching and checking them
     deepfloyd/stages.py      prompts, weights and UNets become predictions
     deepfloyd/pictures.py    captioned pictures to train on
     deepfloyd/initial.py     the weights that training begins with

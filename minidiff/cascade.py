@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import cli, editing, hub, images, weights
+from minidiff import cli, editing, images, weights
+from minidiff.checkpoint import default_dtype, read_config
 from minidiff.cli import QUICK_STEPS, Clock, add_text_flags, choose, finite
-from minidiff.deepfloyd import prompts as prompt_files
 from minidiff.deepfloyd import stages
+from minidiff.deepfloyd import text as prompt_files
 from minidiff.deepfloyd.stages import Walk
 from minidiff.factorized import Part, factorized
 from minidiff.guidance import Condition, prompted
@@ -71,13 +72,13 @@ def fill_in(args: argparse.Namespace, sweeps: bool = False) -> argparse.Namespac
 
     sweeps: whether the command compares several --steps or --guidance-scale.
     """
-    args.model = hub.short_name(args.model, 1)
+    args.model = weights.short_name(args.model, 1)
     mini = args.model == "mini"
     given = args.stage2_steps or args.stage2_guidance_scale is not None
     if args.stage2 is not None:
-        args.stage2 = hub.short_name(args.stage2, 2)
+        args.stage2 = weights.short_name(args.stage2, 2)
     if args.stage2 is None:
-        args.stage2 = "mini" if mini else "IF-II-M-v1.0" if args.model in hub.RELEASED else "none"
+        args.stage2 = "mini" if mini else "IF-II-M-v1.0" if args.model in weights.RELEASED else "none"
     args.steps = [QUICK_STEPS] if args.quick else args.steps or ["27" if mini else "100"]
     args.stage2_steps = QUICK_STEPS if args.quick else args.stage2_steps or ("20" if args.stage2 == "mini" else "50")
     args.guidance_scale = args.guidance_scale or [5.0 if mini else 7.0]
@@ -112,17 +113,17 @@ def walk_of(steps: str) -> Walk:
 
 def encode(args: argparse.Namespace, model: str, texts: Sequence[str]) -> Tensor:
     """The states of these prompts, (N, L, D): from --prompt-embeds, or by the model's text encoder, then freed."""
-    local = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model)
     if args.prompt_embeds:
-        known = prompt_files.fingerprint(local) if (local / "text_encoder").is_dir() else None
+        local = weights.encoder_here(model)
+        known = prompt_files.fingerprint(local) if local else None
         return prompt_files.read_embeds(args.prompt_embeds, texts, known)
-    folder = hub.resolve(model, 1, ("text_encoder",), print)
+    folder = weights.resolve(model, 1, ("text_encoder",), print)
     device, dtype = choose(args)
     streamed = args.text_encoder == "streamed"
     if args.text_encoder == "auto":
         streamed = prompt_files.should_stream(folder, dtype, device)
     if streamed and args.dtype == "auto":  # a streamed encoder computes on the CPU
-        dtype = weights.default_dtype("cpu")
+        dtype = default_dtype("cpu")
     return prompt_files.load_text_encoder(folder, dtype, device, streamed)(texts).cpu()
 
 
@@ -130,15 +131,15 @@ class Cascade:
     """What a command draws with: both stages and the prompts' states, found, checked and loaded."""
 
     def __init__(self, args: argparse.Namespace, texts: Sequence[str]):
-        """Raises ValueError, hub.WeightsError among them, before loading anything if something is wrong or missing."""
+        """Raises ValueError, WeightsError among them, before loading anything if something is wrong or missing."""
         self.args, self.clock = args, Clock()
         images.check_output(args.out)
         check_pictures(args, args.steps[0])
         check_negative(args, args.guidance_scale + ([args.stage2_guidance_scale] if args.stage2 != "none" else []))
         device, dtype = choose(args)
-        folders = [hub.resolve(args.model, 1, ("unet",), print)]
+        folders = [weights.resolve(args.model, 1, ("unet",), print)]
         if args.stage2 != "none":
-            folders.append(hub.resolve(args.stage2, 2, ("unet",), print))
+            folders.append(weights.resolve(args.stage2, 2, ("unet",), print))
         for folder in folders:
             stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
         check_widths(folders, None)
@@ -238,7 +239,7 @@ def check_widths(folders: Sequence[Path], prompt_embeds: Tensor | None) -> None:
 
     prompt_embeds: None if there are none yet; then the stages are compared with each other.
     """
-    widths = [hub.read_config(folder / "unet").get("encoder_hid_dim") for folder in folders]
+    widths = [read_config(folder / "unet").get("encoder_hid_dim") for folder in folders]
     wanted = widths[0] if prompt_embeds is None else prompt_embeds.shape[-1]
     whose = f"{folders[0].name} reads" if prompt_embeds is None else "these have"
     for folder, width in zip(folders, widths):

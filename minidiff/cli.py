@@ -28,7 +28,8 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-from minidiff import images, weights
+from minidiff import images
+from minidiff.checkpoint import default_dtype
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -136,7 +137,7 @@ def device_of(name: str) -> torch.device:
 def choose(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and precision asked for, or the best of this machine. Raises ValueError as `device_of`."""
     device = device_of(args.device)
-    return device, weights.default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
+    return device, default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
 
 
 def inputs(args: argparse.Namespace) -> list[Path]:

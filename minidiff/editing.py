@@ -16,7 +16,7 @@ the other two, and all three combine.
 
 Source: SDEdit Alg. 1 (`sampling.noised` starts it); RePaint Eq. 8, as in diffusers'
 schedulers/scheduling_repaint.py@v0.42.1 (their mask is 1 where we have 0); the Factorized Diffusion paper.
-Next: the plumbing, `images.py`, `hub.py`, `weights.py`; or straight on to `deepfloyd/tokenizer.py`.
+Next: the plumbing, `checkpoint.py`, `images.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minidiff import cli, hub, images
+from minidiff import cli, images, weights
 from minidiff.cascade import encode
-from minidiff.deepfloyd.prompts import fingerprint, write_embeds
+from minidiff.deepfloyd.text import fingerprint, write_embeds
 
 
 @cli.command
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_intermixed_args(argv)
     args.prompt_embeds = None
     clock = cli.Clock()
-    images.check_output(args.out, known=(".safetensors",))
+    images.check_output(args.out, known=(".safetensors", ".pth", ".pt"))
     texts = list(dict.fromkeys([*args.prompts, ""]))
     embeds = encode(args, args.model, texts)
-    folder = hub.resolve(args.model, 1, ("text_encoder",))
+    folder = weights.resolve(args.model, 1, ("text_encoder",))
     write_embeds(args.out, texts, embeds, fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}   ({clock})")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minidiff import cli, hub, images, views
+from minidiff import cli, images, views, weights
 from minidiff.cascade import (
     add_edit_flags,
     check_negative,
@@ -31,6 +31,7 @@ from minidiff.cascade import (
     progress,
     walk_of,
 )
+from minidiff.checkpoint import read_config
 from minidiff.deepfloyd import stages
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.sampling import seeded
@@ -38,10 +39,10 @@ from minidiff.sampling import seeded
 
 def text_model_of(model: str) -> str:
     """Whose text encoder a stage 2 reads: mini's or, whoever else's it is, the one that all released models share."""
-    mini = hub.WEIGHTS / hub.MINI[2]
-    for folder in (mini,) if model == "mini" else (Path(model).expanduser(), hub.WEIGHTS / model):
+    mini = weights.WEIGHTS / weights.MINI[2]
+    for folder in (mini,) if model == "mini" else (cli.file_path(model), weights.WEIGHTS / model):
         if (folder / "unet" / "config.json").is_file():
-            widths = [hub.read_config(f / "unet").get("encoder_hid_dim") for f in (folder, mini)]
+            widths = [read_config(f / "unet").get("encoder_hid_dim") for f in (folder, mini)]
             return "mini" if widths[0] == widths[1] else "IF-I-XL-v1.0"
     return "IF-I-XL-v1.0"
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     low_res = images.load(args.image, 64)
     chosen = [views.named(name) for name in args.view]
     device, dtype = cli.choose(args)
-    folder = hub.resolve(args.model, 2, ("unet",), print)
+    folder = weights.resolve(args.model, 2, ("unet",), print)
     stages.plan_stage(folder, dtype)  # tells what is wrong with it before the prompts are encoded
     embeds = encode(args, args.text_model, [args.negative_prompt, *args.prompts])[:, None]
     check_widths([folder], embeds)
@@ -89,11 +90,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_edit_flags(p, image=False)
     cli.add_text_flags(p)
     args = p.parse_intermixed_args(argv)
-    args.model = hub.short_name(args.model, 2)
+    args.model = weights.short_name(args.model, 2)
     mini = args.model == "mini"
     args.prompts, args.num_images = args.prompts or [""], 1
     args.guidance_scale = args.guidance_scale if args.guidance_scale is not None else 1.0 if mini else 4.0
-    args.text_model = hub.short_name(args.text_model or text_model_of(args.model), 1)
+    args.text_model = weights.short_name(args.text_model or text_model_of(args.model), 1)
     if not 0 <= args.noise_level < 1000:
         raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
     for name in args.view:

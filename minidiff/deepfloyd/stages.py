@@ -1,6 +1,6 @@
 """The cascade assembled: with a prompt's states, noise becomes 64x64, and 64x64 becomes 256x256.
 
-Read `prompts.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for;
+Read `text.py`, `unet.py` and `guidance.py` first. A stage is a UNet with the schedule it was trained for;
 `base_model` and `super_resolution_model` make it a model (a network waiting for its text), a condition gives it the
 text, and `sampling.denoise` walks. `sample_base` and `sample_super_resolution` do just that, with IF's settings, from
 noise or from a given picture.
@@ -10,7 +10,6 @@ Next: `pictures.py`, where making such a cascade begins; or `minidiff/generate.p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff import hub, weights
+from minidiff.checkpoint import Checkpoint, built, fill
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.editing import Keep
 from minidiff.guidance import Condition, Model, dynamic_threshold
 from minidiff.sampling import Prediction, denoise, draw_noise, noised
-from minidiff.schedule import Schedule, squaredcos_cap_v2
+from minidiff.schedule import Schedule
+from minidiff.weights import read_process
 
 NOISE_LEVEL = 250  # how noisy stage 2 is told its low-resolution picture is: hides stage 1's small mistakes
 
@@ -49,39 +49,20 @@ class Stage:
 
 
 def load_stage(folder: Path, dtype: torch.dtype | None, device: str) -> Stage:
-    """The UNet and scheduler of a folder in the released layout.    Raises hub.WeightsError as `plan_stage`."""
+    """The UNet and scheduler of a folder in the released layout.    Raises WeightsError as `plan_stage`."""
     stage, checkpoint = plan_stage(folder, dtype)
-    weights.load(stage.unet, checkpoint, dtype).to(device)
+    fill(stage.unet, checkpoint, dtype).to(device)
     return stage
 
 
-def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, weights.Checkpoint]:
+def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, Checkpoint]:
     """A stage whose UNet has no numbers yet, and the file that has them: in a moment, all that could be wrong is told.
 
-    Raises hub.WeightsError if files are missing or broken, or describe another architecture or process.
+    Raises WeightsError if files are missing or broken, or describe another architecture or process.
     """
-    checkpoint = weights.Checkpoint(folder, "unet", dtype)
-    unet = weights.built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
-    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
-    process = hub.read_json(path)
-    ratio = process.get("dynamic_thresholding_ratio", 0.95)
-    largest = process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0)
-    try:
-        dynamic_threshold(ratio, largest)
-    except (TypeError, ValueError) as error:
-        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
-    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
-        if process.get(key, expected) != expected:
-            warnings.warn(f"{path}: {key} is {process[key]!r}; IF's {expected!r} is used", stacklevel=1)
-    low_res = _schedule(noising) if noising.is_file() else squaredcos_cap_v2()
-    return Stage(unet, _schedule(path), ratio, largest, low_res), checkpoint
-
-
-def _schedule(path: Path) -> Schedule:
-    try:
-        return Schedule.from_config(hub.read_json(path))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
+    checkpoint = Checkpoint(folder, "unet", dtype)
+    unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
+    return Stage(unet, *read_process(folder, unet.config.in_channels)), checkpoint
 
 
 def base_model(unet: UNet) -> Model:
