@@ -8,41 +8,41 @@ The files in reading order; each imports only from files above it (tests/test_la
     sampling.py              the one denoising loop
     guidance.py              classifier-free guidance and dynamic thresholding
     toy.py                   denoisers with a known answer, to test everything else against
+    flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
 
+    views.py                 turning and shuffling images, and what makes a view a good one
+    components.py            parts of an image: near and far, grey and colour
+    factorized.py            several prompts in one image: the formula of anagrams and hybrids
     images.py                image files, labelled sheets, GIFs
-    views.py                 turning and shuffling pictures, and what makes a view a good one
-    components.py            parts of a picture: near and far, grey and colour
-    factorized.py            several prompts in one picture: the formula of anagrams and hybrids
-    editing.py               starting from a picture, and keeping some of it
-
-    charts.py                plumbing: loss curves
-    hub.py                   plumbing: which models there are, where they lie, fetching them
-    weights.py               plumbing: mapping weights into networks, writing and checking them
-    cli.py                   plumbing: flags, errors and the last line of every command
+    editing.py               starting from an image, and keeping some of it
 
     deepfloyd/tokenizer.py   prompt to ids
-    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
+    checkpoint.py            weights mapped into networks; files written whole
     deepfloyd/t5.py          ids to text states
-    deepfloyd/prompts.py     prompts to states, whole or streamed, and files of them
-    deepfloyd/unet.py        noisy picture, time and text to noise and variance
-    deepfloyd/stages.py      prompts, weights and UNets become predictions
-    deepfloyd/pictures.py    captioned pictures to train on
+    deepfloyd/text.py        prompts to states, whole or streamed, and files of them
+    deepfloyd/unet.py        noisy image, time and text to noise and variance
+    cli.py                   what every command shares: errors, Ctrl-C, the device
+    weights.py               which models there are, where they lie, fetching and checking them
+    deepfloyd/stages.py      a UNet with its process, asked as a model
+    cascade.py               the door: prompts and images in, images out
+
+    flags.py                 the flags of the commands that draw
+    encode.py                prompts to a file of states
+    generate.py              a prompt becomes an image, 64 and 256 pixels
+    denoise.py               noise added to an image, and three ways to take it away
+    sdedit.py                an image made anew from the middle of the walk
+    inpaint.py               a region painted anew
+    anagram.py               one image, several views, several prompts
+    hybrid.py                one image, several components, several prompts
+    upscale.py               any image four times as large
+
+    charts.py                loss curves
+    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
+    deepfloyd/pictures.py    captioned images to train on
     deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     deepfloyd/initial.py     the weights that training begins with
-    deepfloyd/train.py       training a cascade on captioned pictures
+    deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say
-
-    cascade.py               what the commands on pictures are made of
-    encode.py                prompts to a file of embeddings
-    denoise.py               noise added to a picture, and three ways to take it away
-    generate.py              a prompt becomes a picture, 64 and 256 pixels
-    sdedit.py                a picture made anew from the middle of the walk
-    inpaint.py               a region painted anew
-    anagram.py               one picture, several views, several prompts
-    hybrid.py                one picture, several components, several prompts
-    upscale.py               any picture four times as large
-
-    flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
 
     mnist/data.py            the digits in memory
     mnist/unet.py            the small UNet of the course

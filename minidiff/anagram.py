@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff import cli, images, views
+from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.factorized import InTurns, Part, averaged
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     if args.check:
         sys.exit(report(args.check))
-    animation = cli.animation_beside(args)
-    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
-    cli.check_edit(args, cascade)
+    animation = flags.animation_beside(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    flags.check_edit(args, cascade)
     for name in dict.fromkeys(args.view):
         for fault in views.check(views.named(name)).faults:
             print(f"warning: view {name}: {fault}", file=sys.stderr)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, chosen = list(small if large is None else large), [views.named(name) for name in args.view]
     rows = [[view.view(x) for view in chosen] for x in results]
     labels = [[f"{name}: {p}, seed {seed}" for name, p in zip(args.view, args.prompts)] for seed in seeds]
-    cli.finish(args, "anagram", results, rows, labels, " / ".join(args.prompts), cascade)
+    flags.finish(args, "anagram", results, rows, labels, " / ".join(args.prompts), cascade)
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
 
@@ -134,13 +134,13 @@ def report(name: str) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/anagram.png")
+    p = flags.parser(__doc__, "out/anagram.png")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("--view", nargs="+", help="one per prompt (default, of two prompts: identity rotate_180)")
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
-    cli.add_edit_flags(p)
-    cli.add_cascade_flags(p)
+    flags.add_edit_flags(p)
+    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.check:
         return args
@@ -148,7 +148,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError('no prompts; pass one for each view, before --view: "a castle" "a skull" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
-    cli.check_views(args.view or [], args.prompts)
+    flags.check_views(args.view or [], args.prompts)
     return args
 
 

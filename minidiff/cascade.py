@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import editing, hub, images, weights
-from minidiff.deepfloyd import prompts as text
+from minidiff import editing, images, weights
+from minidiff.checkpoint import default_dtype
+from minidiff.deepfloyd import text
 from minidiff.deepfloyd.stages import (
     NOISE_LEVEL,
     Stage,
@@ -97,14 +98,14 @@ class Cascade:
         dtype: of the networks; None: what the device is fast at.  text_encoder: "whole", "streamed" (half a block in
         memory at a time), or "auto": streamed if free memory is short.  prompt_embeds: a file of encoded prompts, which
         are then read and not computed.
-        Raises ValueError (hub.WeightsError among them) if anything is missing, broken or does not fit together.
+        Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
-        model, stage2 = hub.short_name(model, 1), hub.short_name(stage2, 2)
+        model, stage2 = weights.short_name(model, 1), weights.short_name(stage2, 2)
         if stage2 == "auto":
-            stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in hub.RELEASED else "none"
-        precision = weights.default_dtype(device) if dtype is None else dtype
+            stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
+        precision = default_dtype(device) if dtype is None else dtype
         folders = [
-            None if name == "none" else hub.resolve(name, number, ("unet",), print)
+            None if name == "none" else weights.resolve(name, number, ("unet",), print)
             for number, name in ((1, model), (2, stage2))
         ]
         width = _common_width([folder for folder in folders if folder is not None], precision)
@@ -312,13 +313,12 @@ def encode_texts(
     Arguments as for `Cascade.load`.
     """
     if prompt_embeds is not None:
-        local = hub.resolve(model, 1, ("text_encoder",)) if model == "mini" else Path(model)
-        known = text.fingerprint(local) if (local / "text_encoder").is_dir() else None
-        return text.read_embeds(Path(prompt_embeds), texts, known)
-    folder = hub.resolve(model, 1, ("text_encoder",), print)
-    precision = weights.default_dtype(device) if dtype is None else dtype
+        local = weights.encoder_here(model)
+        return text.read_embeds(Path(prompt_embeds), texts, text.fingerprint(local) if local else None)
+    folder = weights.resolve(model, 1, ("text_encoder",), print)
+    precision = default_dtype(device) if dtype is None else dtype
     device = torch.device(device)
     streamed = text.should_stream(folder, precision, device) if text_encoder == "auto" else text_encoder == "streamed"
     if streamed and dtype is None:  # a streamed encoder computes on the CPU
-        precision = weights.default_dtype("cpu")
+        precision = default_dtype("cpu")
     return text.load_text_encoder(folder, precision, device, streamed)(texts)

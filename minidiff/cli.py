@@ -1,7 +1,7 @@
-"""What every command shares: flags, errors in one line, Ctrl-C, the device, and what is written at the end.
+"""What every command shares: errors in one line, Ctrl-C, the device, and what a run cost.
 
 A command is `main(argv=None)` wrapped in `command`: it parses flags, calls a function that knows nothing of flags, and
-shows the result. Skim this file. Next: `encode.py`, then `generate.py`, the first command that draws.
+shows the result. Skim this file. Next: `charts.py`.
 """
 
 import argparse
@@ -14,16 +14,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from minidiff import editing, images, solvers, views
-from minidiff.cascade import Cascade, last_start, times_of
-from minidiff.sampling import Step
 
 try:
     import resource
@@ -32,8 +26,6 @@ except ImportError:  # not on Windows
 
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
-QUICK_STEPS = 4
-NEUTRAL = "a high quality photo"  # what to say of any image, in the course and in the training of mini
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")  # Linux, Windows, Apple's GPUs
 
 
@@ -50,24 +42,6 @@ def file_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def seed_number(text: str) -> int:
-    """The type of --seed: 0 to 2^32 - 1."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"a seed lies in 0..2^32 - 1, got {value}; leave --seed out for seed 0")
-    return value
-
-
-def parser(doc: str, out: str) -> argparse.ArgumentParser:
-    """The flags of every command that draws; doc is the module's docstring, out the default file."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="one image each (default 0)")
-    p.add_argument("--num-images", type=int, default=1, help="images of one --seed, counted up (default %(default)s)")
-    p.add_argument("--out", type=file_path, default=Path(out), help="image to write (default %(default)s)")
-    p.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: a smoke test, not an image")
-    return add_machine_flags(p)
-
-
 def add_machine_flags(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Where and in which precision to compute."""
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
@@ -75,36 +49,6 @@ def add_machine_flags(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     p.add_argument("--text-encoder", choices=["auto", "whole", "streamed"], default="auto",
                    help="streamed: half a block in memory at a time; auto: if free memory is short")  # fmt: skip
     return p
-
-
-def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stage2: str | None = "auto") -> None:
-    """Which cascade, and how it is sampled.  steps, stage2: the defaults; stage2 None: the command has no such flag."""
-    p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
-                   help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
-                   + f"{steps or 'the measured best of the model'})")  # fmt: skip
-    if stage2 is not None:
-        p.add_argument("--stage2", default=stage2, help="likewise, auto (what fits --model), none (default %(default)s)")
-        p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: the measured best of the model)")
-        p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
-    p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")
-    p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 5, others 7)")
-    p.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
-    p.add_argument("--prompt-embeds", type=file_path, metavar="FILE",
-                   help="read the prompts' states from a file of minidiff.encode, or the course's .pth")  # fmt: skip
-    p.add_argument("--split-batch", action="store_true", help="one network call per prompt, with less memory")
-
-
-def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
-    """The flags of commands that can start from an image and keep some of it. image: they take it by --image."""
-    if image:
-        p.add_argument("--image", type=file_path, help="an image to start from, or to keep some of")
-        p.add_argument("--i-start", type=int, help="start from --image, noised to this place on the steps")
-    marked = p.add_mutually_exclusive_group()
-    marked.add_argument("--mask", type=file_path, help="an image of the same shape, white where new content goes")
-    marked.add_argument("--box", type=finite, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
-                        help="instead of --mask: a rectangle, in pixels of 64")  # fmt: skip
-    p.add_argument("--feather", type=finite, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
@@ -164,171 +108,6 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
     return device
-
-
-# ---------------------------------------------------------------------------------------------- before the run
-
-
-def seeds_of(args: argparse.Namespace) -> list[int]:
-    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many."""
-    if args.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
-    if len(args.seed) > 1 and args.num_images > 1:
-        raise ValueError("several --seed are one image each; leave out --num-images")
-    return args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
-
-
-def one(values: Sequence | None, flag: str, default: object = None) -> object:
-    """The value of a flag that only generate takes several of. Raises ValueError if there are more."""
-    if values and len(values) > 1:
-        raise ValueError(f"this command takes one {flag}; minidiff.generate compares several")
-    return values[0] if values else default
-
-
-def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade:
-    """The cascade of the flags, checked but not yet read; --out can be written and every number is possible.
-
-    compares: whether the command takes several --steps and scales; the first of each becomes the cascade's setting.
-    Raises ValueError naming the flag.
-    """
-    inputs = [p for name in ("image", "mask", "reference") if (p := getattr(args, name, None)) is not None]
-    images.check_output(args.out)
-    for path in inputs:
-        if path.resolve() == args.out.resolve():
-            raise ValueError(f"the result would take the place of {path}; pass another --out")
-        images.load(path, 64)
-    if not compares:
-        for flag in ("steps", "stage2_steps", "guidance_scale"):
-            one(getattr(args, flag), f"--{flag.replace('_', '-')}")
-    steps = [str(QUICK_STEPS)] if args.quick else args.steps
-    upper_steps = [str(QUICK_STEPS)] if args.quick else args.stage2_steps
-    for count in (*(steps or []), *(upper_steps or [])):
-        times_of(count)
-    cascade = Cascade.load(
-        args.model, args.stage2, text_model=getattr(args, "text_model", None), device=device_of(args.device),
-        dtype=DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,
-    )  # fmt: skip
-    if not cascade.has_upper and (args.stage2_steps or args.stage2_guidance_scale is not None):
-        raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
-    base, upper = cascade.settings
-    common = {"negative_prompt": args.negative_prompt} | ({"sampler": args.sampler} if args.sampler else {})
-    scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale[0]}
-    cascade.settings[0] = base._replace(**common, **scale, **({"steps": steps[0]} if steps else {}))
-    scale = {} if args.stage2_guidance_scale is None else {"guidance_scale": args.stage2_guidance_scale}
-    cascade.settings[1] = upper._replace(**common, **scale, **({"steps": upper_steps[0]} if upper_steps else {}))
-    scales = [s.guidance_scale for s in cascade.settings[: 1 + cascade.has_upper]] + (args.guidance_scale or [])
-    if args.negative_prompt and all(scale == 1 for scale in scales):
-        warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
-    cascade.progress, cascade.split_batch = True, args.split_batch
-    return cascade
-
-
-def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
-    """What --mask or --box say, checked: its shape is the image's, it marks something, and not everything."""
-    mask = args.mask if args.mask is not None else args.box
-    if mask is None:
-        if args.feather:
-            raise ValueError("--feather softens a mask; pass --mask or --box")
-        return None
-    if args.image is None:
-        raise ValueError("a mask needs an image, of which the rest is kept: pass --image FILE")
-    if args.mask is not None:
-        images.check_same_shape(args.image, args.mask)
-    region = editing.feather(editing.mask_at(mask, 64), args.feather)
-    if region.max() == 0:
-        warnings.warn("the mask marks nothing: nothing will be painted", stacklevel=2)
-    if region.min() == 1:
-        warnings.warn("the mask marks everything: nothing of the image is kept", stacklevel=2)
-    return mask
-
-
-def check_starts(starts: Sequence[int], last: int, quick: bool) -> None:
-    """Raises ValueError unless each i_start lies on the steps, which end at last."""
-    if min(starts) < 0 or max(starts) > last:
-        few = "; --quick leaves few steps" if quick else ""
-        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {max(starts)}{few}")
-
-
-def check_edit(args: argparse.Namespace, cascade: Cascade) -> None:
-    """Raises ValueError if there is an --image and nothing to do with it, or a start without an image."""
-    if args.i_start is not None:
-        if args.image is None:
-            raise ValueError("--i-start needs an image to start from: pass --image FILE")
-        check_starts([args.i_start], last_start(cascade.settings[0].steps), args.quick)
-    elif args.image is not None and args.mask is None and args.box is None:
-        raise ValueError("what is to happen to --image? pass --mask, --box or --i-start")
-
-
-def check_views(names: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there is one view for each prompt, and each can turn a small and a large image."""
-    if len(names) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many views, got {len(names)}: pass --view")
-    for name in names:
-        views.named(name).view(torch.zeros(3, 256, 256))
-
-
-def animation_beside(args: argparse.Namespace) -> Path:
-    """Where the animation that goes with the image is written. Raises ValueError if it cannot be there."""
-    animation = args.out.with_suffix(".gif")
-    if args.out.suffix.lower() == ".gif":
-        raise ValueError(f"the animation goes to {args.out}; pass another name for the image: --out "
-                         f"{args.out.with_suffix('.png')}")  # fmt: skip
-    images.check_output(animation)
-    return animation
-
-
-# ---------------------------------------------------------------------------------------------- after the run
-
-
-def noted(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
-    """The steps of a walk, each also appended to record."""
-    for step in steps:
-        record.append(step)
-        yield step
-
-
-def inputs_shown(
-    image: Path, mask: Path | Sequence[float] | None, feather: float, size: int
-) -> tuple[list[Tensor], list[str]]:
-    """What a sheet shows of the input, and the labels: the original and, with a mask, the mask and the hole."""
-    original = images.load(image, size)[0]
-    if mask is None:
-        return [original], ["original"]
-    region = editing.feather(editing.mask_at(mask, size), feather)[0]
-    hole = torch.where(region > 0.5, original.mean(), original)
-    return [original, (2 * region - 1).expand_as(original), hole], ["original", "mask", "hole"]
-
-
-def settings(args: argparse.Namespace, name: str, cascade: Cascade | None = None) -> dict[str, object]:
-    """What goes into the image's metadata: the command, its version and every flag, as it was used."""
-    used = {key: value for key, value in vars(args).items() if value is not None}
-    if cascade is not None:
-        used |= {f"{key}": value for key, value in cascade.settings[0]._asdict().items() if key not in used}
-        if cascade.has_upper:
-            used |= {f"stage2_{key}": cascade.settings[1]._asdict()[key] for key in ("steps", "guidance_scale")}
-        else:
-            used["stage2"] = "none"
-    try:
-        number = version("minidiff")
-    except PackageNotFoundError:  # run from the folder, not installed
-        number = "(not installed)"
-    return {"Software": f"minidiff {number}", "command": f"python -m minidiff.{name}", **used}
-
-
-def finish(
-    args: argparse.Namespace, name: str, results: Sequence[Tensor], rows: list[list[Tensor]], labels: list[list[str]],
-    title: str, cascade: Cascade | None = None,
-) -> None:  # fmt: skip
-    """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
-
-    results: each (3, H, W) in [-1, 1].  rows, labels: of the sheet; one row or one column of many becomes a grid.
-    """
-    if len(rows) == 1 and len(rows[0]) > 5 or len(rows) > 1 and all(len(row) == 1 for row in rows):
-        rows, labels = images.grid([x for row in rows for x in row], [text for row in labels for text in row])
-    sheet = images.sheet(rows, labels, title)
-    for path in images.save_images(results, sheet, args.out, settings(args, name, cascade)):
-        print(f"wrote {path}")
-    print(cost())
 
 
 def cost() -> str:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff import cli, components, images
+from minidiff import cli, components, flags, images
 from minidiff.cascade import Cascade, last_start, times_of
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import Part, factorized
@@ -69,10 +69,10 @@ def psnr(error: float) -> float:
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    (seed,), cascade = cli.seeds_of(args), cli.load_cascade(args)
+    (seed,), cascade = flags.seeds_of(args), flags.load_cascade(args)
     timesteps, last = times_of(cascade.settings[0].steps)[0], last_start(cascade.settings[0].steps)
     i_start = min(10, len(timesteps) // 3) if args.i_start is None else args.i_start
-    cli.check_starts([i_start], last, args.quick)
+    flags.check_starts([i_start], last, args.quick)
     original = images.load(args.image, cascade.stage(1).unet.config.sample_size)
     rows, labels = [], []
     for t in [*args.t, int(timesteps[i_start])]:
@@ -82,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels.append(["original", f"noised, t = {t}", *scores])
     record: list[Step] = []
     result, _ = cascade.make([Part(*cascade.encode(args.prompt))], [seed], image=original, i_start=i_start,
-                             through=lambda steps: cli.noted(steps, record))  # fmt: skip
+                             through=lambda steps: flags.noted(steps, record))  # fmt: skip
     rows.append([step.x_t[0].cpu() for step in record[::SHOWN_EVERY]])
     labels.append([f"t = {step.t}" for step in record[::SHOWN_EVERY]])
     rows.append([original[0], result[0], each.estimate[0], each.blurred[0]])
     labels.append(["original", _score("iterative", result, original), *scores[::-1]])
     title = f"{args.image.name}, {args.prompt!r}: noise and three ways to take it away"
-    cli.finish(args, "denoise", [result[0]], rows, labels, title, cascade)
+    flags.finish(args, "denoise", [result[0]], rows, labels, title, cascade)
 
 
 def _score(what: str, x: Tensor, original: Tensor) -> str:
@@ -97,14 +97,14 @@ def _score(what: str, x: Tensor, original: Tensor) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/denoise.png")
+    p = flags.parser(__doc__, "out/denoise.png")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=cli.NEUTRAL, help="what it shows (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what it shows (default: %(default)s)")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
     p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
     p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
     p.add_argument("--blur-kernel", type=int, default=BLUR_KERNEL, help="pixels of 64 (default %(default)s)")
-    cli.add_cascade_flags(p, steps="course", stage2="none")
+    flags.add_cascade_flags(p, steps="course", stage2="none")
     p.set_defaults(guidance_scale=[1.0])
     args = p.parse_intermixed_args(argv)
     for t in args.t:

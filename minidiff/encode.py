@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from minidiff import cli, hub, images
+from minidiff import cli, images, weights
 from minidiff.cascade import encode_texts
-from minidiff.deepfloyd.prompts import fingerprint, write_embeds
+from minidiff.deepfloyd.text import fingerprint, write_embeds
 
 
 @cli.command
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.model, texts, text_encoder=args.text_encoder, dtype=cli.DTYPES[args.dtype],
         device=cli.device_of(args.device),
     ).cpu()  # fmt: skip
-    folder = hub.resolve(args.model, 1, ("text_encoder",))
+    folder = weights.resolve(args.model, 1, ("text_encoder",))
     write_embeds(args.out, texts, embeds, fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}\n{cli.cost()}")
 

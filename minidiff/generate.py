@@ -20,7 +20,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from minidiff import cli, images
+from minidiff import cli, flags, images
 from minidiff.cascade import Cascade
 from minidiff.factorized import Part
 from minidiff.sampling import Step
@@ -30,14 +30,14 @@ from minidiff.schedule import Schedule
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, cascade, steps_out = cli.seeds_of(args), cli.load_cascade(args, compares=True), None
+    seeds, cascade, steps_out = flags.seeds_of(args), flags.load_cascade(args, compares=True), None
     if args.show_every:
         steps_out = args.out.with_name(f"{args.out.stem}-steps{args.out.suffix}")
         images.check_output(steps_out)
     rows, labels, results, record = [], [], [], []
     cascade.encode(*args.prompts)
     for words, prompt in plans(args, cascade):
-        small, large = cascade.make([Part(*cascade.encode(prompt))], seeds, through=lambda steps: cli.noted(steps, record))
+        small, large = cascade.make([Part(*cascade.encode(prompt))], seeds, through=lambda steps: flags.noted(steps, record))
         shown = small if large is None else large
         rows.append(list(shown))
         labels.append([", ".join([*words, f"seed {seed}"]) for seed in seeds])
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(results) == 1 and cascade.has_upper:
         rows, labels = [[small[0], large[0]]], [["64 px, " + labels[0][0], "256 px"]]
     title = args.prompts[0] if len(args.prompts) == 1 else ""
-    cli.finish(args, "generate", results, rows, labels, title or "(empty prompt)", cascade)
+    flags.finish(args, "generate", results, rows, labels, title or "(empty prompt)", cascade)
     if steps_out is not None:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)
-        images.save(sheet, steps_out, cli.settings(args, "generate", cascade) | {"minidiff": "sheet"})
+        images.save(sheet, steps_out, flags.settings(args, "generate", cascade) | {"minidiff": "sheet"})
         print(f"wrote {steps_out}")
 
 
@@ -88,9 +88,9 @@ def steps_sheet(record: Sequence[Step], schedule: Schedule) -> tuple[list[list[T
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/generate.png")
+    p = flags.parser(__doc__, "out/generate.png")
     p.add_argument("prompts", nargs="+", metavar="PROMPT")
-    cli.add_cascade_flags(p)
+    flags.add_cascade_flags(p)
     p.add_argument("--show-every", type=int, metavar="K", help="also write a sheet of every K-th step")
     args = p.parse_intermixed_args(argv)
     if args.show_every is not None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minidiff import cli, components, editing, images
+from minidiff import cli, components, editing, flags, images
 from minidiff.cascade import Cascade, Mask
 from minidiff.factorized import Part
 from minidiff.sampling import seeded
@@ -67,9 +67,9 @@ def hybrid(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    animation = cli.animation_beside(args)
-    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
-    cli.check_edit(args, cascade)
+    animation = flags.animation_beside(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    flags.check_edit(args, cascade)
     small, large = hybrid(cascade, args.prompts, args.kind, seeds, sigma=args.sigma, weights=args.weights,
                           reference=args.reference, image=args.image, mask=mask, i_start=args.i_start,
                           feather=args.feather)  # fmt: skip
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.kind != "scale":
             rows[-1] += [component(x[None])[0] for component in chosen]
             labels[-1] += [f"component {k + 1}: {name}" for k, name in enumerate(names)]
-    cli.finish(args, "hybrid", results, rows, labels, f"{' / '.join(names)}   [{args.kind}]", cascade)
+    flags.finish(args, "hybrid", results, rows, labels, f"{' / '.join(names)}   [{args.kind}]", cascade)
     images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
     print(f"wrote {animation}")
 
@@ -114,14 +114,14 @@ def frames(x: Tensor, kind: str, first: components.Component) -> list[Image.Imag
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/hybrid.png")
+    p = flags.parser(__doc__, "out/hybrid.png")
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="one per component: low frequencies first")
     p.add_argument("--kind", choices=KINDS, default="frequency", help="how the image is divided (default %(default)s)")
     p.add_argument("--sigma", type=cli.finite, default=components.SIGMA, help="of the low pass, pixels of 64 (default 2)")
     p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=cli.file_path, metavar="IMAGE", help="an image whose first component is kept")
-    cli.add_edit_flags(p)
-    cli.add_cascade_flags(p)
+    flags.add_edit_flags(p)
+    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.weights and args.kind != "scale":
         raise ValueError(f"--weights go with --kind scale, not {args.kind}")

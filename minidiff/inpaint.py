@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minidiff import cli, editing, images
+from minidiff import cli, editing, flags, images
 from minidiff.cascade import Cascade, Mask, times_of
 from minidiff.factorized import Part
 
@@ -38,7 +38,7 @@ def inpaint(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
     jumps = _jumps(args, len(times_of(cascade.settings[0].steps)[0]))
     results, labels = [], []
     for method in args.method:
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                                feather=args.feather)  # fmt: skip
         results += list(small if large is None else large)
         labels += [f"{method}, seed {seed}" for seed in seeds]
-    inputs, names = cli.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
+    inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
     title = f"{args.image.name}: {args.prompt}   [{', '.join(args.method)}]"
-    cli.finish(args, "inpaint", results, [[*inputs, *results]], [[*names, *labels]], title, cascade)
+    flags.finish(args, "inpaint", results, [[*inputs, *results]], [[*names, *labels]], title, cascade)
 
 
 def _jumps(args: argparse.Namespace, steps: int) -> tuple[int, int]:
@@ -64,14 +64,14 @@ def _jumps(args: argparse.Namespace, steps: int) -> tuple[int, int]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/inpaint.png")
+    p = flags.parser(__doc__, "out/inpaint.png")
     p.add_argument("image", type=cli.file_path)
     p.add_argument("words", nargs="*", metavar="MASK PROMPT", help="the mask, unless --box gives it, and the prompt")
     p.add_argument("--method", nargs="+", choices=editing.METHODS, default=["renoise"], help="(default renoise)")
     p.add_argument("--jump-length", type=int, help=f"of repaint (default {editing.JUMPS[0]})")
     p.add_argument("--jump-n-sample", type=int, help=f"of repaint (default {editing.JUMPS[1]})")
-    cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p)
+    flags.add_edit_flags(p, image=False)
+    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     words = args.words
     looks_like_file = bool(words) and cli.file_path(words[0]).suffix.lower() in images.KNOWN
@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"{words[0]} is an image, but --mask or --box says where to paint already; leave one out")
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
-    args.prompt = words[0] if words else cli.NEUTRAL
+    args.prompt = words[0] if words else flags.NEUTRAL
     del args.words
     return args
 

@@ -39,9 +39,12 @@ class Schedule:
     @classmethod
     def from_config(cls, config: dict) -> Schedule:
         """The process named in a released `scheduler/scheduler_config.json`. Raises ValueError on any other process."""
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(f"prediction_type must be 'epsilon', got {config['prediction_type']!r}")
+        for key, expected in (("prediction_type", "epsilon"), ("trained_betas", None), ("rescale_betas_zero_snr", False)):
+            if config.get(key, expected) != expected:
+                raise ValueError(f"{key} must be {expected!r}, got {config[key]!r:.60}")
         T = config.get("num_train_timesteps", 1000)
+        if type(T) is not int or not 0 < T <= 100_000:
+            raise ValueError(f"num_train_timesteps must be a whole number from 1 to 100000, got {T!r:.60}")
         name = config.get("beta_schedule", "linear")
         if name == "squaredcos_cap_v2":
             return squaredcos_cap_v2(T)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minidiff import cli
+from minidiff import cli, flags
 from minidiff.cascade import Cascade, Mask, last_start
 from minidiff.factorized import Part
 
@@ -41,10 +41,10 @@ def sdedit(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
     last = last_start(cascade.settings[0].steps)
     starts = args.i_start or [i for i in STARTS if i <= last] or [last]
-    cli.check_starts(starts, last, args.quick)
+    flags.check_starts(starts, last, args.quick)
     rows, labels = [[] for _ in seeds], [[] for _ in seeds]
     for i_start in starts:
         small, large = sdedit(cascade, args.image, args.prompt, i_start, seeds, mask=mask, feather=args.feather)
@@ -52,18 +52,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows[k].append(x)
             labels[k].append(f"i_start {i_start}, seed {seeds[k]}")
     results = [x for row in rows for x in row]
-    inputs, names = cli.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
+    inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
     rows, labels = [[*row, *inputs] for row in rows], [[*row, *names] for row in labels]
-    cli.finish(args, "sdedit", results, rows, labels, f"{args.image.name}: {args.prompt}", cascade)
+    flags.finish(args, "sdedit", results, rows, labels, f"{args.image.name}: {args.prompt}", cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/sdedit.png")
+    p = flags.parser(__doc__, "out/sdedit.png")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=cli.NEUTRAL, help="what the image becomes (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what the image becomes (default: %(default)s)")
     p.add_argument("--i-start", type=int, nargs="+", help=f"where on the steps to begin (default {STARTS})")
-    cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p, steps="course", stage2="none")
+    flags.add_edit_flags(p, image=False)
+    flags.add_cascade_flags(p, steps="course", stage2="none")
     return p.parse_intermixed_args(argv)
 
 

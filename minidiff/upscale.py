@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minidiff import cli, editing, images, views
+from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
 from minidiff.factorized import Part, averaged
@@ -44,7 +44,7 @@ def upscale(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = cli.seeds_of(args), cli.mask_of(args), cli.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
     results = upscale(cascade, args.image, args.prompts, seeds, view_names=args.view, noise_level=args.noise_level,
                       i_start=args.i_start, mask=mask, feather=args.feather)  # fmt: skip
     small, count = images.load(args.image, 64), len(args.view)
@@ -54,19 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[-1] += [views.named(name).view(x) for name in args.view]
         labels[-1] += [f"stage 2, seed {seed}" + (f", {name}" if count > 1 else "") for name in args.view]
     title = f"{args.image.name}: {' / '.join(args.prompts) or '(empty prompt)'}"
-    cli.finish(args, "upscale", list(results), rows, labels, title, cascade)
+    flags.finish(args, "upscale", list(results), rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = cli.parser(__doc__, "out/upscale.png")
+    p = flags.parser(__doc__, "out/upscale.png")
     p.add_argument("image", type=cli.file_path)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what it shows (default: the empty prompt)")
     p.add_argument("--view", nargs="+", default=["identity"], help="one per prompt, as for minidiff.anagram")
     p.add_argument("--i-start", type=int, help="start from the image, noised to this place on the steps")
     p.add_argument("--noise-level", type=int, default=NOISE_LEVEL, help="0 to 999 (default %(default)s)")
     p.add_argument("--text-model", help="whose text encoder (default: mini's, or the one of the released models)")
-    cli.add_edit_flags(p, image=False)
-    cli.add_cascade_flags(p, stage2=None)
+    flags.add_edit_flags(p, image=False)
+    flags.add_cascade_flags(p, stage2=None)
     args = p.parse_intermixed_args(argv)
     args.model, args.stage2 = "none", args.model  # --model is stage 2 here
     args.stage2_steps, args.steps = args.steps, None
@@ -74,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.prompts = args.prompts or [""]
     if not 0 <= args.noise_level < 1000:
         raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
-    cli.check_views(args.view, args.prompts)
+    flags.check_views(args.view, args.prompts)
     return args
 
 

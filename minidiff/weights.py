@@ -1,365 +1,403 @@
-"""How weights get from a file into a network without being copied.
+"""Which models there are, where they lie on this machine, how to fetch those that do not, and whether they are whole.
 
-    Checkpoint  one part of a model folder -> names, shapes, and tensors that are mapped from the file, not read
-    load        a part into a module       -> strict: every key and shape must fit, or one report says what does not
-    save        tensors to a file, which is never half-written
+    python -m minidiff.weights list                     every model, and whether it is here
+    python -m minidiff.weights download IF-I-M-v1.0     into the Hugging Face cache
+    python -m minidiff.weights check mini               builds every part, takes one step, reads every number
 
-A safetensors file is a JSON header (names, types, shapes, offsets) and the raw numbers. Mapping means that the system
-pages numbers in when they are used and may drop them again, so a 20 GB file opens at once and costs what is touched.
+Everything on disk has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's
+safetensors, `scheduler/scheduler_config.json`, `text_encoder/` in several shards, `tokenizer/spiece.model`. `resolve`
+turns a name or a path into such a folder, and downloads a released model that is nowhere on this machine.
 
-This is plumbing: skim it. `python -m minidiff.weights list`, `download NAME` and `check PATH` use it from outside.
+This is plumbing: skim it. Next: `deepfloyd/stages.py`.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
-import os
+import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from minidiff import hub
-from minidiff.hub import WeightsError
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-RENAMED = {"encoder.embed_tokens.weight": "shared.weight"}  # one matrix, stored under either name or both
-IGNORED = ("decoder", "lm_head")  # the half of a full T5 that IF does not use
+from minidiff import cli
+from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, blaming, built, choose_files, read_config, read_json
+from minidiff.deepfloyd.text import plan_text_encoder
+from minidiff.deepfloyd.unet import UNet, UNetConfig
+from minidiff.guidance import dynamic_threshold
+from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 
-# ---------------------------------------------------------------------------------------------- reading
+class Released(NamedTuple):
+    """A model published by DeepFloyd: where, which stage of the cascade, and how large its UNet is."""
+
+    repo: str
+    stage: int
+    parameters: int
+    fp16_bytes: float
 
 
-class Checkpoint:
-    """One part of a model folder: `config`, and tensors that stay in the file until they are used.
+RELEASED = {
+    "IF-I-M-v1.0": Released("DeepFloyd/IF-I-M-v1.0", 1, 371_605_830, 0.74e9),
+    "IF-I-L-v1.0": Released("DeepFloyd/IF-I-L-v1.0", 1, 935_365_830, 1.87e9),
+    "IF-I-XL-v1.0": Released("DeepFloyd/IF-I-XL-v1.0", 1, 4_304_695_110, 8.61e9),
+    "IF-II-M-v1.0": Released("DeepFloyd/IF-II-M-v1.0", 2, 461_064_198, 0.92e9),
+    "IF-II-L-v1.0": Released("DeepFloyd/IF-II-L-v1.0", 2, 1_242_987_270, 2.49e9),
+}
+MINI = {1: "mini-IF-I", 2: "mini-IF-II"}  # what `--model mini` means, by stage
+PACKAGED = Path(__file__).parent / "weights_data"  # where an installed wheel has them (see pyproject.toml)
+WEIGHTS = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parent.parent / "weights"
+PARTS = ("unet", "text_encoder")
+NEEDED = {"unet": "scheduler/scheduler_config.json", "text_encoder": "tokenizer/spiece.model"}  # beside each part
+LICENCE_PAGE = "https://huggingface.co/DeepFloyd/IF-I-XL-v1.0"
+CHANNELS_OF_STAGE = {1: 3, 2: 6}  # stage 2 sees the low-resolution image too
+PATIENCE = 10  # seconds for an answer of the hub
 
-    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: which variant to prefer if there are
-    several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
-    config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
-    Raises WeightsError if config or weights are missing, cut short, or no safetensors at all.
+
+def resolve(
+    model: str, stage: int, parts: Collection[str] = ("unet",), say: Callable[[str], None] = lambda text: None
+) -> Path:
+    """The folder that holds these parts of a model, in the released layout; downloaded if it must be.
+
+    model: "mini" (embedded), a folder, a name in `weights/`, or a released name; looked for in that order, a released
+    name then in the Hugging Face cache (without touching the network), then on the Hugging Face hub.
+    stage: 1 or 2.  parts: of "unet" (with its scheduler) and "text_encoder" (with its tokenizer). All released models
+    share one text encoder, so parts=("text_encoder",) accepts whichever is already here.
+    say: hears what is about to be downloaded, and how large it is.
+    Raises WeightsError if there is no such model, it is of the other stage, incomplete or cannot be downloaded.
     """
-
-    def __init__(self, folder: str | Path, part: str, dtype: torch.dtype | None = None):
-        self.folder = Path(folder) / part
-        self.config = hub.read_config(self.folder)
-        names = [p.name for p in self.folder.iterdir() if p.is_file()]
-        self.files = [self.folder / name for name in hub.choose_files(names, dtype, str(self.folder))]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
-        for path in self.files:
-            with _open(path) as f:
-                for stored in f.keys():
-                    key = RENAMED.get(stored, stored) if part == "text_encoder" else stored
-                    if part == "text_encoder" and key.startswith(IGNORED):
-                        continue
-                    entry = f.get_slice(stored)
-                    if entry.get_dtype() not in DTYPES:
-                        raise WeightsError(f"{path}: {stored} is {entry.get_dtype()}; known types: {', '.join(DTYPES)}")
-                    self._stored[key] = path, stored
-                    self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
-
-    def keys(self) -> list[str]:
-        return list(self.shapes)
-
-    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, mapped from the file. Each call maps afresh: dropping its tensors unmaps their pages."""
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self._stored[key][0], []).append(key)
-        tensors = {}
-        for path, inside in by_file.items():
-            with _open(path) as f:
-                tensors.update({key: f.get_tensor(self._stored[key][1]) for key in inside})
-        return tensors
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """All tensors below a prefix, which is removed from their names; mapped as in `read`.
-
-        Raises WeightsError if there are none.
-        """
-        inside = [key for key in self.shapes if key.startswith(prefix)]
-        if not inside:
-            raise WeightsError(f"{self.folder} has no tensor whose name begins with {prefix!r}")
-        return {key[len(prefix) :]: tensor for key, tensor in self.read(inside).items()}
-
-    def rows(self, key: str, ids: Tensor) -> Tensor:
-        """Some rows of one matrix, without reading the others. ids: (N,) int64. Returns (N, D) in the file's dtype.
-
-        Raises WeightsError if there is no such matrix, or no such row.
-        """
-        if key not in self.shapes:
-            raise WeightsError(f"{self.folder} has no tensor named {key!r}")
-        n = self.shapes[key][0]
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n):
-            raise WeightsError(f"{key} has rows 0..{n - 1}, got {ids.tolist()}; is the tokenizer of another model?")
-        return self.read([key])[key][ids]  # a copy: of the file, only what lies around these rows was paged in
+    if stage not in MINI or not parts or set(parts) - set(PARTS):
+        raise WeightsError(f"stage must be 1 or 2 and parts some of {', '.join(PARTS)}, got {stage!r} and {parts!r}")
+    name = model.removeprefix("DeepFloyd/")
+    if name in RELEASED and "unet" in parts and RELEASED[name].stage != stage:
+        raise _other_stage(name, RELEASED[name].stage, stage)
+    folder = find(model, stage, parts) or _download(RELEASED[name].repo, parts, say)
+    if "unet" in parts:
+        channels = read_config(folder / "unet").get("in_channels", CHANNELS_OF_STAGE[1])
+        if channels != CHANNELS_OF_STAGE[stage]:
+            raise _other_stage(str(folder), 2 if channels == CHANNELS_OF_STAGE[2] else 1, stage)
+    return folder
 
 
-def _open(path: Path):
-    """`safe_open`, with an error that says what is wrong with the file."""
+def short_name(model: str, stage: int) -> str:
+    """One name for one model, however it is spelled: "mini" for the embedded one, a released one without its owner.
+
+    A folder of such a name comes first, here as in `resolve`, and keeps its name.
+    """
+    if cli.file_path(model).is_dir():
+        return model
+    return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")
+
+
+def find(model: str, stage: int, parts: Collection[str]) -> Path | None:
+    """As `resolve`, without the network: None if it is a released model that is not here, or only in part."""
+    name = model.removeprefix("DeepFloyd/")
+    path = WEIGHTS / MINI[stage] if model == "mini" else cli.file_path(model)
+    if path.is_file():
+        raise WeightsError(f"{path} is a file; pass the folder that holds unet/config.json")
+    if not path.is_dir() and model != "mini" and name not in RELEASED:
+        path = WEIGHTS / name
+    if path.is_dir():
+        needed_files(listing(path), parts, str(path))
+        return path
+    if model == "mini":
+        raise WeightsError(f"the embedded weights are missing: {path} is part of the repository, clone it again")
+    if name not in RELEASED:
+        raise WeightsError(
+            f"no model {model!r}: neither a folder, nor embedded ({', '.join(['mini', *embedded()])}), "
+            f"nor released ({', '.join(RELEASED)})"
+        )
+    for candidate in [name, *(RELEASED if set(parts) == {"text_encoder"} else ())]:
+        for folder in (WEIGHTS / candidate, cached(RELEASED[candidate].repo, parts)):
+            if folder is not None and folder.is_dir() and not lack(folder, parts):
+                return folder
+    return None
+
+
+def encoder_here(model: str) -> Path | None:
+    """The folder with a whole text encoder for a model, if it is on this machine."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: {_diagnose(path)} [{error}]") from error
+        return find(model, 1, ("text_encoder",))
+    except WeightsError:
+        return None
 
 
-def _diagnose(path: Path) -> str:
-    """Why a file is no safetensors file, and what to do."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(200)
-        if start.startswith(b"version https://git-lfs"):
-            return f"a git-lfs pointer ({size} bytes), not the weights; run `git lfs pull`, or download the file itself"
-        if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-            return f"a web page ({size} bytes) saved in place of the weights; delete it, log in and download it again"
-        length = int.from_bytes(start[:8], "little")
+def embedded() -> list[str]:
+    """The names of the models in `weights/`."""
+    return sorted(p.parent.parent.name for p in WEIGHTS.glob("*/unet/config.json"))
+
+
+def listing(folder: Path) -> list[str]:
+    """The files of a model folder, relative to it: ["unet/config.json", ...]."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/*") if p.is_file())
+
+
+def snapshots(repo: str) -> list[Path]:
+    """Copies of a repository in the Hugging Face cache, whole or not: the one of refs/main, then the newest first."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    found = sorted((p for p in home.glob("snapshots/*") if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    with contextlib.suppress(OSError, ValueError):  # a cache that was copied may lack it
+        main = (home / "refs" / "main").read_text().strip()
+        found.sort(key=lambda p: p.name != main)
+    return found
+
+
+def cached(repo: str, parts: Collection[str]) -> Path | None:
+    """The first of `snapshots` that has all files of these parts. Stays offline."""
+    return next((folder for folder in snapshots(repo) if not lack(folder, parts)), None)
+
+
+def lack(folder: Path, parts: Collection[str]) -> str:
+    """What a folder lacks of these parts, in words; empty if nothing."""
+    try:
+        needed_files(listing(folder), parts, "it")
+        return ""
+    except WeightsError as error:
+        return str(error)
+
+
+def needed_files(names: list[str], parts: Collection[str], where: str) -> list[str]:
+    """Of all files of a model, those that these parts need. Raises WeightsError naming all that is not there."""
+    needed, faults = [], []
+    for part in parts:
+        missing = [name for name in (f"{part}/config.json", NEEDED[part]) if name not in names]
+        if missing:
+            faults.append(f"{where} has no {', '.join(missing)}, which the {part.replace('_', ' ')} needs")
+        inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
-            f.seek(8)
-            header = json.loads(f.read(min(length, size)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            expected = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"no safetensors file, or its header is cut short or damaged ({size} bytes); fetch it again"
-    if size < expected:
-        return f"cut short: {size} of {expected} bytes; delete it and fetch it again"
-    return f"damaged ({size} bytes, {expected} expected); delete it and fetch it again"
+            files = choose_files(inside, None, f"{where}/{part}")
+        except WeightsError as error:
+            faults.append(str(error))
+            continue
+        index = [n for n in inside if ".safetensors.index" in n and len(files) > 1]
+        needed += [f"{part}/{n}" for n in ["config.json", *files, *index]]
+        beside = "tokenizer/" if part == "text_encoder" else ("scheduler/sch", "image_noising_scheduler/sch")
+        needed += [n for n in names if n.startswith(beside)]
+    if faults:
+        raise WeightsError(f"{'; '.join(faults)}; it must have the layout of the released models")
+    return needed
 
 
-# ---------------------------------------------------------------------------------------------- loading and saving
+def _other_stage(what: str, stage: int, asked: int) -> WeightsError:
+    kind = {1: "text to 64x64, 3 input channels", 2: "64x64 to 256x256, 6 input channels"}
+    choices = [name for name, released in RELEASED.items() if released.stage == asked]
+    return WeightsError(
+        f"{what} is a stage {stage} model ({kind[stage]}), but a stage {asked} model ({kind[asked]}) is needed: "
+        f"mini, {', '.join(choices)}"
+    )
 
 
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Networks built inside have shapes but no numbers: no memory, no time for a random start that `load` replaces.
+def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> Path:
+    """Fetch what these parts need into the Hugging Face cache and return the folder there. Raises WeightsError."""
+    import huggingface_hub as hub
 
-    The same as `torch.device("meta")`, except that `normal_` does nothing: on that device its first call imports a
-    compiler's worth of modules, which takes seconds.
-    """
-    with torch.device("meta"), _NoNormals():
-        yield
-
-
-class _NoNormals(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def built(network: Callable[[dict], nn.Module], checkpoint: Checkpoint) -> nn.Module:
-    """network(config) `on_meta`, into which the checkpoint fits exactly.
-
-    Raises WeightsError if the config cannot be built, or with all missing, unexpected and misshapen keys.
-    """
     try:
-        with on_meta():
-            module = network(checkpoint.config)
-    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:  # of values nobody foresaw
-        raise WeightsError(f"{checkpoint.folder / 'config.json'} cannot be built: {error}") from error
-    check_fit(module, checkpoint)
-    return module
-
-
-def load(
-    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
-) -> nn.Module:
-    """Give a module built `on_meta` its weights, and return it ready for inference, on the CPU.
-
-    dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
-    mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
-    keep_float32: layers whose float32 weights stay float32, by their own name ("wo": T5's feed-forward output
-    overflows half precision).
-    Raises WeightsError as `check_fit`.
-    """
-    check_fit(module, checkpoint)
-    as_stored, converted = [], []
-    for key, stored in checkpoint.dtypes.items():
-        kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
-        (as_stored if dtype in (None, stored) or kept else converted).append(key)
-    state = checkpoint.read(as_stored)
-    for keys in _in_portions(converted, checkpoint):
-        state.update({key: tensor.to(dtype) for key, tensor in checkpoint.read(keys).items()})
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises WeightsError with all missing, unexpected and misshapen keys if the checkpoint does not fit exactly."""
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = checkpoint.shapes
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    misshapen = [
-        f"{key}: {found[key]} in the file, {shape} expected"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if not any(problems.values()):
-        return
-    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
-    for word, keys in problems.items():
-        if keys:
-            lines += [f"  {len(keys)} {word}:"] + [f"    {key}" for key in keys[:10]]
-            lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
-    lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
-    raise WeightsError("\n".join(lines))
-
-
-def _in_portions(keys: list[str], checkpoint: Checkpoint) -> list[list[str]]:
-    """Cut keys into portions of about 1/32 of their bytes, so that reading one maps little beside the result."""
-    sizes = {key: math.prod(checkpoint.shapes[key]) * checkpoint.dtypes[key].itemsize for key in keys}
-    portions, filled = [], math.inf
-    for key in keys:
-        if filled + sizes[key] > sum(sizes.values()) / 32:
-            portions.append([])
-            filled = 0
-        portions[-1].append(key)
-        filled += sizes[key]
-    return portions
-
-
-def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, or leave the old one: first under a temporary name in the same folder, then renamed."""
-    path = Path(path).expanduser()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody else read
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(state: dict, path: Path) -> None:
-    """What a training needs to go on, complete or not there. Raises OSError, also where torch has a word of its own."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:  # of a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path, keys: Iterable[str]) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. Raises WeightsError if it is damaged or lacks one of the keys."""
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        return {key: state[key] for key in keys}
-    except (MemoryError, OSError):
+        info = hub.HfApi().model_info(repo, files_metadata=True, timeout=PATIENCE)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+        files = needed_files(list(sizes), parts, repo)
+        missing = [f for f in files if not isinstance(hub.try_to_load_from_cache(repo, f), str)]
+        cache = Path(hub.constants.HF_HUB_CACHE)
+        total = sum(sizes[f] for f in missing)
+        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {in_words(total)}, to {cache}")
+        _check_space(cache, total)
+        for file in files:
+            path = hub.hf_hub_download(repo, file, etag_timeout=PATIENCE)
+    except WeightsError:
         raise
-    except Exception as error:  # of many classes, on files that are no checkpoints
-        raise WeightsError(f"{path} is no checkpoint of a run; pass another --out") from error
+    except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
+        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}." for folder in snapshots(repo)[:1])
+        raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
+    return Path(path).parent.parent
 
 
-# ---------------------------------------------------------------------------------------------- precision
+def explain(error: BaseException, repo: str, has_token: bool) -> str:
+    """Why a download failed (not logged in, licence not accepted, unreachable) and the three steps that solve it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    status = next(filter(None, (getattr(getattr(e, "response", None), "status_code", None) for e in chain)), None)
+    steps = [
+        f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models",
+        "run `hf auth login` with a token of that account, or set HF_TOKEN",
+        "run the same command again",
+    ]
+    if status == 401 and not has_token:
+        reason = "is licensed, and you are not logged in (401)"
+    elif status == 401:
+        reason = "was refused: your token is not valid (401)"
+        steps[1] = "make a new token at https://huggingface.co/settings/tokens, then `hf auth login` or HF_TOKEN"
+    elif status == 403:
+        reason = "is licensed: you are logged in, but this account has not accepted the licence (403)"
+        steps[1] += "; a fine-grained token must be allowed to read gated repositories"
+    else:
+        reason = f"the hub is unreachable or this machine offline ({type(error).__name__}: {error})"
+        if any("ReadTimeout" in type(e).__name__ for e in chain):
+            reason = f"the hub does not answer within {PATIENCE} seconds; try again later"
+        reason = f"cannot be downloaded: {f'the hub answered {status}' if status else reason}"
+        steps = [
+            f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN",
+            f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine",
+            "if on another: copy the folder it prints, and pass it here as --model PATH",
+        ]
+    numbered = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
+    return f"{repo} {reason}.{numbered}\nOr use --model mini, which is embedded and needs none of this."
 
 
-def default_dtype(device: torch.device | str) -> torch.dtype:
-    """The precision to load a released model in: float16, as its files are, where that is fast; float32 elsewhere.
+def _check_space(folder: Path, needed: float) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        room = f"{in_words(needed)} needed, {in_words(free)} free in {folder}"
+        raise WeightsError(f"{room}; set HF_HOME to a folder on a larger disk")
 
-    CUDA: float16.  MPS: float32.  CPU: float16 if the processor has float16 arithmetic (AVX-512 FP16, AMX), where it is
-    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed.
+
+def in_words(size: float) -> str:
+    """A number of bytes for people: "134 B", "0.79 MB", "11.50 GB"."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.5 * scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+class Process(NamedTuple):
+    """What a UNet was trained for: schedule, dynamic thresholding, and for stage 2 the schedule of the added noise."""
+
+    schedule: Schedule
+    threshold_ratio: float
+    threshold_max: float
+    noising: Schedule
+
+
+def read_process(folder: Path, in_channels: int) -> Process:
+    """The schedulers of a model folder. Raises WeightsError if there is none, or it describes no process of IF."""
+    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
+    config = read_json(path)
+    ratio = config.get("dynamic_thresholding_ratio", 0.95)
+    largest = config.get("sample_max_value", 1.5 if in_channels == CHANNELS_OF_STAGE[1] else 1.0)
+    with blaming(path, "describes no process of IF"):
+        dynamic_threshold(ratio, largest)
+        schedule = Schedule.from_config(config)
+    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
+        if config.get(key, expected) != expected:
+            warnings.warn(f"{path}: {key} is {config[key]!r}; IF's {expected!r} is used", stacklevel=1)
+    if not noising.exists():
+        return Process(schedule, ratio, largest, squaredcos_cap_v2())
+    with blaming(noising, "describes no process of IF"):
+        return Process(schedule, ratio, largest, Schedule.from_config(read_json(noising)))
+
+
+def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:
+    """Build each part of a model folder as drawing does, take one step without numbers, and read each number once.
+
+    model: its name, if it has one: a released model may find its text encoder elsewhere.
+    Returns False, after saying why, if it does not fit the architecture or anything is missing or broken.
     """
-    kind = torch.device(device).type
-    fast = kind == "cuda"
-    if kind == "cpu" and torch.backends.mkldnn.is_available():
-        fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return torch.float16 if fast else torch.float32
-
-
-# ---------------------------------------------------------------------------------------------- command
-
-
-def check(folder: Path, say: Callable[[str], None]) -> bool:
-    """Describe each part of a model folder and compare it with the architecture; False if anything does not fit."""
-    from minidiff.deepfloyd.t5 import T5Config, T5Encoder  # only this command looks ahead
-    from minidiff.deepfloyd.unet import UNet, UNetConfig
-
-    build = {
-        "unet": lambda c: UNet(UNetConfig.from_dict(c)),
-        "text_encoder": lambda c: T5Encoder(T5Config.from_dict(c)),
-    }
-    parts = [part for part in hub.PARTS if (folder / part).is_dir()]
-    good = bool(parts)
-    say(str(folder) if parts else f"{folder} has none of {', '.join(hub.PARTS)}")
+    parts = [part for part in PARTS if (folder / part).is_dir()]
+    say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
+    widths, faults = {}, [] if "unet" in parts else ["unet: not here, so this model draws nothing"]
     for part in parts:
         try:
-            checkpoint = Checkpoint(folder, part)
-            for path in checkpoint.files:
-                say(f"  {part}/{path.name}: {hub.in_words(path.stat().st_size)}")
-            types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
-            parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-            say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-            built(build[part], checkpoint)
-            say(f"  {part}: every key and shape fits")
-        except ValueError as error:
-            say(f"  {part}: {error}")
-            good = False
-    return good
+            files = []
+            for checkpoint in (Checkpoint(folder, part, dtype) for dtype in VARIANT):
+                if checkpoint.files not in files:
+                    files.append(checkpoint.files)
+                    widths[part] = _check_part(folder, part, checkpoint, say)
+        except (ValueError, OSError) as error:
+            faults.append(f"{part}: {error}")
+    stage_1 = "unet" in widths and read_config(folder / "unet").get("in_channels") != CHANNELS_OF_STAGE[2]
+    if stage_1 and "text_encoder" not in parts and not encoder_here(model or str(folder)):
+        faults.append("text_encoder: not here, but stage 1 needs one; fetch it too")
+    if len(set(widths.values())) > 1:
+        faults.append(f"text_encoder: its states are {widths['text_encoder']} wide, the unet reads {widths['unet']}")
+    for fault in faults:
+        say(f"  {fault}")
+    return not faults
+
+
+def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[str], None]) -> int:
+    """One variant of a part. Returns the width of the text states it makes or reads. Raises WeightsError, OSError."""
+    for path in checkpoint.files:
+        say(f"  {part}/{path.name}: {in_words(path.stat().st_size)}")
+    types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
+    parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
+    with torch.inference_mode():
+        width = (_step_unet if part == "unet" else _step_text_encoder)(folder, checkpoint)
+    say(f"  {part}: every key and shape fits")
+    checkpoint.check_finite()
+    say(f"  {part}: every number is finite")
+    if checkpoint.unused:
+        unused = f"{', '.join(checkpoint.unused)} lies beside {checkpoint.files[0].name} and is not read"
+        raise WeightsError(f"{unused}; delete what is old")
+    return width
+
+
+def _step_unet(folder: Path, checkpoint: Checkpoint) -> int:
+    unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
+    config, size = unet.config, unet.config.sample_size
+    read_process(folder, config.in_channels)
+    with blaming(checkpoint.folder / "config.json"), torch.device("meta"):
+        t = torch.zeros(1, dtype=torch.int64)
+        x, states = torch.empty(1, config.in_channels, size, size), torch.empty(1, 77, config.encoder_hid_dim)
+        unet(x, t, states, t if config.in_channels == CHANNELS_OF_STAGE[2] else None)
+    return config.encoder_hid_dim
+
+
+def _step_text_encoder(folder: Path, checkpoint: Checkpoint) -> int:
+    tokenizer, encoder = plan_text_encoder(folder, checkpoint)
+    with blaming(checkpoint.folder / "config.json"):
+        encoder(*(x.to("meta") for x in tokenizer([""])))
+    return encoder.config.d_model
 
 
 def _list() -> None:
-    for name in hub.embedded():
-        print(f"{name:14} embedded        {hub.WEIGHTS / name}")
-    for name, released in hub.RELEASED.items():
-        folder = hub.WEIGHTS / name if (hub.WEIGHTS / name).is_dir() else hub.cached(released.repo, ("unet",))
-        print(
-            f"{name:14} stage {released.stage} {hub.in_words(released.fp16_bytes):>9} {folder or 'not on this machine'}"
-        )
-    print("The text encoder, which all released models share, is 11.5 GB more.")
+    faults = [fault for name in MINI.values() if (fault := lack(WEIGHTS / name, ("unet",)))]
+    print(f"{'mini':14} {f'incomplete: {faults[0]}' if faults else f'embedded        {WEIGHTS}'}")
+    for name in sorted(set(embedded()) - set(RELEASED)):
+        print(f"{name:14} embedded        {WEIGHTS / name}")
+    for name, released in RELEASED.items():
+        here = [folder for folder in (WEIGHTS / name, *snapshots(released.repo)) if folder.is_dir()]
+        state = next((str(folder) for folder in here if not lack(folder, ("unet",))), None)
+        state = state or (f"incomplete: {lack(here[0], ('unet',))}" if here else "not on this machine")
+        print(f"{name:14} stage {released.stage} {in_words(released.fp16_bytes):>9} {state}")
+    print(f"{'text encoder':14} of all     11.50 GB {encoder_here('IF-I-M-v1.0') or 'not on this machine'}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def _folders_to_check(model: str) -> list[Path]:
+    if model == "mini":
+        return [WEIGHTS / name for name in MINI.values()]
+    name = model.removeprefix("DeepFloyd/")
+    for folder in (cli.file_path(model), WEIGHTS / name, *(snapshots(RELEASED[name].repo) if name in RELEASED else ())):
+        if folder.is_dir():
+            return [folder]
+    raise WeightsError(f"{model} is neither a folder, nor in {WEIGHTS}, nor a released model in the Hugging Face cache")
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="which models there are, and which are on this machine")
     fetch = commands.add_parser("download", help="fetch a released model into the Hugging Face cache")
-    fetch.add_argument("name", choices=list(hub.RELEASED))
-    fetch.add_argument("--part", choices=[*hub.PARTS, "all"], default="unet", help="default: unet")
-    look = commands.add_parser("check", help="does a model on this machine fit the architecture?")
-    look.add_argument("model", help="a folder, a name in weights/, or a released name that is in the cache")
+    fetch.add_argument("name", choices=list(RELEASED))
+    fetch.add_argument("--part", choices=[*PARTS, "all"], default="unet", help="default: unet")
+    look = commands.add_parser("check", help="does a model on this machine fit the architecture, and is it whole?")
+    look.add_argument("model", help="mini, a folder, a name in weights/, or a released name that is in the cache")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            _list()
-        elif args.command == "download":
-            parts = hub.PARTS if args.part == "all" else (args.part,)
-            print(hub.resolve(args.name, hub.RELEASED[args.name].stage, parts, print))
-        else:
-            return 0 if check(_folder_to_check(args.model), print) else 1
-    except WeightsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def _folder_to_check(model: str) -> Path:
-    candidates = [Path(model).expanduser(), hub.WEIGHTS / model]
-    candidates += [hub.cached(hub.RELEASED[model].repo, (part,)) for part in hub.PARTS if model in hub.RELEASED]
-    for folder in candidates:
-        if folder is not None and folder.is_dir():
-            return folder
-    raise WeightsError(
-        f"{model} is neither a folder, nor in {hub.WEIGHTS}, nor a released model in the Hugging Face cache"
-    )
+    if args.command == "list":
+        _list()
+    elif args.command == "download":
+        parts = PARTS if args.part == "all" else (args.part,)
+        print(resolve(args.name, RELEASED[args.name].stage, parts, print))
+    elif not all([check(folder, print, args.model) for folder in _folders_to_check(args.model)]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

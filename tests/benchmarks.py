@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidiff import weights
+from minidiff import checkpoint
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.mnist import training
@@ -66,7 +66,7 @@ def t5(layers: int) -> None:
     """T5-XXL's shapes with so many layers, float16 with float32 wo, one file per layer as if sharded."""
     spiece = Path(__file__).parent / "reference" / "spiece.model"
     config = T5Config(num_layers=layers)
-    with weights.on_meta():
+    with checkpoint.on_meta():
         shapes = {key: value.shape for key, value in T5Encoder(config).state_dict().items()}
     tile = torch.randn(2**20)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,11 +84,11 @@ def t5(layers: int) -> None:
                 numbers = tile.repeat(shapes[key].numel() // len(tile) + 1)[: shapes[key].numel()]
                 numbers = numbers.view(shapes[key]) * shapes[key][-1] ** -0.5
                 state[key] = numbers if key.endswith("wo.weight") else numbers.half()
-            weights.save(state, encoder / f"model.fp16-{layer + 1:05d}-of-{layers:05d}.safetensors", {})
+            checkpoint.save(state, encoder / f"model.fp16-{layer + 1:05d}-of-{layers:05d}.safetensors", {})
         script = (
-            "import sys; from pathlib import Path; from tests.benchmarks import peak, seconds, weights;"
-            "from minidiff.deepfloyd import prompts;"
-            "e = prompts.load_text_encoder(Path(sys.argv[1]), weights.default_dtype('cpu'), streamed=True);"
+            "import sys; from pathlib import Path; from tests.benchmarks import checkpoint, peak, seconds;"
+            "from minidiff.deepfloyd import text;"
+            "e = text.load_text_encoder(Path(sys.argv[1]), checkpoint.default_dtype('cpu'), streamed=True);"
             f"print('T5-XXL, {layers} layers, streamed:', seconds(lambda: e(['a castle']), 2), peak())"
         )
         subprocess.run([sys.executable, "-c", script, folder], check=True)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from minidiff import cascade as cascades
-from minidiff import cli, encode, generate, hub, images, upscale, weights
+from minidiff import cli, encode, generate, images, upscale, weights
 from tests.tiny import write_cascade
 
 PROMPT = "a red castle"
@@ -124,24 +124,24 @@ def test_the_embedded_cascade_makes_a_picture_offline(tmp_path):
 
 
 def test_the_embedded_weights_stay_small_and_fit_their_architecture():
-    folders = [hub.WEIGHTS / name for name in hub.MINI.values()]
+    folders = [weights.WEIGHTS / name for name in weights.MINI.values()]
     assert all(weights.check(folder, lambda line: None) for folder in folders)
     size = sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file() and "training" not in p.parts)
     assert size < 40e6
 
 
 def test_weights_readme_names_every_file_with_its_size_and_sha256():
-    text = (hub.WEIGHTS / "README.md").read_text()
+    text = (weights.WEIGHTS / "README.md").read_text()
     rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
     on_disk = {
-        p.relative_to(hub.WEIGHTS).as_posix(): p
-        for name in (*hub.MINI.values(), "mnist")
-        for p in (hub.WEIGHTS / name).rglob("*")
+        p.relative_to(weights.WEIGHTS).as_posix(): p
+        for name in (*weights.MINI.values(), "mnist")
+        for p in (weights.WEIGHTS / name).rglob("*")
         if p.is_file() and "training" not in p.parts
     }
     assert {name for name, _, _ in rows} == set(on_disk)
     for name, size, digest in rows:
-        content = (hub.WEIGHTS / name).read_bytes()
+        content = (weights.WEIGHTS / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (int(size.replace(",", "")), digest), name
 
 
@@ -235,9 +235,9 @@ def test_a_broken_model_is_told_before_the_prompts_are_encoded(cascade, tmp_path
 
 
 def test_a_stage_2_of_minis_width_reads_minis_text_and_others_the_released_one(cascade, tmp_path):
-    mini = hub.WEIGHTS / hub.MINI[2]
+    mini = weights.WEIGHTS / weights.MINI[2]
     assert upscale.text_model_of("mini") == upscale.text_model_of(str(mini)) == "mini"
-    assert upscale.text_model_of(hub.MINI[2]) == "mini"  # a name in weights/
+    assert upscale.text_model_of(weights.MINI[2]) == "mini"  # a name in weights/
     assert upscale.text_model_of("IF-II-M-v1.0") == upscale.text_model_of(str(cascade[1])) == "IF-I-XL-v1.0"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import anagram, cli, denoise, generate, hub, hybrid, images, inpaint, sdedit, upscale, views
+from minidiff import anagram, cli, denoise, generate, hybrid, images, inpaint, sdedit, upscale, views, weights
 from minidiff import cascade as cascades
 from minidiff.sampling import noised, seeded
 from tests.reference.fill import normal
@@ -361,7 +361,7 @@ def test_a_picture_is_there_even_if_its_animation_cannot_be(cascade, tmp_path, c
 def test_one_model_has_one_name():
     for name, stage, short in (("mini-IF-I", 1, "mini"), ("mini-IF-II", 2, "mini"), ("mini-IF-II", 1, "mini-IF-II"),
                                ("DeepFloyd/IF-I-M-v1.0", 1, "IF-I-M-v1.0"), ("here/mine", 1, "here/mine")):  # fmt: skip
-        assert hub.short_name(name, stage) == short
+        assert weights.short_name(name, stage) == short
 
 
 def test_a_broken_picture_is_named(cascade, tmp_path, capsys):

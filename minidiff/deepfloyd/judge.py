@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import cli, hub, images, weights
+from minidiff import checkpoint, cli, images, weights
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd.captions import (
     PERSON_CLASS, TRAITS, Expectation, agreement, class_names, concept_class, expected, floor, shares, style_phrases,
@@ -43,7 +43,7 @@ from minidiff.deepfloyd.captions import (
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS
 
-EMBEDDED = hub.WEIGHTS / "judge"
+EMBEDDED = weights.WEIGHTS / "judge"
 PROMPTS = (
     "a rocket ship", "a pencil", "a skull", "a castle", "a volcano", "a dog", "an old man", "a man wearing a hat",
     "a campfire", "waterfalls", "a snowy mountain village", "people around a campfire at night",
@@ -137,7 +137,7 @@ def write(folder: Path, judge: Judge, config: Mapping) -> None:
     """model.fp16.safetensors (matrices in half precision, vectors in float32), then config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.half() if value.ndim > 1 else value for key, value in judge.state_dict().items()}
-    weights.save(tensors, folder / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.save(tensors, folder / "model.fp16.safetensors", {"format": "pt"})
     (folder / "config.tmp").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")
 
@@ -218,7 +218,7 @@ def fit(judge: Judge, pixels: np.ndarray, labels: Sequence[Tensor], weight: Tens
         generator: torch.Generator) -> None:  # fmt: skip
     """AdamW on augmented batches, drawn in proportion to weight (N,); the rate rises for a tenth, then falls."""
     optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
-    dtype = torch.float32 if weights.default_dtype("cpu") == torch.float32 else torch.bfloat16
+    dtype = torch.float32 if checkpoint.default_dtype("cpu") == torch.float32 else torch.bfloat16
     judge.train()
     for step in (bar := tqdm(range(steps), mininterval=2)):
         for group in optimizer.param_groups:

@@ -5,7 +5,6 @@ Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and check
 text.    Next: `minidiff/cascade.py`, which draws with two of them.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff import hub, weights
+from minidiff.checkpoint import Checkpoint, built, fill
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import Model, dynamic_threshold
 from minidiff.sampling import Prediction
-from minidiff.schedule import Schedule, squaredcos_cap_v2
+from minidiff.schedule import Schedule
+from minidiff.weights import read_process
 
 NOISE_LEVEL = 250  # the noise that stage 2 expects on its low-resolution image: it hides stage 1's small mistakes
 
@@ -42,40 +42,21 @@ class Stage:
         return dynamic_threshold(self.threshold_ratio, self.threshold_max)
 
 
-def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, weights.Checkpoint]:
+def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, Checkpoint]:
     """A stage whose UNet has no numbers yet, and the file that has them: in a moment, all that could be wrong shows.
 
-    Raises hub.WeightsError if files are missing or broken, or describe another architecture or process.
+    Raises WeightsError if files are missing or broken, or describe another architecture or process.
     """
-    checkpoint = weights.Checkpoint(folder, "unet", dtype)
-    unet = weights.built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
-    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
-    process = hub.read_json(path)
-    ratio = process.get("dynamic_thresholding_ratio", 0.95)
-    largest = process.get("sample_max_value", 1.5 if unet.config.in_channels == 3 else 1.0)
-    try:
-        dynamic_threshold(ratio, largest)
-    except (TypeError, ValueError) as error:
-        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
-    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
-        if process.get(key, expected) != expected:
-            warnings.warn(f"{path}: {key} is {process[key]!r}; IF's {expected!r} is used", stacklevel=1)
-    low_res = _schedule(noising) if noising.is_file() else squaredcos_cap_v2()
-    return Stage(unet, _schedule(path), ratio, largest, low_res), checkpoint
+    checkpoint = Checkpoint(folder, "unet", dtype)
+    unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
+    return Stage(unet, *read_process(folder, unet.config.in_channels)), checkpoint
 
 
 def load_stage(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Stage:
-    """The UNet and scheduler of a folder in the released layout.    Raises hub.WeightsError as `plan_stage`."""
+    """The UNet and scheduler of a folder in the released layout.    Raises WeightsError as `plan_stage`."""
     stage, checkpoint = plan_stage(folder, dtype)
-    weights.load(stage.unet, checkpoint, dtype).to(device)
+    fill(stage.unet, checkpoint, dtype).to(device)
     return stage
-
-
-def _schedule(path: Path) -> Schedule:
-    try:
-        return Schedule.from_config(hub.read_json(path))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise hub.WeightsError(f"{path} describes no process of IF: {error}") from error
 
 
 def base_model(unet: UNet) -> Model:

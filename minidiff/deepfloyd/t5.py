@@ -12,7 +12,7 @@ In half precision the stream stays float32, and so does the last product of the 
 float16's 65504, and a pure float16 T5 returns garbage.
 Attributes carry the names of the released checkpoint.    Source: T5 (Raffel et al.) Sec. 2.1; T5 v1.1's gated GELU.
 
-Next: `prompts.py`, which puts tokenizer and encoder together.
+Next: `text.py`, which puts tokenizer and encoder together.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.weights import on_meta
+from minidiff.checkpoint import on_meta
+
+
+LARGEST = 2**18  # of any number in a config: above every width and vocabulary, below what fills the memory
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,36 @@ class T5Config:
         missing = [f.name for f in fields(cls) if f.name not in config and f.name != "relative_attention_max_distance"]
         if missing:
             raise ValueError(f"text_encoder/config.json lacks {', '.join(missing)}")
-        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+        made = cls(**config_fields(cls, config, "text_encoder/config.json"))
+        if made.num_layers > 1000 or made.layer_norm_epsilon > 1:
+            raise ValueError("text_encoder/config.json: num_layers is above 1000 or layer_norm_epsilon above 1")
+        if 4 * made.relative_attention_max_distance <= made.relative_attention_num_buckets:
+            raise ValueError("text_encoder/config.json: relative_attention_max_distance must be above a quarter of "
+                             "relative_attention_num_buckets")  # fmt: skip
+        return made
+
+
+def config_fields(kind: type, config: dict, where: str) -> dict:
+    """The fields of a dataclass that a config names, lists as tuples.
+
+    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST].
+    """
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in config}
+    for name, hint in hints.items():
+        if not _has_type(config[name], hint):
+            expected = f"{hint if get_args(hint) else hint.__name__}, numbers above 0 and at most {LARGEST}"
+            raise ValueError(f"{where}: {name} is {config[name]!r:.60}, but must be {expected}")
+    return {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in hints}
+
+
+def _has_type(value: object, hint: type) -> bool:
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and value and all(_has_type(v, get_args(hint)[0]) for v in value)
+    if get_args(hint):  # X | None
+        return value is None or _has_type(value, get_args(hint)[0])
+    if hint in (int, float) and not isinstance(value, bool):
+        return isinstance(value, int | hint) and 0 < value <= LARGEST
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +183,7 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The whole encoder. `weights.built` makes it, `weights.load` fills it."""
+    """The whole encoder. `checkpoint.built` makes it, `checkpoint.fill` fills it."""
 
     def __init__(self, config: T5Config):
         super().__init__()

@@ -39,14 +39,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minidiff import charts, cli, ddpm, hub, images, weights
-from minidiff.deepfloyd import prompts, stages
+from minidiff import charts, cli, ddpm, images
+from minidiff.checkpoint import (
+    Checkpoint,
+    built,
+    check_fit,
+    default_dtype,
+    fill,
+    read_json,
+    read_state,
+    save,
+    save_state,
+)
+from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
+from minidiff.deepfloyd.text import load_text_encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
-from minidiff.guidance import prompted
+from minidiff.guidance import guided
 from minidiff.sampling import seeded
 from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
 
@@ -123,9 +135,9 @@ def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
 
-def load_into(module: nn.Module, checkpoint: weights.Checkpoint) -> None:
-    """The weights of a released-layout folder as float32 to train on. Raises hub.WeightsError if they do not fit."""
-    weights.check_fit(module, checkpoint)
+def load_into(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """The weights of a released-layout folder as float32 to train on. Raises WeightsError if they do not fit."""
+    check_fit(module, checkpoint)
     module.load_state_dict({key: tensor.float() for key, tensor in checkpoint.tensors().items()})
 
 
@@ -169,7 +181,7 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
     """The averaged weights as float16 in the released layout, with their configs."""
     for part in ("unet", "text_encoder") if stage == 1 else ("unet",):
         (out / part).mkdir(parents=True, exist_ok=True)
-    weights.save(
+    save(
         {k.removeprefix("unet."): v.half() for k, v in ema.items() if k.startswith("unet.")},
         out / "unet" / "diffusion_pytorch_model.fp16.safetensors",
         {"format": "pt"},
@@ -196,7 +208,7 @@ def write_folder(out: Path, stage: int, ema: dict[str, Tensor], unet: UNetConfig
     # The feed-forward's last matrix stays float32, as in the released float16 files.
     text = {k.removeprefix("text_encoder."): v for k, v in ema.items() if k.startswith("text_encoder.")}
     text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
-    weights.save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
+    save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
     kind = {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"}
     _write_json(out / "text_encoder" / "config.json", asdict(t5) | kind)
 
@@ -242,7 +254,7 @@ def examine(model: Trainee, ema: dict[str, Tensor], tokenizer: Tokenizer, x_star
 def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures, size: int = 64) -> None:
     """Samples of the weights just written: the PREVIEW prompts, or four training pictures enlarged by stage 2."""
     loaded = stages.load_stage(out, torch.float32, "cpu")
-    encode = prompts.load_text_encoder(text_encoder, torch.float32, "cpu")
+    encode = load_text_encoder(text_encoder, torch.float32, "cpu")
     if stage == 1:
         n = len(PREVIEW)
         condition, walk = prompted(encode(PREVIEW), encode([""])), stages.Walk(respaced(20))
@@ -291,15 +303,15 @@ class Run:
         self.tokenizer, self.text_folder = Tokenizer(spiece), text_encoder
         torch.manual_seed(args.seed)
         default = MINI_1 if args.stage == 1 else MINI_2
-        self.config = UNetConfig.from_dict(hub.read_json(args.config)) if args.config else default
+        self.config = UNetConfig.from_dict(read_json(args.config)) if args.config else default
         self.t5_config = MINI_T5
         unet, t5 = UNet(self.config), T5Encoder(MINI_T5)
         if args.stage == 2:
-            checkpoint = weights.Checkpoint(text_encoder, "text_encoder", torch.float32)
-            t5 = weights.built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
-            weights.load(t5, checkpoint, torch.float32)
+            checkpoint = Checkpoint(text_encoder, "text_encoder", torch.float32)
+            t5 = built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
+            fill(t5, checkpoint, torch.float32)
         self.model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
-        self.dtype = torch.bfloat16 if weights.default_dtype(device.type) != torch.float32 else torch.float32
+        self.dtype = torch.bfloat16 if default_dtype(device.type) != torch.float32 else torch.float32
         if args.dtype:
             self.dtype = getattr(torch, args.dtype)
         initialise(self.model)
@@ -310,9 +322,9 @@ class Run:
             if rank == 0:
                 tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
         if args.start_from:
-            load_into(unet, weights.Checkpoint(args.start_from, "unet", torch.float32))
+            load_into(unet, Checkpoint(args.start_from, "unet", torch.float32))
             if args.stage == 1:
-                load_into(t5, weights.Checkpoint(args.start_from, "text_encoder", torch.float32))
+                load_into(t5, Checkpoint(args.start_from, "text_encoder", torch.float32))
         self.model.to(device)
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
@@ -324,7 +336,7 @@ class Run:
 
     def resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        state = weights.read_checkpoint(path, ("model", "optimizer", "ema", "step"))
+        state = read_state(path, ("model", "optimizer", "ema", "step"))
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -344,7 +356,7 @@ class Run:
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
                  "step": self.step}  # fmt: skip
-        weights.save_checkpoint(state, self.folder / "checkpoint.pt")
+        save_state(state, self.folder / "checkpoint.pt")
         write_folder(self.args.out, self.stage, self.ema, self.config, self.t5_config)
         plot(self.folder / "loss.csv")
 

@@ -18,17 +18,22 @@ Next: `stages.py`, which turns prompts and weights into predictions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What every released config.json says of the parts this file builds only one way. A checkpoint that differs is refused.
+from minidiff.deepfloyd.t5 import config_fields
+
+# What every released config.json says, if anything, of what this file builds only one way. Other values are refused.
 FIXED = {
     "act_fn": "gelu",
     "addition_embed_type": "text",
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
     "center_input_sample": False,
+    "class_embeddings_concat": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "cross_attention_norm": "group_norm",
@@ -36,8 +41,17 @@ FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "out_channels": 6,
+    "projection_class_embeddings_input_dim": None,
     "resnet_time_scale_shift": "scale_shift",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": 1,
+    "upcast_attention": False,
     "use_linear_projection": False,
 }
 WITH_ATTENTION = {"SimpleCrossAttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
@@ -78,18 +92,17 @@ class UNetConfig:
         for key, expected in FIXED.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
-        for key, expected in (("class_embed_type", "timestep"), ("time_embedding_act_fn", "gelu")):
+        known = (("class_embed_type", "timestep"), ("time_embedding_act_fn", "gelu"), ("encoder_hid_dim_type", "text_proj"))
+        for key, expected in known:
             if config.get(key) not in (None, expected):
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r} or none")
         missing = [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]
         if missing:
             raise ValueError(f"unet/config.json lacks {', '.join(missing)}: is this the config of an IF UNet?")
-        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        levels = len(known["block_out_channels"])
-        layers = known.get("layers_per_block", 2)
-        known["layers_per_block"] = (layers,) * levels if isinstance(layers, int) else tuple(layers)
-        for key in ("block_out_channels", "down_block_types"):
-            known[key] = tuple(known[key])
+        levels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
+        if isinstance(layers, int) and isinstance(levels, list | tuple):
+            config = {**config, "layers_per_block": [layers] * len(levels)}
+        known = config_fields(cls, config, "unet/config.json")
         unknown = set(known["down_block_types"]) - set(WITH_ATTENTION)
         if unknown:
             raise ValueError(
@@ -98,7 +111,7 @@ class UNetConfig:
         up_types = [MIRROR[kind] for kind in reversed(known["down_block_types"])]
         if list(config.get("up_block_types", up_types)) != up_types:
             raise ValueError(f"unet/config.json: up_block_types must mirror down_block_types, that is {up_types}")
-        if not levels == len(known["layers_per_block"]) == len(known["down_block_types"]):
+        if not len(levels) == len(known["layers_per_block"]) == len(known["down_block_types"]):
             raise ValueError(
                 "unet/config.json: block_out_channels, layers_per_block, down_block_types differ in length"
             )
@@ -107,7 +120,14 @@ class UNetConfig:
         for c in [*attended, widths[-1]]:  # the middle attends too
             if c % known.get("attention_head_dim", 64):
                 raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
-        return cls(**known)
+        made = cls(**known)
+        if made.encoder_hid_dim % made.addition_embed_type_num_heads:
+            raise ValueError(f"unet/config.json: encoder_hid_dim {made.encoder_hid_dim} does not split into "
+                             f"{made.addition_embed_type_num_heads} heads of addition_embed_type_num_heads")  # fmt: skip
+        for key, largest in (("sample_size", 1024), ("layers_per_block", (100,) * len(levels)), ("norm_eps", 1)):
+            if getattr(made, key) > largest:
+                raise ValueError(f"unet/config.json: {key} is {getattr(made, key)!r}, but at most {largest} is built")
+        return made
 
     @property
     def time_dim(self) -> int:
@@ -276,7 +296,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of either stage. `weights.built` makes it, `weights.load` fills it."""
+    """The network of either stage. `checkpoint.built` makes it, `checkpoint.fill` fills it."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import images, views
+from minidiff.checkpoint import read_config
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings
 from minidiff.factorized import Part, averaged, factorized
-from minidiff.hub import WEIGHTS, read_config
 from minidiff.mnist import drawing, judge
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import Prediction, seeded
+from minidiff.weights import WEIGHTS
 
 SHOWN = 20  # samples in the picture
 

@@ -31,10 +31,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidiff.cli import Clock, command, device_of, file_path
-from minidiff.hub import WEIGHTS
 from minidiff.mnist import flags, networks
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.training import Plan, Run
+from minidiff.weights import WEIGHTS
 
 EMBEDDED = WEIGHTS / "mnist" / "judge"
 FEATURES = 64

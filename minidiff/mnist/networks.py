@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minidiff import weights
+from minidiff import checkpoint
 
 
 def write(
@@ -30,7 +30,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
-    weights.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
     (folder / "config.tmp").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")
 

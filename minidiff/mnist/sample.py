@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import flow, images, weights
+from minidiff import checkpoint, flow, images
+from minidiff.checkpoint import WeightsError, read_config
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings, stopped_between_steps
-from minidiff.hub import WEIGHTS, WeightsError, read_config
 from minidiff.mnist import drawing, judge
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
 from minidiff.schedule import respaced
+from minidiff.weights import WEIGHTS
 
 STEPS = {"ddpm": drawing.T, "flow": drawing.FLOW_STEPS}
 SOLVERS = (*flow.METHODS, "dormand-prince")
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             asked = {} if row.scale is None else {"labels": labels[: len(x)]}
             if args.tensors and row is rows[0]:
                 kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
-                weights.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
+                checkpoint.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
             print(described(row, x, asked.get("labels"), args.seed, judging))
             pictures += (shown := x[:SHOWN].split(10))
             texts += [""] * (len(shown) - 1) + [", ".join(word for word in row.words() if word not in shared)]

@@ -39,10 +39,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import flow, weights
+from minidiff import checkpoint, flow
+from minidiff.checkpoint import read_config
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings
 from minidiff.flow import Velocity
-from minidiff.hub import WEIGHTS, read_config
 from minidiff.mnist import flags, floors, training
 from minidiff.mnist.data import CLASSES, Digits, generator
 from minidiff.mnist.drawing import (
@@ -62,6 +62,7 @@ from minidiff.mnist.drawing import (
 from minidiff.mnist.training import Plan, Run, some
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
+from minidiff.weights import WEIGHTS
 
 PAIRS = 20000  # how many lines reflow learns
 IN_FILE = 500  # pairs
@@ -136,7 +137,7 @@ def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -
         path, part = folder / f"pairs-{i:06d}.safetensors", slice(i, i + IN_FILE)
         if not path.is_file():
             made = make_pairs(teacher, labels[part], x_0[part], steps)
-            weights.save({"images": made.images, "labels": made.labels}, path, made_from)
+            checkpoint.save({"images": made.images, "labels": made.labels}, path, made_from)
         try:
             with safe_open(path, "pt", device=str(device)) as f:
                 if f.metadata() != made_from:

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import charts, images, weights
+from minidiff import charts, checkpoint, images
 from minidiff.cli import stopped_between_steps
 from minidiff.mnist import networks
 from minidiff.mnist.data import Digits, generator
@@ -148,7 +148,7 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
                  "test_losses": self.test_losses, "what": self.what, "plan": asdict(self.plan), "seed": self.seed,
                  "way": list(self.way)}  # fmt: skip
-        weights.save_checkpoint(state, self.checkpoint)
+        checkpoint.save_state(state, self.checkpoint)
         self.draw_curves()
 
     def draw_curves(self) -> None:
@@ -275,7 +275,7 @@ def checkpoint_of(folder: Path, what: str, plan: Plan, seed: int) -> dict | None
         if (folder.parent / "config.json").is_file():
             raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
         return None
-    state = weights.read_checkpoint(path, CHECKPOINT)
+    state = checkpoint.read_state(path, CHECKPOINT)
     for name, said, value in (
         ("what", "training", what), ("plan", "by the plan", asdict(plan)), ("seed", "from the seed", seed)
     ):  # fmt: skip

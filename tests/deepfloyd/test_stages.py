@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minidiff import ddpm, hub, schedule
+from minidiff import ddpm, schedule
+from minidiff.checkpoint import WeightsError
 from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import Stage, Walk
 from minidiff.deepfloyd.unet import UNet, UNetConfig
@@ -233,7 +234,7 @@ def test_scheduler_file_errors(tmp_path):
                   {"num_train_timesteps": "many"}, {"beta_schedule": "cubic"},
                   {"beta_schedule": "linear", "num_train_timesteps": -3}):  # fmt: skip
         path.write_text(json.dumps(RELEASED_SCHEDULER | wrong))
-        with pytest.raises(hub.WeightsError, match="scheduler_config.json describes no process of IF"):
+        with pytest.raises(WeightsError, match="scheduler_config.json describes no process of IF"):
             stages.plan_stage(folder, None)
     path.write_text(json.dumps(RELEASED_SCHEDULER | {"variance_type": "fixed_small"}))
     with pytest.warns(UserWarning, match="variance_type is 'fixed_small'; IF's 'learned_range' is used"):
@@ -241,7 +242,7 @@ def test_scheduler_file_errors(tmp_path):
     path.write_text(json.dumps(RELEASED_SCHEDULER))
     (folder / "image_noising_scheduler").mkdir()
     (folder / "image_noising_scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "cubic"}')
-    with pytest.raises(hub.WeightsError, match="image_noising_scheduler/scheduler_config.json describes no process"):
+    with pytest.raises(WeightsError, match="image_noising_scheduler/scheduler_config.json describes no process"):
         stages.plan_stage(folder, None)
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(ValueError, match="there is no .*scheduler_config.json"):
@@ -258,7 +259,7 @@ def test_configs_that_cannot_be_built_name_their_file(tmp_path, wrong):
     folder = write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER)
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
-    with pytest.raises(hub.WeightsError, match=r"unet/config.json cannot be built: \S|does not fit UNet"):
+    with pytest.raises(WeightsError, match=r"unet/config.json cannot be built: \S|does not fit UNet"):
         stages.plan_stage(folder, None)
 
 

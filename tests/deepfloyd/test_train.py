@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import charts, hub, images, weights
+from minidiff import charts, checkpoint, images, weights
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, prompts, stages, train
+from minidiff.deepfloyd import initial, stages, text, train
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import T5Encoder
@@ -83,9 +83,9 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path,
     assert [step for step, _ in losses(one)] == [2] and [step for step, _ in losses(two)] == [2, 4]
     chart = images.load(two / "training" / "loss.png")
     assert chart.equal(images.from_pil(charts.chart([("", {"mean of 2 steps": losses(two)})], {})))
-    encode = prompts.load_text_encoder(one, torch.float32)
+    encode = text.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
-        loaded = stages.load_stage(hub.resolve(str(folder), stage), torch.float32, "cpu")
+        loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
         ema = {k: v.half().float() for k, v in state(folder)["ema"].items() if k.startswith("unet.")}
         assert all(torch.equal(v, ema["unet." + k]) for k, v in loaded.unet.state_dict().items())
         assert (folder / "training" / "samples" / f"step-000000{stage + 2}.png").is_file()
@@ -126,7 +126,7 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsy
     run(1, pictures, one, 2)
     run(1, pictures, two, 1, "--start-from", str(one), "--lr", "0")
     for part in ("unet", "text_encoder"):
-        a, b = (weights.Checkpoint(folder, part).tensors() for folder in (one, two))
+        a, b = (checkpoint.Checkpoint(folder, part).tensors() for folder in (one, two))
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
     flags = ["--start-from", str(one), "--text-encoder", str(one)]

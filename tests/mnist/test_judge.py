@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minidiff.hub import WEIGHTS
+from minidiff.weights import WEIGHTS
 from minidiff.mnist import data, judge, networks
 from minidiff.mnist.judge import Judge
 

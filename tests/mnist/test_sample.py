@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import ddpm, flow
-from minidiff.hub import WEIGHTS
+from minidiff.weights import WEIGHTS
 from minidiff.mnist import drawing, judge, networks, sample, train_denoiser
 from minidiff.mnist.data import generator, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import flow, images
-from minidiff.hub import WEIGHTS
+from minidiff.weights import WEIGHTS
 from minidiff.mnist import (
     drawing,
     flags,

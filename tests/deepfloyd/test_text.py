@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff import hub, weights
-from minidiff.deepfloyd import prompts
+from minidiff import checkpoint
+from minidiff.checkpoint import WeightsError
+from minidiff.deepfloyd import text
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -26,14 +27,14 @@ def write_encoder(folder: Path, seed: int = 0, half: bool = True, vocab_size: in
     shutil.copy(REFERENCE / "spiece.model", folder / "tokenizer")
     (folder / "text_encoder" / "config.json").write_text(json.dumps(CONFIG))
     torch.manual_seed(seed)
-    vocab = vocab_size or prompts.Tokenizer(REFERENCE / "spiece.model").pieces.vocab_size()
+    vocab = vocab_size or text.Tokenizer(REFERENCE / "spiece.model").pieces.vocab_size()
     config = CONFIG | {"vocab_size": vocab}
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
     state = T5Encoder(T5Config.from_dict(config)).state_dict()
     if half:
         state = {k: v if k.endswith("wo.weight") else v.half() for k, v in state.items()}
     name = "model.fp16.safetensors" if half else "model.safetensors"
-    weights.save(state, folder / "text_encoder" / name, {})
+    checkpoint.save(state, folder / "text_encoder" / name, {})
     return folder
 
 
@@ -41,8 +42,8 @@ def write_encoder(folder: Path, seed: int = 0, half: bool = True, vocab_size: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_streamed_equals_whole(tmp_path, half, dtype):
     folder = write_encoder(tmp_path / "m", half=half)
-    whole = prompts.load_text_encoder(folder, dtype)(TEXTS)
-    streamed = prompts.load_text_encoder(folder, dtype, streamed=True)(TEXTS)
+    whole = text.load_text_encoder(folder, dtype)(TEXTS)
+    streamed = text.load_text_encoder(folder, dtype, streamed=True)(TEXTS)
     assert whole.shape == (3, 77, 32) and whole.dtype == streamed.dtype == dtype
     error = (whole.float() - streamed.float()).norm() / whole.float().norm()
     assert error < (1e-6 if dtype == torch.float32 else 5e-3)
@@ -50,7 +51,7 @@ def test_streamed_equals_whole(tmp_path, half, dtype):
 
 def test_padding_rows_of_the_empty_prompt_are_all_alike(tmp_path):
     """Each padded query sees the end mark alone, so where it stands cannot matter."""
-    states = prompts.load_text_encoder(write_encoder(tmp_path / "m"), torch.float32)([""])[0]
+    states = text.load_text_encoder(write_encoder(tmp_path / "m"), torch.float32)([""])[0]
     assert (states[1:] - states[1]).abs().max() < 1e-5 and (states[0] - states[1]).abs().max() > 1e-3
 
 
@@ -58,8 +59,8 @@ def test_streaming_refuses_an_encoder_that_does_not_fit(tmp_path):
     folder = write_encoder(tmp_path / "m")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
-    with pytest.raises(hub.WeightsError, match="missing"):
-        prompts.load_text_encoder(folder, torch.float32, streamed=True)
+    with pytest.raises(WeightsError, match="missing"):
+        text.load_text_encoder(folder, torch.float32, streamed=True)
 
 
 def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
@@ -71,15 +72,15 @@ def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
 
 def test_an_encoder_is_streamed_if_it_would_take_half_of_the_free_memory(tmp_path, monkeypatch):
     folder, cpu = write_encoder(tmp_path / "m"), torch.device("cpu")
-    size = sum(4 * math.prod(shape) for shape in weights.Checkpoint(folder, "text_encoder").shapes.values())
-    assert not prompts.should_stream(folder, torch.float32, cpu)
+    size = sum(4 * math.prod(shape) for shape in checkpoint.Checkpoint(folder, "text_encoder").shapes.values())
+    assert not text.should_stream(folder, torch.float32, cpu)
     for free, streamed in ((2 * size, False), (2 * size - 2, True)):
-        monkeypatch.setattr(prompts, "free_memory", lambda free=free: free)
-        assert prompts.should_stream(folder, torch.float32, cpu) is streamed
-    monkeypatch.setattr(prompts, "free_memory", lambda: None)  # a system that does not tell
-    assert not prompts.should_stream(folder, torch.float32, cpu)
-    monkeypatch.setattr(prompts, "UNKNOWN_MEMORY", size - 1)
-    assert prompts.should_stream(folder, torch.float32, cpu)
+        monkeypatch.setattr(text, "free_memory", lambda free=free: free)
+        assert text.should_stream(folder, torch.float32, cpu) is streamed
+    monkeypatch.setattr(text, "free_memory", lambda: None)  # a system that does not tell
+    assert not text.should_stream(folder, torch.float32, cpu)
+    monkeypatch.setattr(text, "UNKNOWN_MEMORY", size - 1)
+    assert text.should_stream(folder, torch.float32, cpu)
 
 
 def test_free_memory_counts_the_page_cache_and_heeds_a_container(monkeypatch):
@@ -91,63 +92,63 @@ def test_free_memory_counts_the_page_cache_and_heeds_a_container(monkeypatch):
         return files[path.as_posix()]
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert prompts.free_memory() == 600 * 1024
+    assert text.free_memory() == 600 * 1024
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert prompts.free_memory() == 600 * 1024
+    assert text.free_memory() == 600 * 1024
     files["/sys/fs/cgroup/memory.max"] = "5000\n"
-    assert prompts.free_memory() == 5000
+    assert text.free_memory() == 5000
     del files["/proc/meminfo"]
-    assert prompts.free_memory() is None
+    assert text.free_memory() is None
 
 
 def test_a_tokenizer_of_another_model_is_told_before_it_asks_for_rows_that_are_not_there(tmp_path):
     folder = write_encoder(tmp_path / "m", vocab_size=100)  # the tokenizer has more pieces
     for streamed in (False, True):
-        with pytest.raises(hub.WeightsError, match="the text encoder knows 100; are they of one model"):
-            prompts.load_text_encoder(folder, torch.float32, streamed=streamed)
+        with pytest.raises(WeightsError, match="the text encoder knows 100; are they of one model"):
+            text.load_text_encoder(folder, torch.float32, streamed=streamed)
 
 
 def test_embeds_come_back_bit_by_bit_whatever_the_order(tmp_path):
     embeds = torch.randn(3, 77, 8).half()
-    prompts.write_embeds(tmp_path / "e.safetensors", TEXTS, embeds, "abc")
-    back = prompts.read_embeds(tmp_path / "e.safetensors", ["An old man with a beard ", "a castle"], "abc")
+    text.write_embeds(tmp_path / "e.safetensors", TEXTS, embeds, "abc")
+    back = text.read_embeds(tmp_path / "e.safetensors", ["An old man with a beard ", "a castle"], "abc")
     assert torch.equal(back, embeds[[2, 0]])
 
 
 def test_the_courses_dictionary_is_read(tmp_path):
     table = {"a rocket ship": torch.randn(1, 77, 16).half(), "": torch.randn(1, 77, 16).half()}
     torch.save(table, tmp_path / "prompt_embeds_dict.pth")
-    back = prompts.read_embeds(tmp_path / "prompt_embeds_dict.pth", ["", "a rocket ship"])
+    back = text.read_embeds(tmp_path / "prompt_embeds_dict.pth", ["", "a rocket ship"])
     assert torch.equal(back, torch.cat([table[""], table["a rocket ship"]]))
 
 
 def test_files_that_cannot_serve_are_told(tmp_path):
-    prompts.write_embeds(tmp_path / "e.safetensors", ["a castle", ""], torch.zeros(2, 77, 8), "abc")
+    text.write_embeds(tmp_path / "e.safetensors", ["a castle", ""], torch.zeros(2, 77, 8), "abc")
     with pytest.raises(ValueError, match=r"lacks \['a volcano'\]; it holds \['', 'a castle'\]"):
-        prompts.read_embeds(tmp_path / "e.safetensors", ["a volcano"])
+        text.read_embeds(tmp_path / "e.safetensors", ["a volcano"])
     with pytest.raises(ValueError, match="made by another text encoder"):
-        prompts.read_embeds(tmp_path / "e.safetensors", ["a castle"], "xyz")
+        text.read_embeds(tmp_path / "e.safetensors", ["a castle"], "xyz")
     with pytest.raises(ValueError, match="no file of encoded prompts at .*minidiff.encode"):
-        prompts.read_embeds(tmp_path / "none.safetensors", ["a castle"])
+        text.read_embeds(tmp_path / "none.safetensors", ["a castle"])
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is no file of encoded prompts"):
-        prompts.read_embeds(tmp_path / "bad.safetensors", ["a castle"])
+        text.read_embeds(tmp_path / "bad.safetensors", ["a castle"])
     for i, wrong in enumerate(([torch.zeros(1)], {}, {5: torch.zeros(1, 77, 8)}, {"a": torch.zeros(0, 77, 8)},
                                {"a": torch.zeros(2, 77, 8)}, {"a": torch.zeros(1, 77, 8), "b": torch.zeros(1, 5, 8)},
                                {"a": torch.zeros(77, 8)}, {"a": 3})):  # fmt: skip
         torch.save(wrong, tmp_path / f"{i}.pth")
         with pytest.raises(ValueError, match="must hold a dictionary from prompts to tensors"):
-            prompts.read_embeds(tmp_path / f"{i}.pth", ["a castle"])
+            text.read_embeds(tmp_path / f"{i}.pth", ["a castle"])
     (tmp_path / "text.pth").write_text("a castle")
     with pytest.raises(ValueError, match="is broken or no .pth file, and was not opened"):
-        prompts.read_embeds(tmp_path / "text.pth", ["a castle"])
+        text.read_embeds(tmp_path / "text.pth", ["a castle"])
     for metadata in ({"prompts": "5"}, {"prompts": "[]"}, {"prompts": "{"}, {}):
-        weights.save({"prompt_embeds": torch.zeros(1, 77, 8)}, tmp_path / "odd.safetensors", metadata)
+        checkpoint.save({"prompt_embeds": torch.zeros(1, 77, 8)}, tmp_path / "odd.safetensors", metadata)
         with pytest.raises(ValueError, match="is no file of encoded prompts"):
-            prompts.read_embeds(tmp_path / "odd.safetensors", ["a castle"])
-    prompts.write_embeds(tmp_path / "nan.safetensors", ["a castle"], torch.full((1, 77, 8), torch.nan), "abc")
+            text.read_embeds(tmp_path / "odd.safetensors", ["a castle"])
+    text.write_embeds(tmp_path / "nan.safetensors", ["a castle"], torch.full((1, 77, 8), torch.nan), "abc")
     with pytest.raises(ValueError, match="are not all finite; encode them again"):
-        prompts.read_embeds(tmp_path / "nan.safetensors", ["a castle"])
+        text.read_embeds(tmp_path / "nan.safetensors", ["a castle"])
 
 
 class Evil:
@@ -161,10 +162,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a castle": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="holds more than tensors, which could run anything, and was not opened"):
-        prompts.read_embeds(tmp_path / "evil.pth", ["a castle"])
+        text.read_embeds(tmp_path / "evil.pth", ["a castle"])
     assert not (tmp_path / "unpickled").exists()
 
 
 def test_the_fingerprint_tells_encoders_apart(tmp_path):
     a, b = write_encoder(tmp_path / "a", seed=0), write_encoder(tmp_path / "b", seed=1)
-    assert prompts.fingerprint(a) == prompts.fingerprint(a) != prompts.fingerprint(b)
+    assert text.fingerprint(a) == text.fingerprint(a) != text.fingerprint(b)
