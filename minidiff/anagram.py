@@ -40,7 +40,7 @@ def anagram(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An image that shows each prompt in its view: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
-    view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step instead of the mean of all.
+    view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
     encoded = zip(cascade.encode(*prompts), view_names, strict=True)

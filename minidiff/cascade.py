@@ -18,7 +18,7 @@ stage is read when it first draws. So T5-XXL and the UNets are never in memory t
 Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `generate.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +42,18 @@ from minidiff.deepfloyd.stages import (
 from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
-from minidiff.sampling import Prediction, Step, denoise, draw_noise, final, network_calls, noised, other_stream
-from minidiff.sampling import seeded, visits
+from minidiff.sampling import (
+    Prediction,
+    Step,
+    denoise,
+    draw_noise,
+    final,
+    network_calls,
+    noised,
+    other_stream,
+    seeded,
+    visits,
+)
 from minidiff.schedule import respaced, strided
 from minidiff.solvers import STEPS
 
@@ -94,7 +104,7 @@ class Cascade:
         """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
-        stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder, if not model's.
+        stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
         dtype: of the networks; None: what the device is fast at.  text_encoder: "whole", "streamed" (half a block in
         memory at a time), or "auto": streamed if free memory is short.  prompt_embeds: a file of encoded prompts, which
         are then read and not computed.
@@ -116,8 +126,8 @@ class Cascade:
             states = encode_texts(text_model, texts, prompt_embeds=prompt_embeds, text_encoder=text_encoder,
                                   dtype=dtype, device=device)  # fmt: skip
             if states.shape[-1] != width:
-                raise ValueError(f"the stages read text states of width {width}, but these have width "
-                                 f"{states.shape[-1]}; encode the prompts with a text encoder of their family")  # fmt: skip
+                raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
+                                 "encode the prompts with a text encoder of their family")  # fmt: skip
             return states
 
         readers = [
@@ -300,7 +310,7 @@ def _common_width(folders: Sequence[Path], dtype: torch.dtype | None) -> int:
     widths = [plan_stage(folder, dtype)[0].unet.config.encoder_hid_dim for folder in folders]
     if len(set(widths)) != 1:
         text_widths = ", ".join(f"{folder.name} of width {width}" for folder, width in zip(folders, widths))
-        raise ValueError(f"the stages must be of one family, but read text states {text_widths}; choose another stage 2")
+        raise ValueError(f"the stages read text states {text_widths}; choose a stage 2 of the same family")
     return widths[0]
 
 

@@ -181,7 +181,7 @@ class Checkpoint:
             bad = int((~self.read([key])[key].isfinite()).sum())
             if bad:
                 numbers = f"{bad} of {math.prod(self.shapes[key])} numbers of {key}"
-                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in the weights ({numbers}); fetch it again")
+                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in the weights ({numbers}); fetch again")
 
 
 def _open(path: Path):

@@ -71,7 +71,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             if isinstance(error, RuntimeError):
                 if not isinstance(error, torch.OutOfMemoryError) and not NO_MEMORY.search(str(error)):
                     raise
-                error = f"{error}; ask for less at once: fewer images, --split-batch, in training a smaller --batch-size"
+                error = f"{error}; ask for less at once: fewer images, --split-batch, or a smaller --batch-size"
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

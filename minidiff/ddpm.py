@@ -181,7 +181,7 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
     kl_log_var = torch.where(is_last, true_log_var, log_var)
     distance = (true_mean - mean).square() * (-kl_log_var).exp()
     kl = 0.5 * (kl_log_var - true_log_var - 1 + (true_log_var - kl_log_var).exp() + torch.where(is_last, 0, distance))
-    nll = -_log_prob_of_8bit(x_start, mean, torch.where(is_last, log_var, 0).clamp(min=-60))  # std 1e-13: all or nothing
+    nll = -_log_prob_of_8bit(x_start, mean, torch.where(is_last, log_var, 0).clamp(min=-60))  # std 1e-13 at least
     return torch.where(is_last, nll, kl).flatten(1).mean(1) / math.log(2)
 
 

@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     original = images.load(args.image, cascade.stage(1).unet.config.sample_size)
     rows, labels = [], []
     for t in [*args.t, int(timesteps[i_start])]:
-        each = denoise(cascade, original, t, args.prompt, seed, blur_sigma=args.blur_sigma, blur_kernel=args.blur_kernel)
+        each = denoise(cascade, original, t, args.prompt, seed, blur_sigma=args.blur_sigma,
+                       blur_kernel=args.blur_kernel)  # fmt: skip
         rows.append([original[0], *(x[0] for x in each)])
         scores = [_score("blur", each.blurred, original), _score("one step", each.estimate, original)]
         labels.append(["original", f"noised, t = {t}", *scores])

@@ -83,7 +83,9 @@ def reference(image: Tensor, component: Component) -> KeepRule:
     return rule
 
 
-def kept(image: object, mask: object, size: int, method: str = "renoise", feather_width: float = 0.0) -> KeepRule | None:
+def kept(
+    image: object, mask: object, size: int, method: str = "renoise", feather_width: float = 0.0
+) -> KeepRule | None:
     """What a walk at this size keeps of an image: all that lies outside the mask. None if there is no mask.
 
     image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, W), or four numbers as for `box`.
@@ -100,7 +102,7 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", feathe
 
 
 def mask_at(mask: object, size: int) -> Tensor:
-    """A mask at this size, (1, 1, size, size) in [0, 1]: from a file, a tensor (1, 1, H, W), or the corners of a box."""
+    """A mask at this size, (1, 1, size, size) in [0, 1]: of a file, a tensor (1, 1, H, W), or the corners of a box."""
     if isinstance(mask, Tensor):
         return mask if mask.shape[-1] == size else F.interpolate(mask, (size, size), mode="nearest")
     return images.load_mask(mask, size) if isinstance(mask, (str, Path)) else box(mask, size)

@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from minidiff import cli, images, weights
 from minidiff.cascade import encode_texts
 from minidiff.deepfloyd.text import fingerprint, write_embeds

@@ -46,7 +46,7 @@ def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stag
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
                    + f"{steps or 'the measured best of the model'})")  # fmt: skip
     if stage2 is not None:
-        p.add_argument("--stage2", default=stage2, help="likewise, auto (what fits --model), none (default %(default)s)")
+        p.add_argument("--stage2", default=stage2, help="likewise, auto (fits --model) or none (default %(default)s)")
         p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: the measured best of the model)")
         p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")

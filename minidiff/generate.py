@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, labels, results, record = [], [], [], []
     cascade.encode(*args.prompts)
     for words, prompt in plans(args, cascade):
-        small, large = cascade.make([Part(*cascade.encode(prompt))], seeds, through=lambda steps: flags.noted(steps, record))
+        parts = [Part(*cascade.encode(prompt))]
+        small, large = cascade.make(parts, seeds, through=lambda steps: flags.noted(steps, record))
         shown = small if large is None else large
         rows.append(list(shown))
         labels.append([", ".join([*words, f"seed {seed}"]) for seed in seeds])

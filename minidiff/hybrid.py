@@ -117,7 +117,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/hybrid.png")
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="one per component: low frequencies first")
     p.add_argument("--kind", choices=KINDS, default="frequency", help="how the image is divided (default %(default)s)")
-    p.add_argument("--sigma", type=cli.finite, default=components.SIGMA, help="of the low pass, pixels of 64 (default 2)")
+    p.add_argument("--sigma", type=cli.finite, default=components.SIGMA, help="of the low pass, in pixels of 64 (2)")
     p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=cli.file_path, metavar="IMAGE", help="an image whose first component is kept")
     flags.add_edit_flags(p)

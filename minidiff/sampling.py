@@ -22,6 +22,7 @@ Time only falls, unless `jumps` sends the walk back up a few times so that what 
 Next: `guidance.py`, the first wrapper.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -94,12 +95,10 @@ def denoise(
 
 def final(steps: Iterable[Step]) -> Tensor:
     """Where a walk leads, (B, C, H, W). Raises ValueError if it has no step."""
-    step = None
-    for step in steps:
-        pass
-    if step is None:
+    last = deque(steps, maxlen=1)
+    if not last:
         raise ValueError("the walk has no step: a single timestep needs the final step")
-    return step.x_prev
+    return last[0].x_prev
 
 
 @torch.inference_mode()

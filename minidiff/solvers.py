@@ -7,7 +7,7 @@ defines an ordinary differential equation, which has no noise in it and bears lo
     dpm_step    second order: x_start moves on in a straight line        error falls as 1 / steps^2
 
 All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
-`sampling.denoise` takes any of them. The two of this file do not use pred_var: they add no noise, or the fixed amount of DDIM.
+`sampling.denoise` takes any of them. The two of this file do not use pred_var.
 `invert` walks the same equation upwards: from an image to the noise that gives it.
 
 Next: `sampling.py`, the loop.
@@ -57,7 +57,8 @@ def dpm_step(
     """One step of DPM-Solver++(2M), which also remembers the estimate before this one.
 
         x_prev = sigma_prev / sigma_t x_t + (a_prev - sigma_prev a_t / sigma_t) D
-        D      = x_start + (x_start - x_start before) / (2 r),    r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
+        D      = x_start + (x_start - x_start before) / (2 r)
+        r      = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
 
     with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
     The first step, which has no previous one, and the step to clean, whose lambda is infinite, take D = x_start: they

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from minidiff.deepfloyd.pictures import Pictures
@@ -97,7 +97,7 @@ def match_captions(
         ids, mask = tokenizer(texts)
         length = int(mask.sum(1).max())  # padding is hidden from real tokens, and the mean leaves it out
         ids, mask = ids[:, :length].to(device), mask[:, :length].to(device)
-        same = torch.tensor([[float(a == b) for b in texts] for a in texts], device=device)  # equal captions: both right
+        same = torch.tensor([[float(a == b) for b in texts] for a in texts], device=device)  # equal ones too
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states = text_encoder(ids, mask)
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

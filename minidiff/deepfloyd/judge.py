@@ -37,8 +37,18 @@ from tqdm import tqdm
 from minidiff import checkpoint, cli, images, weights
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd.captions import (
-    PERSON_CLASS, TRAITS, Expectation, agreement, class_names, concept_class, expected, floor, shares, style_phrases,
-    traits_in, words_of,
+    PERSON_CLASS,
+    TRAITS,
+    Expectation,
+    agreement,
+    class_names,
+    concept_class,
+    expected,
+    floor,
+    shares,
+    style_phrases,
+    traits_in,
+    words_of,
 )  # fmt: skip
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS

@@ -19,8 +19,6 @@ Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR
 Progressive Distillation Sec. 4 (loss weight SNR + 1).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -40,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minidiff import charts, cli, ddpm, images
+from minidiff.cascade import Cascade
 from minidiff.checkpoint import (
     Checkpoint,
     built,
@@ -55,12 +54,10 @@ from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
-from minidiff.deepfloyd.text import load_text_encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
-from minidiff.guidance import guided
-from minidiff.sampling import seeded
-from minidiff.schedule import Schedule, respaced, squaredcos_cap_v2
+from minidiff.factorized import Part
+from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
 MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
@@ -83,9 +80,9 @@ MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with t
 EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
-PREVIEW = ["a rocket ship", "a pencil", "a skull", "a castle", "a volcano", "a dog", "an old man", "a man wearing a hat",
-           "people around a campfire at night", "waterfalls", "a snowy mountain village", "a lion on a beach",
-           "an oil painting of an old man", "a lithograph of a skull", "a cartoon of a cat",
+PREVIEW = ["a rocket ship", "a pencil", "a skull", "a castle", "a volcano", "a dog", "an old man",
+           "a man wearing a hat", "people around a campfire at night", "waterfalls", "a snowy mountain village",
+           "a lion on a beach", "an oil painting of an old man", "a lithograph of a skull", "a cartoon of a cat",
            "a 3d render of a rocket"]  # fmt: skip
 
 
@@ -160,7 +157,8 @@ def random_numbers(
 
     random = {"t": t, "noise": torch.randn(batch_size, 3, side, side, generator=generator)}
     if stage == 2:
-        random |= {"level": below(schedule.num_train_timesteps), "top": below(size - CROP + 1), "left": below(size - CROP + 1)}
+        random["level"] = below(schedule.num_train_timesteps)
+        random |= {"top": below(size - CROP + 1), "left": below(size - CROP + 1)}
         random["low_noise"] = torch.randn(batch_size, 3, size, size, generator=generator)
     return random
 
@@ -251,23 +249,20 @@ def examine(model: Trainee, ema: dict[str, Tensor], tokenizer: Tokenizer, x_star
     return rows
 
 
-def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures, size: int = 64) -> None:
-    """Samples of the weights just written: the PREVIEW prompts, or four training pictures enlarged by stage 2."""
-    loaded = stages.load_stage(out, torch.float32, "cpu")
-    encode = load_text_encoder(text_encoder, torch.float32, "cpu")
+def preview(out: Path, stage: int, step: int, text_encoder: Path, pictures: Pictures) -> None:
+    """Samples of the weights just written: the PREVIEW prompts, or two training images enlarged by stage 2."""
     if stage == 1:
-        n = len(PREVIEW)
-        condition, walk = prompted(encode(PREVIEW), encode([""])), stages.Walk(respaced(20))
-        x = stages.sample_base(loaded, condition, walk, seeded(0, n), guidance_scale=4.0, size=(size, size))
-        strip = images.strip([list(x[: n // 2]), list(x[n // 2 :])], [PREVIEW[: n // 2], PREVIEW[n // 2 :]])
+        cascade, n = Cascade.load(str(out), "none", dtype=torch.float32), len(PREVIEW)
+        x = cascade.draw([Part(torch.cat(cascade.encode(*PREVIEW)))], range(n), steps=20, guidance_scale=4.0)
+        sheet = images.sheet(*images.grid(list(x), PREVIEW))
     else:
+        cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
         x_start, texts = pictures.draw(2, torch.Generator().manual_seed(1))
         low_res = F.avg_pool2d(x_start, 4)
-        condition, walk = prompted(encode(texts), encode([""])), stages.Walk(respaced(10))
-        x = stages.sample_super_resolution(loaded, low_res, condition, walk, seeded(0, 2))
+        x = cascade.enlarge(low_res, [Part(torch.cat(cascade.encode(*texts)))], range(2), steps=10)
         rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
-        strip = images.strip(rows, [["bilinear", "stage 2", "original"]] * 2)
-    images.save(strip, out / "training" / "samples" / f"step-{step:07d}.png", {})
+        sheet = images.sheet(rows, [["bilinear", "stage 2", "original"]] * 2)
+    images.save(sheet, out / "training" / "samples" / f"step-{step:07d}.png", {})
 
 
 def plot(csv_path: Path) -> None:
@@ -389,7 +384,7 @@ class Run:
         return loss.item()
 
     def pooled(self, x_start: Tensor) -> Tensor:
-        """Stage 1 at --size: a quarter of the pixels is a quarter of the cost, and what is learned there holds at 64."""
+        """Stage 1 at --size: a quarter of the pixels costs a quarter, and what is learned there holds at 64."""
         return x_start if self.stage == 2 else F.avg_pool2d(x_start, x_start.shape[-1] // self.args.size)
 
     def examine(self) -> None:
@@ -422,7 +417,7 @@ class Run:
                 if self.step % self.args.save_every == 0 or self.step == self.args.steps:
                     self.save()
                     if self.rank == 0:
-                        preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures, self.args.size)
+                        preview(self.args.out, self.stage, self.step, self.text_folder, self.pictures)
                         if self.stage == 1:
                             self.examine()
         if self.step < self.args.steps:
