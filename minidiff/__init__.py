@@ -24,6 +24,8 @@ The files in reading order; each imports only from files above it (tests/test_la
     cli.py                   what every command shares: errors, Ctrl-C, the device
     weights.py               which models there are, where they lie, fetching and checking them
     deepfloyd/stages.py      a UNet with its process, asked as a model
+    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
+    deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     cascade.py               the door: prompts and images in, images out
 
     flags.py                 the flags of the commands that draw
@@ -37,9 +39,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     upscale.py               any image four times as large
 
     charts.py                loss curves
-    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
     deepfloyd/pictures.py    captioned images to train on
-    deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say

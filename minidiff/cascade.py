@@ -18,6 +18,7 @@ stage is read when it first draws. So T5-XXL and the UNets are never in memory t
 Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `generate.py`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from minidiff import editing, images, weights
 from minidiff.checkpoint import default_dtype
-from minidiff.deepfloyd import text
+from minidiff.deepfloyd import text, vocabulary
 from minidiff.deepfloyd.stages import (
     NOISE_LEVEL,
     Stage,
@@ -85,15 +86,15 @@ class Cascade:
 
     def __init__(
         self, base: Callable[[], Stage] | None, upper: Callable[[], Stage] | None,
-        encode: Callable[[Sequence[str]], Tensor], settings: Sequence[Settings],
+        encode: Callable[[Sequence[str]], Tensor], settings: Sequence[Settings], known: dict | None = None,
     ):  # fmt: skip
         """base, upper: read the stages when they are first needed; None if there is no such stage.
 
-        encode: texts to states (N, L, D).
+        encode: texts to states (N, L, D).  known: the model's vocabulary, for warnings of words it never saw.
         """
         self._readers, self._stages = (base, upper), [None, None]
         self._encode, self._states = encode, {}
-        self.settings, self.progress, self.split_batch = list(settings), False, False
+        self.settings, self.vocabulary, self.progress, self.split_batch = list(settings), known, False, False
 
     @classmethod
     def load(
@@ -135,7 +136,9 @@ class Cascade:
             for folder in folders
         ]
         kinds = ["mini" if name == "mini" else "released" for name in (model, stage2)]
-        return cls(*readers, encode, [DEFAULTS[kind][i] for i, kind in enumerate(kinds)])
+        local = weights.encoder_here(text_model)
+        known = vocabulary.read(local) if local else None
+        return cls(*readers, encode, [DEFAULTS[kind][i] for i, kind in enumerate(kinds)], known)
 
     @property
     def has_upper(self) -> bool:
@@ -153,6 +156,10 @@ class Cascade:
     def encode(self, *prompts: str) -> list[Tensor]:
         """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once."""
         wanted = [p for p in dict.fromkeys((*prompts, "")) if p not in self._states]
+        for prompt in wanted if self.vocabulary else ():
+            if unknown := vocabulary.unknown_words(prompt, self.vocabulary):
+                warnings.warn(f"{prompt!r}: no caption of this model had the words {', '.join(unknown)}; "
+                              "python -m minidiff.generate --prompts lists what it knows", stacklevel=2)  # fmt: skip
         if wanted:
             self._states.update(zip(wanted, self._encode(wanted).cpu().split(1)))
         return [self._states[p] for p in prompts]

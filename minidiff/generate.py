@@ -1,6 +1,7 @@
 """A prompt becomes an image: 64x64 from pure noise, then 256x256.
 
     python -m minidiff.generate "a rocket ship"
+    python -m minidiff.generate --prompts                             what the embedded model knows
     python -m minidiff.generate "a castle" --seed 0 1 3 4 5           an image of each seed
     python -m minidiff.generate "a castle" "a volcano" --steps 5 20   a row for each prompt and number of steps
     python -m minidiff.generate "a castle" --guidance-scale 1 7 --num-images 5 --stage2 none     without and with CFG
@@ -20,8 +21,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from minidiff import cli, flags, images
+from minidiff import cli, flags, images, weights
 from minidiff.cascade import Cascade
+from minidiff.deepfloyd import vocabulary
 from minidiff.factorized import Part
 from minidiff.sampling import Step
 from minidiff.schedule import Schedule
@@ -30,6 +32,8 @@ from minidiff.schedule import Schedule
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
+    if args.list:
+        return print(known_prompts(args.model))
     seeds, cascade, steps_out = flags.seeds_of(args), flags.load_cascade(args, compares=True), None
     if args.show_every:
         steps_out = args.out.with_name(f"{args.out.stem}-steps{args.out.suffix}")
@@ -51,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)
         images.save(sheet, steps_out, flags.settings(args, "generate", cascade) | {"minidiff": "sheet"})
         print(f"wrote {steps_out}")
+
+
+def known_prompts(model: str) -> str:
+    """What the model knows, as text. Raises ValueError if it brings no list."""
+    folder = weights.encoder_here(model)
+    known = vocabulary.read(folder) if folder else None
+    if known is None:
+        raise ValueError(f"{model} brings no list of what it knows (vocabulary.json); mini does")
+    return vocabulary.listing(known)
 
 
 def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str], str]]:
@@ -90,10 +103,13 @@ def steps_sheet(record: Sequence[Step], schedule: Schedule) -> tuple[list[list[T
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/generate.png")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("--prompts", action="store_true", dest="list", help="list what the model knows, draw nothing")
     flags.add_cascade_flags(p)
     p.add_argument("--show-every", type=int, metavar="K", help="also write a sheet of every K-th step")
     args = p.parse_intermixed_args(argv)
+    if not args.prompts and not args.list:
+        raise ValueError('no prompt; pass one, such as "a rocket ship", or --prompts to list what the model knows')
     if args.show_every is not None:
         if args.show_every < 1:
             raise ValueError(f"--show-every must be at least 1, got {args.show_every}")

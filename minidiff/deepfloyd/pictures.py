@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minidiff import images
+from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
 CAPTION_DROPOUT = 0.12  # how often a picture is shown with a neutral prompt, for classifier-free guidance
-NEUTRAL = ["", "", "", "", "a high quality photo", "a high quality picture"]
 HELD_OUT = 128  # pictures on which the error is measured
 
 

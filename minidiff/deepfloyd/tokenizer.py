@@ -10,8 +10,6 @@ prompts.
 Next: `t5.py`, which turns the ids into vectors.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS = 77
-PAD, EOS = 0, 1
+PAD, EOS, UNKNOWN = 0, 1, 2
 
 
 class Tokenizer:
@@ -52,6 +50,9 @@ class Tokenizer:
     def encode(self, prompt: str) -> list[int]:
         """One prompt to at most 77 ids, the last of them the end mark. The empty prompt is the end mark alone."""
         ids = self.pieces.encode(clean(prompt))
+        if UNKNOWN in ids:
+            pieces = [p for p, i in zip(self.pieces.encode(clean(prompt), out_type=str), ids) if i == UNKNOWN]
+            warnings.warn(f"the tokenizer has no piece for {', '.join(pieces)} in {prompt!r}", stacklevel=3)
         if len(ids) > MAX_TOKENS - 1:
             lost = self.pieces.decode(ids[MAX_TOKENS - 1 :])
             warnings.warn(

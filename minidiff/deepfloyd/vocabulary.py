@@ -1,18 +1,25 @@
 """What a cascade knows, collected from the captions that it learned: things, people, places, scenes, styles, words.
 
-Read `deepfloyd/captions.py` and `deepfloyd/pictures.py` first. Next: `deepfloyd/initial.py`.
+Read `deepfloyd/captions.py` first. Next: `minidiff/cascade.py`, which warns of words that its model does not know.
 """
 
 import itertools
-import json
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minidiff.deepfloyd.captions import ARTICLE, PERSON, TIME, singulars, split_style, style_phrases, words_of
-from minidiff.deepfloyd.pictures import NEUTRAL
+from minidiff.checkpoint import read_json, write_json
+from minidiff.deepfloyd.captions import (
+    ARTICLE,
+    NEUTRAL,
+    PERSON,
+    TIME,
+    singulars,
+    split_style,
+    style_phrases,
+    words_of,
+)  # fmt: skip
 
 WIDTH = 110  # of a listing, in letters
 
@@ -40,8 +47,13 @@ def collect(rows: Sequence[Mapping]) -> dict:
 
 def write(rows: Sequence[Mapping], path: Path) -> None:
     """The collection as JSON. The file is there whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(collect(rows), indent=1) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_json(path, collect(rows))
+
+
+def read(folder: Path) -> dict | None:
+    """What `write` wrote into a model's folder; None if there is nothing. Raises WeightsError if it is broken."""
+    path = folder / "vocabulary.json"
+    return read_json(path) if path.is_file() else None
 
 
 def unknown_words(prompt: str, vocabulary: Mapping) -> list[str]:
