@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import editing, images, weights
-from minidiff.checkpoint import default_dtype
+from minidiff import cli, editing, images, weights
+from minidiff.checkpoint import default_dtype, read_config
 from minidiff.deepfloyd import text, vocabulary
 from minidiff.deepfloyd.stages import (
     NOISE_LEVEL,
@@ -99,18 +99,19 @@ class Cascade:
     @classmethod
     def load(
         cls, model: str = "mini", stage2: str = "auto", *, text_model: str | None = None,
-        device: torch.device | str = "cpu", dtype: torch.dtype | None = None, text_encoder: str = "auto",
+        device: torch.device | str = "auto", dtype: torch.dtype | None = None, text_encoder: str = "auto",
         prompt_embeds: str | Path | None = None,
     ) -> "Cascade":  # fmt: skip
         """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
         stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
-        dtype: of the networks; None: what the device is fast at.  text_encoder: "whole", "streamed" (half a block in
-        memory at a time), or "auto": streamed if free memory is short.  prompt_embeds: a file of encoded prompts, which
-        are then read and not computed.
+        device: "auto" is the best of this machine.  dtype: of the networks; None: what the device is fast at.
+        text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
+        short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
+        device = cli.device_of(str(device))
         model, stage2 = weights.short_name(model, 1), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
@@ -121,7 +122,7 @@ class Cascade:
         ]
         width = _common_width([folder for folder in folders if folder is not None], precision)
         if text_model is None:
-            text_model = model if model != "none" else "mini" if stage2 == "mini" else "IF-I-XL-v1.0"
+            text_model = model if model != "none" else "mini" if width == _mini_width() else "IF-I-XL-v1.0"
 
         def encode(texts: Sequence[str]) -> Tensor:
             states = encode_texts(text_model, texts, prompt_embeds=prompt_embeds, text_encoder=text_encoder,
@@ -310,6 +311,11 @@ def _start(
     if image.shape[1:] != (3, *size):
         raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
     return noised(image.float(), int(timesteps[0]), stage.schedule, generators).to(stage.device)
+
+
+def _mini_width() -> int | None:
+    """The width of the text states that the embedded stage 2 reads."""
+    return read_config(weights.WEIGHTS / weights.MINI[2] / "unet").get("encoder_hid_dim")
 
 
 def _common_width(folders: Sequence[Path], dtype: torch.dtype | None) -> int:
