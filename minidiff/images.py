@@ -1,293 +1,350 @@
-"""Pictures: from files to tensors and back, labelled strips of them, GIFs, and what the file remembers of its making.
+"""Images: from files to tensors and back, labelled sheets of them, GIFs, and what a file remembers of its making.
 
-A picture inside the package is (1, 3, H, W) float32 in [-1, 1]; in a file it is 8-bit RGB. Only here the two meet:
+This is plumbing: skim it. An image in the package is (1, 3, H, W) float32 in [-1, 1], in a file 8-bit sRGB:
 
     x = value / 127.5 - 1          value = round(255 (x / 2 + 0.5)), clamped to 0..255
-
-Every file is first written under a temporary name and then renamed, so a picture is there whole or not at all.
-
-This is plumbing: skim it.
 """
 
-from __future__ import annotations
-
-import bisect
+import io
 import math
 import os
+import re
+import tempfile
+import textwrap
+import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MOST_PIXELS = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # a side of such a file
-Size = int | tuple[int, int]
+NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC  # Pillow's bicubic is antialiased
 
-MARGIN, TITLE_SIZE, LABEL_SIZE = 16, 18, 15  # of a strip, in pixels
+# (colours of a profile, Pillow's mode of an image) that fit each other: the mode in which the profile reads the image
+PROFILE_MODES = {("GRAY", "L"): "L", ("CMYK", "CMYK"): "CMYK", **{("RGB", mode): "RGB" for mode in ("L", "P", "RGB")}}
+KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # Pillow scales such pixels, but not the transparent colour
+MARGIN, TITLE_SIZE, LABEL_SIZE, LEGIBLE = 16, 18, 15, 192  # of a sheet, in pixels; LEGIBLE: least height of an image
 
 
-# ---------------------------------------------------------------------------------------------- reading
+def load(path: str | Path, size: int | None = None) -> Tensor:
+    """Read an image file of any kind: (1, 3, H, W) float32 in [-1, 1].
 
-
-def load(path: str | Path, size: Size | None = None) -> Tensor:
-    """Read a picture file of any kind: (1, 3, H, W) float32 in [-1, 1].
-
-    Transparency is laid over white, a camera's rotation is applied, 16-bit is rounded to 8, of an animation the first
-    frame is taken. size: the picture is scaled (Pillow's antialiased bicubic) until it just covers size x size, or
-    (height, width), and cropped at its centre; None keeps it as it is.
-    Raises ValueError if the file is missing, broken or no picture.
+    An embedded colour profile is converted to sRGB, transparency is laid over white, a camera's rotation is applied,
+    of an animation the first frame is taken. Grey of more than 8 bits is rounded to 8: white is 65535 in 16 bits, 255
+    or 65535 in integers of 32 bits, 1, 255 or 65535 in floats: the least of these that no value exceeds.
+    size: the image is scaled until it just covers size x size, and cropped at its centre; None keeps it as it is.
+    Raises ValueError if the file is missing, broken, no image, or a labelled sheet of `save_images`.
     """
-    return from_pil(_fit(_rgb(_open(path)), size, Image.Resampling.BICUBIC))
+    image = _flat(_read(path), path)
+    return from_pil(image if size is None else ImageOps.fit(image, (size, size), BICUBIC))
 
 
-def load_mask(path: str | Path, size: Size) -> Tensor:
-    """Read a mask: (1, 1, H, W) float32 in [0, 1], 1 where it is white: paint here. Cropped as `load` crops.
+def load_mask(path: str | Path, size: int) -> Tensor:
+    """Read a mask: (1, 1, H, W) float32 in [0, 1], 1 = paint here. Cropped as `load` crops, no colour profile.
 
-    A mask of only black and white keeps hard edges (nearest neighbour); shades are scaled like a picture. Transparent
-    counts as white.    Raises ValueError as `load` does.
+        transparency | visible pixels                 | marked
+        none         | shades                         | the light ones: the largest of red, green, blue; 255 = 1
+        none         | values 0 and 1, or a palette   | all that are not black, as 1
+                     | of black and one other colour  |
+        some         | all light: 128 or more         | the visible ones, a layer of paint; opacity = strength
+        some         | black and white, or all black  | the white and the transparent ones: as if laid over white
+        some         | others: a photo                | the transparent ones: erased; transparency = strength
+        all          |                                | everything: erased
+
+    A mask of two values keeps hard edges (nearest neighbour); shades are scaled like an image.
+    Raises ValueError as `load` does.
     """
-    grey = _rgb(_open(path)).convert("L")
-    is_binary = set(grey.getextrema()) <= {0, 255} and sum(grey.histogram()[1:255]) == 0
-    grey = _fit(grey, size, Image.Resampling.NEAREST if is_binary else Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(grey, dtype=np.float32) / 255)[None, None]
+    image = _read(path)
+    image.info.pop("icc_profile", None)
+    pixels = np.array(_eight_bits(image, path, of_mask=True).convert("RGBA"))
+    marked = _marked(pixels[..., :3].max(2), pixels[..., 3], image.mode == "P")
+    resample = NEAREST if len(np.unique(marked)) <= 2 else BICUBIC
+    mask = ImageOps.fit(Image.fromarray(marked), (size, size), resample)
+    return torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None, None]
 
 
-def check_same_shape(picture: str | Path, mask: str | Path) -> None:
+def _marked(light: np.ndarray, alpha: np.ndarray, has_palette: bool) -> np.ndarray:
+    """The table of `load_mask`.  light, alpha, result: (H, W) uint8."""
+    visible = alpha >= max(1, alpha.max() / 2)
+    levels = np.unique(light[visible])
+    if not len(levels):
+        return 255 - alpha
+    if levels[-1] <= 1 or has_palette and len(levels) == 2 and levels[0] == 0:
+        light = 255 * (light > 0).astype(np.uint8)
+    if alpha.min() == 255:
+        return light
+    if (light[visible] >= 128).mean() > 0.99:
+        return alpha
+    is_black_and_white = np.minimum(light, 255 - light)[visible].mean() < 0.05 * 255
+    kept = alpha / 255 * ((255 - light) if is_black_and_white else 255)
+    return (255 - kept).round().astype(np.uint8)
+
+
+def mask_share(mask: Tensor) -> float:
+    """The share of the image that a mask in [0, 1] marks. Warns if that is nothing or everything."""
+    if mask.max() == 0:
+        warnings.warn("the mask marks nothing: nothing is painted", stacklevel=2)
+    elif mask.min() == 1:
+        warnings.warn("the mask marks everything: nothing of the image is kept", stacklevel=2)
+    return mask.double().mean().item()
+
+
+def check_same_shape(image: str | Path, mask: str | Path) -> None:
     """Raise ValueError if these files differ in shape by more than a pixel in 64: cropped, they would not fit."""
-    (w, h), (mask_w, mask_h) = _open(picture).size, _open(mask).size
+    (w, h), (mask_w, mask_h) = _read(image).size, _read(mask).size
     if abs(w / h * mask_h / mask_w - 1) > 1 / 64:
-        raise ValueError(
-            f"the mask must have the shape of its picture: {picture} is {w}x{h}, {mask} is {mask_w}x{mask_h}; any size "
-            "of the same shape will do"
-        )
+        sizes = f"{image} is {w}x{h}, {mask} is {mask_w}x{mask_h}"
+        raise ValueError(f"the mask must have the shape of its image: {sizes}; any size of the same shape will do")
 
 
-def from_pil(picture: Image.Image) -> Tensor:
-    """Any Pillow picture to (1, 3, H, W) float32 in [-1, 1]."""
-    values = torch.from_numpy(np.array(_rgb(picture)))  # (H, W, 3) uint8
+def from_pil(image: Image.Image) -> Tensor:
+    """Any Pillow image to (1, 3, H, W) float32 in [-1, 1]."""
+    values = torch.from_numpy(np.array(_flat(image, "the image")))  # (H, W, 3) uint8
     return (values.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()
 
 
 def to_pil(x: Tensor) -> Image.Image:
-    """One picture in [-1, 1] to Pillow: (3, H, W), (1, 3, H, W) or, as grey, (1, 1, H, W) or (1, H, W). Clamped.
+    """One image in [-1, 1] to Pillow: (3, H, W), (1, 3, H, W) or, as grey, (1, 1, H, W) or (1, H, W). Clamped.
 
     Raises ValueError on another shape, or if x holds NaN.
     """
     if x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 3 or x.shape[0] not in (1, 3):
-        raise ValueError(f"a picture must be (3, H, W), (1, 3, H, W) or (1, 1, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"an image must be (3, H, W), (1, 3, H, W) or (1, 1, H, W), got {tuple(x.shape)}")
     x = x.detach().float().cpu()
     if x.isnan().any():
-        raise ValueError("the picture holds NaN: half precision overflowed? try --dtype float32")
-    values = (255 * (x / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(values if values.shape[2] == 3 else values[:, :, 0]).convert("RGB")
+        raise ValueError("the image holds NaN: the network's output is not finite; try --dtype float32")
+    values = (255 * (x / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+    return Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def _open(path: str | Path) -> Image.Image:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}; pass the path of a picture file, such as {path.stem or 'picture'}.png")
+def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
+    """An image file as Pillow reads it, turned upright, and the text in it."""
+    if re.match("https?:/", str(path)):
+        raise ValueError(f"{path} is a web address; download it first and pass the file")
     try:
-        with Image.open(path) as file:
+        with open(os.path.expanduser(path), "rb") as stream, Image.open(stream) as file:
+            scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile else None
             file.load()
-            return ImageOps.exif_transpose(file)
+            if scale and (key := file.info.get("transparency")) is not None:
+                file.info["transparency"] = tuple(int(v * scale) for v in key) if scale < 1 else key * scale
+            image = file.convert("I;16") if file.mode == "I" and file.format in ("PNG", "PPM") else file
+            return ImageOps.exif_transpose(image), getattr(file, "text", {})
     except Exception as error:  # Pillow's decoders raise errors of many classes on broken files
+        if isinstance(error, OSError) and error.errno:  # the system's error, not Pillow's
+            reasons = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder"}
+            reason = reasons.get(type(error), f"cannot be opened: {error.strerror.lower()}")
+            raise ValueError(f"{path} {reason}; pass the path of an image file, such as image.png") from error
+        reason = "no known kind of image" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{path} cannot be read as a picture ({error}); it is broken, cut short or of an unknown kind: "
+            f"{path} cannot be read as an image ({reason}); it is broken, cut short, too large or of an unknown kind: "
             "open it in an image viewer and save it again as PNG"
         ) from error
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """Any mode to RGB: over white where transparent, 16 bits rounded to 8."""
-    if picture.mode.startswith("I") or picture.mode == "F":  # grey of 16 bits (also where Pillow says 32), or 0 to 1
-        values = np.array(picture).astype(np.float64) * (255 if picture.mode == "F" else 1 / 257)
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+def _read(path: str | Path) -> Image.Image:
+    image, text = _open(path)
+    if text.get("minidiff") == "sheet":
+        raise ValueError(f"{path} is a sheet of labels; pass the image itself: {text.get('images', 'another file')}")
+    return image
 
 
-def _fit(picture: Image.Image, size: Size | None, resample: Image.Resampling) -> Image.Image:
-    if size is None:
-        return picture
-    height, width = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(picture, (width, height), resample, centering=(0.5, 0.5))
+def _eight_bits(image: Image.Image, name: str | Path, of_mask: bool = False) -> Image.Image:
+    """Grey of more than 8 bits to 8, the other modes as they are.  of_mask: integers of 0 and 1 are black and white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.array(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    whites = [1] * (image.mode == "F" or of_mask) + ([65535] if image.mode.startswith("I;16") else [255, 65535])
+    white = next((w for w in whites if high <= 1.1 * w), math.nan)  # 1.05 is an overshoot of 0..1, not black of 0..255
+    if not -0.001 <= low <= high <= white + 0.001:
+        raise ValueError(f"{name} holds grey values from {low:g} to {high:g}; scale them to 0..255 and save it again")
+    grey = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(255 * (values != key).astype(np.uint8)))
+    grey.info = {"icc_profile": image.info["icc_profile"]} if "icc_profile" in image.info else {}
+    return grey
 
 
-# ---------------------------------------------------------------------------------------------- strips
+def _flat(image: Image.Image, name: str | Path) -> Image.Image:
+    """Any mode to 8-bit sRGB, over white where transparent.  name: for messages."""
+    image = _eight_bits(image, name)
+    if image.has_transparency_data:
+        image = image.convert("LA" if Image.getmodebase(image.mode) == "L" else "RGBA")
+        colours = _srgb(image, name)
+        colours.putalpha(image.getchannel("A"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+    image = _srgb(image, name)
+    image.info = {}  # neither the old profile nor a transparent colour goes along
+    return image
 
 
-def strip(rows: Sequence[Sequence[Tensor]], labels: Sequence[Sequence[str]], title: str = "") -> Image.Image:
-    """A labelled grid, white around it: each picture with its label below, the title on top; text is wrapped.
+def _srgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """Colours to RGB, through the embedded profile if there is one; alpha is dropped."""
+    if "icc_profile" in image.info:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            colours = "CMYK" if image.mode == "CMYK" else Image.getmodebase(image.mode)
+            pixels = image.convert(PROFILE_MODES[profile.profile.xcolor_space.strip(), colours])
+            return ImageCms.profileToProfile(pixels, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except Exception:  # as many classes as there are ways to be broken
+            warnings.warn(f"{name}: its colour profile is broken or for other colours; sRGB is assumed", stacklevel=2)
+    return image.convert("RGB")
 
-    rows: pictures as in `to_pil`, of any sizes; small ones are enlarged by whole factors, pixel by pixel, towards the
+
+def grid(images: Sequence[Tensor], labels: Sequence[str]) -> tuple[list[list[Tensor]], list[list[str]]]:
+    """A list of images as rows for `sheet`: a grid about as wide as high.    Returns the rows and their labels."""
+    columns = max(1, math.ceil(math.sqrt(len(images))))
+    starts = range(0, len(images), columns)
+    return [list(images[i : i + columns]) for i in starts], [list(labels[i : i + columns]) for i in starts]
+
+
+def sheet(rows: Sequence[Sequence[Tensor]], labels: Sequence[Sequence[str]], title: str = "") -> Image.Image:
+    """A labelled grid, white around it: each image with its label below, the title on top; text is wrapped.
+
+    rows: images as in `to_pil`, of any sizes; small ones are enlarged by whole factors, pixel by pixel, towards the
     height of the largest (at least 192, or 128 if there are many), so that 64 stands beside 256 and nothing is blurred.
-    labels: as many rows and entries as rows; "" for none.
-    Raises ValueError if labels and pictures differ in number, or there are none.
+    labels: one for each image, "" for none.    Raises ValueError if not, or if there are no images.
     """
-    if not any(rows) or [len(row) for row in rows] != [len(row) for row in labels]:
-        raise ValueError(
-            f"every picture needs one label: got rows of {[len(row) for row in rows]} pictures "
-            f"and of {[len(row) for row in labels]} labels"
-        )
-    pictures = [[to_pil(x) for x in row] for row in rows]
-    columns = max(map(len, pictures))
-    height = max(192 if columns <= 6 else 128, *(p.height for row in pictures for p in row))
-    pictures = [[_enlarge(p, height // p.height) for p in row] for row in pictures]
-    widths = [max(row[i].width for row in pictures if i < len(row)) for i in range(columns)]
-    heights = [max((p.height for p in row), default=0) for row in pictures]
-
-    font, title_font = (ImageFont.load_default(size=s) for s in (LABEL_SIZE, TITLE_SIZE))
-    texts = [[_wrap(text, w, font) for text, w in zip(row, widths)] for row in labels]
-    title_lines = _wrap(title, sum(widths) + MARGIN * (columns - 1), title_font)
-    title_height = _text_height(title_lines, title_font)
-    label_heights = [max((_text_height(lines, font) for lines in row), default=0) for row in texts]
-
-    total_width = sum(widths) + MARGIN * (columns + 1)
-    total_height = MARGIN + title_height + sum(heights) + sum(label_heights) + MARGIN * len(rows)
-    total_height += MARGIN if title_height else 0
-    page = Image.new("RGB", (total_width, total_height), "white")
-    draw = ImageDraw.Draw(page)
-    draw.multiline_text((MARGIN, MARGIN), "\n".join(title_lines), "black", title_font)
-    y = MARGIN + title_height + (MARGIN if title_height else 0)
-    for row, row_texts, h, label_height in zip(pictures, texts, heights, label_heights):
-        x = MARGIN
-        for picture, lines, w in zip(row, row_texts, widths):
-            page.paste(picture, (x + (w - picture.width) // 2, y + (h - picture.height) // 2))
-            where = (x + w // 2, y + h + LABEL_SIZE // 3)
-            draw.multiline_text(where, "\n".join(lines), "black", font, anchor="ma", align="center")
+    counts, label_counts = [len(row) for row in rows], [len(row) for row in labels]
+    if not any(counts) or counts != label_counts:
+        raise ValueError(f"every image needs one label: got rows of {counts} images and of {label_counts} labels")
+    images = [[to_pil(x) for x in row] for row in rows]
+    height = max(LEGIBLE if max(counts) <= 6 else 128, *(image.height for row in images for image in row))
+    images = [[ImageOps.scale(image, height // image.height, NEAREST) for image in row] for row in images]
+    widths = [max(row[i].width for row in images if i < len(row)) for i in range(max(counts))]
+    texts = [[_text(label, w, LABEL_SIZE, centred=True) for label, w in zip(row, widths)] for row in labels]
+    heading = _text(title, sum(widths) + MARGIN * (len(widths) - 1), TITLE_SIZE)
+    y = MARGIN + (heading.height + MARGIN if title else 0)
+    places = [(heading, (MARGIN, MARGIN))]
+    for row, row_texts in zip(images, texts):
+        x, height = MARGIN, max((image.height for image in row), default=0)
+        for image, text, w in zip(row, row_texts, widths):
+            places.append((image, (x + (w - image.width) // 2, y + (height - image.height) // 2)))
+            places.append((text, (x, y + height)))
             x += w + MARGIN
-        y += h + label_height + MARGIN
+        y += height + max((text.height for text in row_texts), default=0) + MARGIN
+    page = Image.new("RGB", (heading.width + 2 * MARGIN, y), "white")
+    for part, place in places:
+        page.paste(part, place)
     return page
 
 
-def _enlarge(picture: Image.Image, factor: int) -> Image.Image:
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+strip = sheet
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break text into lines of at most width pixels, between words, or inside a word that is longer than a line."""
-    lines: list[str] = []
-    for paragraph in text.split("\n") if text else []:
-        line = ""
-        for word in paragraph.split(" "):
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}" if line else word
-            while len(line) > 1 and font.getlength(line[: width + 1]) > width:  # no letter is narrower than a pixel
-                fits = bisect.bisect(range(1, min(len(line), width + 1)), width, key=lambda n: font.getlength(line[:n]))
-                lines.append(line[: max(1, fits)])
-                line = line[max(1, fits) :]
-        lines.append(line)
-    return lines
+def _text(text: str, width: int, size: int, centred: bool = False) -> Image.Image:
+    """Black text on white, this wide: broken between words, or inside a word that is longer than a line."""
+    font, lines = ImageFont.load_default(size), []
+    text = _legible(text, font)
+    for letters in range(min(len(text), width), 0, -1):  # the most letters whose lines all fit
+        lines = [textwrap.wrap(part, letters, break_on_hyphens=False) or [""] for part in text.split("\n")]
+        lines = sum(lines, [])
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    page = Image.new("RGB", (width, round(1.3 * size * len(lines) + size / 3 * bool(lines))), "white")
+    for i, line in enumerate(lines):
+        place = width // 2 if centred else 0, round(1.3 * size * i + size / 3)
+        ImageDraw.Draw(page).text(place, line, "black", font, anchor="ma" if centred else "la")
+    return page
 
 
-def _text_height(lines: list[str], font: ImageFont.FreeTypeFont) -> int:
-    if not lines:
-        return 0
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), "\n".join([*lines[:-1], "Ag"]), font)
-    return round(box[3]) + LABEL_SIZE // 3
+def _legible(text: str, font: ImageFont.FreeTypeFont) -> str:
+    r"""Letters that the font lacks: without their accent (e for é) or as an escape, such as \u4e2d, not as boxes."""
+    text, box = unicodedata.normalize("NFC", text), bytes(font.getmask("\uffff"))  # which is no letter
+    for letter in set(text) - {"\n"}:
+        choices = letter, unicodedata.normalize("NFD", letter)[0]
+        escape = letter.encode("unicode_escape").decode()
+        text = text.replace(letter, next((c for c in choices if bytes(font.getmask(c)) != box), escape))
+    return text
 
 
-# ---------------------------------------------------------------------------------------------- writing
+def output_paths(path: str | Path, count: int) -> list[Path]:
+    """Where `save_images` writes: a.png or a-0.png, a-1.png, ..., and last the sheet, a-sheet.png."""
+    path = Path(path)
+    names = [path.name] if count == 1 else [f"{path.stem}-{i}{path.suffix}" for i in range(count)]
+    return [path.with_name(name) for name in [*names, f"{path.stem}-sheet.png"]]
 
 
-def check_output(path: str | Path, known: Sequence[str] = KNOWN) -> None:
+def check_output(path: str | Path, known: Sequence[str] = KNOWN, count: int = 0) -> None:
     """Find out before the work whether its result can be written here. Missing folders are made.
 
-    Raises ValueError if path is a folder, its ending is not among the known, or nothing can be written beside it.
+    count: of images that `save_images` will write, whose every path is checked; 0: one file of this path.
+    Raises ValueError if a path is a folder, its ending is not among the known, or nothing can be written beside it.
     """
-    path = Path(path).expanduser()
-    if len(path.name.encode()) > 200:
-        raise ValueError(f"{path.name[:40]}... is too long for a file name; pass another --out")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; pass a file name, such as {path / 'picture'}{known[0]}")
-    if path.suffix.lower() not in known:
-        raise ValueError(f"{path} must end in one of {', '.join(known)}, got {path.suffix or 'no ending'!r}")
-    probe = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); pass another --out") from error
+    for file in output_paths(path, count) if count else [path]:
+        file = Path(os.path.expanduser(file))
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; pass a file name, such as {file / 'image'}{known[0]}")
+        if file.suffix.lower() not in known:
+            raise ValueError(f"{file} must end in one of {', '.join(known)}, got {file.suffix or 'no ending'!r}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.").close()
+        except OSError as error:
+            raise ValueError(f"cannot write to {file} ({error.strerror}); pass another --out") from error
 
 
-def save(picture: Image.Image, path: str | Path, metadata: dict[str, object]) -> Path:
-    """Write a picture. In a PNG, metadata (prompt, seed, flags ...) goes along as text; other kinds leave it out.
+def save(image: Image.Image, path: str | Path, metadata: dict[str, object]) -> Path:
+    """Write an image as 8-bit sRGB. In a PNG, metadata (prompt, seed, flags ...) goes along as text.
 
-    Returns the path written to: with .png behind it if the picture is too large for the kind of file asked for.
-    Raises ValueError if the ending is not one of KNOWN.
+    Returns the path.    Raises ValueError if its ending is not one of KNOWN.
     """
-    options: dict[str, object] = {}
-    if max(picture.size) > MOST_PIXELS.get(Path(path).suffix.lower(), math.inf):
-        path = Path(f"{path}.png")
-    if Path(path).suffix.lower() == ".png":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in metadata.items():
-            text = str(value).encode("utf-8", "backslashreplace").decode()  # file names need not be Unicode
-            options["pnginfo"].add_text(key, text)  # iTXt where Latin-1 does not suffice
-    elif Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp"):
-        options["quality"] = 95
-    _write(path, lambda file, kind: picture.save(file, kind, **options))
+    text = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():  # iTXt where Latin-1 does not suffice; file names need not be Unicode
+        text.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())
+    options = {"quality": 95} if Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp") else {"pnginfo": text}
+    _write(path, lambda file, kind: _flat(image, path).save(file, kind, **options))
     return Path(path)
 
 
+def save_images(images: Sequence[Tensor], sheet: Image.Image, path: str | Path, metadata: dict) -> list[Path]:
+    """Write each image bare, at its own size, and beside them the labelled sheet, always a PNG: see `output_paths`.
+
+    images: as in `to_pil`.  The sheet's metadata also names it a sheet and lists the bare images, for `load`.
+    Returns the paths written to, the sheet's last.
+    """
+    pages, paths = [to_pil(x) for x in images], output_paths(path, len(images))
+    written = [save(page, place, metadata) for page, place in zip(pages, paths)]
+    names = ", ".join(place.name for place in written)
+    return [*written, save(sheet, paths[-1], {**metadata, "minidiff": "sheet", "images": names})]
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `save` wrote beside the picture; empty for other kinds than PNG.    Raises ValueError as `load` does."""
-    _open(path)
-    with Image.open(Path(path).expanduser()) as file:
-        file.load()
-        return dict(getattr(file, "text", {}))
+    """What `save` wrote beside the image; empty for other kinds than PNG.    Raises ValueError as `load` does."""
+    return dict(_open(path)[1])
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds_per_frame: float = 0.1) -> None:
-    """Write an endless animation. seconds_per_frame: at least 0.02, which is the shortest that viewers show.
+    """Write an endless animation. Frames less than 192 pixels high are enlarged by a whole factor to at least that.
 
-    Raises ValueError if there are no frames, they differ in size, go by too fast, or path does not end in .gif.
+    Raises ValueError if there are no frames, they differ in size, or path does not end in .gif.
     """
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"an animation needs frames of one size, got {sorted(sizes) or 'none'}")
-    if seconds_per_frame < 0.02:
-        raise ValueError(f"seconds_per_frame must be at least 0.02, got {seconds_per_frame}")
-    if Path(path).suffix.lower() != ".gif":
-        raise ValueError(f"an animation must end in .gif, got {path}")
-    duration = round(1000 * seconds_per_frame)
-    colours = _sheet(frames[:: max(1, len(frames) // 8)]).quantize(256)  # one palette for all, or it takes seconds
-    first, *rest = [frame.convert("RGB").quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
+    check_output(path, known=(".gif",))
+    duration, factor = round(1000 * seconds_per_frame), math.ceil(LEGIBLE / frames[0].height)
+    frames = [frame.convert("RGB") for frame in frames]
+    some = np.concatenate([np.array(frame) for frame in frames[:: max(1, len(frames) // 8)]], axis=1)
+    colours = Image.fromarray(some).quantize(256)  # one palette for all, or it takes seconds
+    frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
+    first, *rest = [ImageOps.scale(frame, factor, NEAREST) for frame in frames]
     _write(path, lambda f, kind: first.save(f, kind, save_all=True, append_images=rest, duration=duration, loop=0))
 
 
-def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
-    """All frames in one row."""
-    width, height = frames[0].size
-    sheet = Image.new("RGB", (width * len(frames), height))
-    for i, frame in enumerate(frames):
-        sheet.paste(frame, (i * width, 0))
-    return sheet
-
-
 def _write(path: str | Path, write: Callable[[Path, str], None]) -> None:
-    """Call write(temporary file, Pillow's name of the format), then give the file its name."""
-    path = Path(path).expanduser()
+    """Call write(temporary file, Pillow's name of the format), then give it its name: it is there whole or not."""
+    path = Path(os.path.expanduser(path))
     check_output(path)
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary, Image.registered_extensions()[path.suffix.lower()])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
