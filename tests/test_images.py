@@ -47,8 +47,8 @@ def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
         table += name + struct.pack(">II", start + len(data), len(tag))
         data += tag + bytes(-len(tag) % 4)
     kind = b"prtrCMYKLab " if space == b"CMYK" else b"mntr" + space + b"XYZ "
-    header = struct.pack(">I4sI", start + len(data), b"lcms", 0x2400000) + kind + struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
-    header += b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    header = struct.pack(">I4sI", start + len(data), b"lcms", 0x2400000) + kind  # version 2.4
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
     return header + bytes(128 - len(header)) + table + data
 
 
@@ -57,9 +57,9 @@ def display_p3() -> bytes:
     curve = b"para\0\0\0\0\0\3\0\0" + struct.pack(
         ">5i", *(round(65536 * v) for v in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
     )
-    primaries = {b"r": (0.51512, 0.24120, -0.00105), b"g": (0.29198, 0.69225, 0.04189), b"b": (0.15710, 0.06657, 0.78407)}
+    primaries = (0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)
     tags = {}
-    for letter, xyz in primaries.items():
+    for letter, xyz in zip((b"r", b"g", b"b"), primaries):
         tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * v) for v in xyz))
         tags[letter + b"TRC"] = curve
     return profile(b"RGB ", tags)
@@ -73,7 +73,7 @@ def grey_inks() -> bytes:
     """A printer whose cyan, magenta and yellow are all the same mid grey, L* = 50.2 of Lab."""
     table = b"mft1\0\0\0\0" + struct.pack(">4B9i", 4, 3, 2, 0, *(65536 * v for v in (1, 0, 0, 0, 1, 0, 0, 0, 1)))
     line = bytes(range(256))
-    corners = [(255 if i == 0 else 128 * (1 - i % 2), 128, 128) for i in range(16)]  # paper, inks, black is the last bit
+    corners = [(255 if i == 0 else 128 * (1 - i % 2), 128, 128) for i in range(16)]  # the last bit is black
     table += line * 4 + bytes(v for corner in corners for v in corner) + line * 3
     return profile(b"CMYK", {b"A2B0": table, b"A2B1": table})
 
@@ -200,6 +200,334 @@ def test_bad_images_are_named_with_what_to_do(tmp_path):
             images.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif"])
+def test_a_profile_is_converted_to_srgb(tmp_path, ending):
+    """Display P3 (200, 80, 60) is sRGB (216, 69, 50)."""
+    image, path = Image.new("RGB", (8, 8), (200, 80, 60)), tmp_path / f"a{ending}"
+    image.save(path, icc_profile=display_p3(), **({} if ending in (".png", ".tif") else {"quality": 100}))
+    tolerance = 1 if ending in (".png", ".tif") else 4
+    assert rgb(images.load(path)) == pytest.approx([216, 69, 50], abs=tolerance)
+
+
+def test_a_profile_is_converted_in_every_mode(tmp_path):
+    def read(image: Image.Image, icc: bytes, name: str = "a.png") -> list[int]:
+        image.save(tmp_path / name, icc_profile=icc)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return rgb(images.load(tmp_path / name))
+
+    # alpha stays as it is: a fifth of (216, 69, 50), four fifths of white
+    assert read(Image.new("RGBA", (4, 4), (200, 80, 60, 51)), display_p3()) == pytest.approx([247, 218, 214], abs=1)
+    assert read(Image.new("RGBA", (4, 4), (200, 80, 60, 255)), display_p3()) == pytest.approx([216, 69, 50], abs=1)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([1, 2, 3, 200, 80, 60])
+    assert read(palette, display_p3()) == pytest.approx([216, 69, 50], abs=1)
+    palette.info["transparency"] = bytes((0, 51))
+    assert read(palette, display_p3()) == pytest.approx([247, 218, 214], abs=1)
+    # linear grey: 55 / 255 = 0.2157, and 1.055 * 0.2157^(1 / 2.4) - 0.055 = 0.502 = 128 / 255
+    assert read(Image.new("L", (4, 4), 55), grey_gamma(1)) == pytest.approx([128] * 3, abs=1)
+    assert read(Image.new("LA", (4, 4), (55, 51)), grey_gamma(1)) == pytest.approx([230] * 3, abs=1)  # as above
+    assert read(Image.new("I;16", (4, 4), 257 * 55), grey_gamma(1)) == pytest.approx([128] * 3, abs=1)
+    assert read(Image.new("L", (4, 4), 55), display_p3()) == pytest.approx([55] * 3, abs=1)  # the curve of sRGB
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))  # L* = 50.2 is Y = 0.186, sRGB 119
+    assert read(cyan, grey_inks(), "a.tif") == pytest.approx([119] * 3, abs=1)
+    cyan.save(tmp_path / "a.jpg", icc_profile=grey_inks(), quality=100)
+    assert rgb(images.load(tmp_path / "a.jpg")) == pytest.approx([119] * 3, abs=2)
+
+
+def test_srgb_stays_exactly_as_it_is(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(values).save(tmp_path / "a.png", icc_profile=srgb)
+    assert torch.equal(images.load(tmp_path / "a.png"), images.from_pil(Image.fromarray(values)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "icc"),
+    [
+        ("RGB", b"garbage"),
+        ("RGB", display_p3()[:200]),
+        ("RGB", grey_gamma(1)),
+        ("RGB", grey_inks()),
+        ("L", grey_inks()),
+        ("RGBA", b"garbage"),
+    ],
+)
+def test_an_image_with_a_broken_or_unsuited_profile_loads_with_a_warning(tmp_path, mode, icc):
+    colour = {"RGB": (200, 80, 60), "RGBA": (200, 80, 60, 255), "L": 77}[mode]
+    Image.new(mode, (4, 4), colour).save(tmp_path / "a.png", icc_profile=icc)
+    with pytest.warns(UserWarning, match=r"a.png: its colour profile is broken or for other colours; sRGB is assumed"):
+        x = images.load(tmp_path / "a.png")
+    assert rgb(x) == ([77] * 3 if mode == "L" else [200, 80, 60])
+
+
+def test_a_profile_chunk_that_cannot_be_unpacked_is_warned_of(tmp_path):
+    png(tmp_path / "a.png", 1, 8, 2, bytes((200, 80, 60)), iCCP=b"name\0\0no zlib")
+    with pytest.warns(UserWarning, match=r"a.png: its colour profile is broken"):
+        assert rgb(images.load(tmp_path / "a.png")) == [200, 80, 60]
+
+
+@pytest.mark.parametrize(
+    ("values", "white"),
+    [
+        (np.array([[0, 51, 255]], dtype=np.int32), 255),
+        (np.array([[0, 13107, 65535]], dtype=np.int32), 65535),
+        (np.array([[0, 13107, 65535]], dtype=np.uint16), 65535),
+        (np.array([[0, 51, 255]], dtype=np.uint16), 65535),  # 16 bits and dark: 51 / 257 is 0
+        (np.array([[0, 0.2, 1]], dtype=np.float32), 1),
+        (np.array([[0, 0.2, 1.0005]], dtype=np.float32), 1),  # rounded
+        (np.array([[0, 51, 255]], dtype=np.float32), 255),
+        (np.array([[0, 13107, 65535]], dtype=np.float32), 65535),
+        (np.array([[0, 0.25, 0.75]], dtype=np.float32), 1),
+        (np.array([[0, 40.5, 200.25]], dtype=np.float32), 255),
+        (np.zeros((1, 3), dtype=np.float32), 1),
+    ],
+)
+def test_grey_of_more_than_8_bits_is_scaled_by_what_is_there(tmp_path, values, white):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    x = images.load(tmp_path / "a.tif")
+    expected = [[round(min(255, 255 * v / white))] * 3 for v in values[0].tolist()]
+    assert [rgb(x, i) for i in range(3)] == expected
+
+
+def test_a_dark_16_bit_image_stays_dark_where_pillow_says_32(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 200, 257 * 40))
+    assert rgb(images.load(tmp_path / "a.pgm"), 1) == [40] * 3
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 0, 255))  # 255 of 65535, not of 255
+    assert rgb(images.load(tmp_path / "a.pgm"), 1) == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.array([[-1.0, 1.0]], dtype=np.float32), "-1 to 1"),
+        (np.array([[-5, 300]], dtype=np.int32), "-5 to 300"),
+        (np.array([[0, 70000]], dtype=np.int32), "0 to 70000"),
+        (np.array([[0, 1e6]], dtype=np.float32), "0 to 1e[+]06"),
+        (np.array([[0, np.nan]], dtype=np.float32), "nan to nan"),
+        (np.array([[0, np.inf]], dtype=np.float32), "0 to inf"),
+        (np.array([[0, 1.05]], dtype=np.float32), "0 to 1.05"),  # an overshoot; of 255 it would be black
+    ],
+)
+def test_grey_that_fits_no_range_is_refused_with_its_range(tmp_path, values, found):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a.tif holds grey values from {found}; scale them to 0..255"):
+        images.load(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a.tif holds grey values from {found}"):
+        images.load_mask(tmp_path / "a.tif", 8)
+
+
+WHITE, CLEAR = [255, 255, 255], [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "kind", "row", "chunks", "expected"),
+    [
+        # grey, and one value of it transparent: 1 bit (0, 1), 2 bits (0, 1, 2, 3), 4 bits (0, 5, 10), 8 and 16 bits
+        (2, 1, 0, b"\x40", {}, [[0] * 3, WHITE]),
+        (2, 1, 0, b"\x40", {"tRNS": b"\0\0"}, [CLEAR, WHITE]),
+        (4, 2, 0, b"\x1b", {"tRNS": b"\0\1"}, [[0] * 3, CLEAR, [170] * 3, WHITE]),
+        (4, 2, 0, b"\x1b", {"tRNS": b"\0\0"}, [CLEAR, [85] * 3, [170] * 3, WHITE]),
+        (3, 4, 0, b"\x05\xa0", {"tRNS": b"\0\5"}, [[0] * 3, CLEAR, [170] * 3]),
+        (2, 8, 0, b"\x05\x80", {"tRNS": b"\0\5"}, [CLEAR, [128] * 3]),
+        (3, 16, 0, struct.pack(">3H", 1000, 1001, 25700), {"tRNS": b"\x03\xe8"}, [CLEAR, [4] * 3, [100] * 3]),
+        # grey and alpha; a fifth of 100 and four fifths of white are 224
+        (3, 8, 4, bytes((9, 0, 100, 51, 100, 255)), {}, [CLEAR, [224] * 3, [100] * 3]),
+        (3, 16, 4, struct.pack(">6H", 9, 0, 25700, 13107, 25700, 65535), {}, [CLEAR, [224] * 3, [100] * 3]),
+        # colours
+        (2, 8, 2, bytes((1, 2, 3, 1, 2, 4)), {"tRNS": struct.pack(">3H", 1, 2, 3)}, [CLEAR, [1, 2, 4]]),
+        (
+            2, 16, 2, struct.pack(">6H", 2570, 5140, 7710, 2570, 5140, 25700),
+            {"tRNS": struct.pack(">3H", 2570, 5140, 7710)}, [CLEAR, [10, 20, 100]],
+        ),
+        (2, 16, 6, struct.pack(">8H", 9, 9, 9, 0, 25700, 0, 0, 13107), {}, [CLEAR, [224, 204, 204]]),
+        (2, 8, 6, bytes((9, 9, 9, 0, 100, 0, 0, 51)), {}, [CLEAR, [224, 204, 204]]),
+        (3, 2, 3, b"\x18", {"PLTE": bytes((9, 9, 9, 100, 0, 0, 1, 2, 3)), "tRNS": b"\0\x33"},
+         [CLEAR, [224, 204, 204], [1, 2, 3]]),
+    ],
+)  # fmt: skip
+def test_transparency_at_every_depth(tmp_path, width, depth, kind, row, chunks, expected):
+    x = images.load(png(tmp_path / "a.png", width, depth, kind, row, **chunks))
+    assert [rgb(x, i) for i in range(width)] == expected
+
+
+def test_what_is_no_readable_file_gets_its_own_true_sentence(tmp_path, monkeypatch):
+    for url in ("https://example.org/a.png", "http://example.org/a.png", Path("https://example.org/a.png")):
+        with pytest.raises(ValueError, match=r"example.org/a.png is a web address; download it first and pass"):
+            images.load(url)
+    with pytest.raises(ValueError, match="~nosuchuser/a.png does not exist; pass the path of an image file"):
+        images.load("~nosuchuser/a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ValueError, match="loop.png cannot be opened: too many levels"):
+        images.load(tmp_path / "loop.png")
+    with pytest.raises(ValueError, match="cannot be opened: file name too long"):
+        images.load(tmp_path / ("a" * 300))
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"a.heic cannot be read as an image \(no known kind of image\); .* as PNG"):
+        images.load(tmp_path / "a.heic")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(images, "open", refuse, raising=False)  # permissions do not bind an administrator
+    with pytest.raises(ValueError, match="a.png cannot be opened: permission denied; pass the path") as caught:
+        images.load(tmp_path / "a.png")
+    assert "broken" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+
+def hard(size: int) -> np.ndarray:
+    """(size, size) bool: a mark whose edges lie on the grid of 16."""
+    i = np.arange(size) * 16 // size
+    return (3 <= i[:, None]) & (i[:, None] < 9) & (i[None] >= 6) & (i[None] < 15)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        hard(32),
+        hard(32).astype(np.uint8),
+        hard(32).astype(np.uint8) * 255,
+        hard(32).astype(np.uint16),
+        hard(32).astype(np.uint16) * 255,
+        hard(32).astype(np.uint16) * 65535,
+        hard(32).astype(np.int32),
+        hard(32).astype(np.int32) * 255,
+        hard(32).astype(np.int32) * 65535,
+        hard(32).astype(np.float32),
+        hard(32).astype(np.float32) * 255,
+        hard(32).astype(np.uint8)[..., None].repeat(3, 2),
+        hard(32)[..., None] * np.array([255, 0, 0], dtype=np.uint8),  # red on black
+    ],
+    ids=lambda a: f"{a.dtype}-{a.max()}-{a.ndim}",
+)
+def test_a_mask_of_zeros_and_ones_is_black_and_white_at_every_depth(tmp_path, array):
+    Image.fromarray(array).save(tmp_path / "a.tif")
+    assert torch.equal(images.load_mask(tmp_path / "a.tif", 32)[0, 0], torch.from_numpy(hard(32)).float())
+
+
+@pytest.mark.parametrize("second", [(1, 1, 1), (128, 0, 0), (255, 255, 255), (0, 0, 90)])
+def test_a_palette_of_black_and_another_is_a_mask(tmp_path, second):
+    image = Image.new("P", (32, 32))
+    image.putdata(hard(32).astype(np.uint8).ravel().tolist())
+    image.putpalette([0, 0, 0, *second])
+    for name in ("a.png", "a.gif"):
+        image.save(tmp_path / name)
+        assert torch.equal(images.load_mask(tmp_path / name, 32)[0, 0], torch.from_numpy(hard(32)).float())
+
+
+def test_shades_of_a_mask_are_scaled_like_those_of_an_image(tmp_path):
+    for dtype, white in ((np.uint8, 255), (np.uint16, 65535), (np.float32, 1), (np.int32, 65535)):
+        values = (np.array([[0, 0.2, 0.6, 1]]).repeat(4, 0) * white).astype(dtype)
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        found = images.load_mask(tmp_path / "a.tif", 4)[0, 0, 0]
+        torch.testing.assert_close(found, torch.tensor([0, 0.2, 0.6, 1]))
+    two = np.where(hard(32), 245, 10).astype(np.uint8)
+    Image.fromarray(two).save(tmp_path / "a.png")
+    found = images.load_mask(tmp_path / "a.png", 256).unique()  # hard edges: no third value
+    torch.testing.assert_close(found, torch.tensor([10 / 255, 245 / 255]))
+
+
+def layers(kind: str) -> np.ndarray:
+    """(32, 32, 4) uint8: `hard` is what a person sees marked in each of these."""
+    rgba = np.zeros((32, 32, 4), dtype=np.uint8)
+    paints = {"white paint": (255, 255, 255), "light paint": (200, 180, 255), "red paint": (255, 0, 0)}
+    if kind in paints:
+        rgba[hard(32)] = (*paints[kind], 255)
+    elif kind == "white paint, white ground":
+        rgba[...] = 255, 255, 255, 0
+        rgba[hard(32), 3] = 255
+    elif kind == "hole in black":
+        rgba[~hard(32)] = 0, 0, 0, 255
+    elif kind == "hole in a photo":
+        rgba[...] = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        rgba[..., 3] = np.where(hard(32), 0, 255)
+    elif kind == "opaque":
+        rgba[...] = hard(32)[..., None] * np.uint8(255)
+        rgba[..., 3] = 255
+    elif kind == "hole and white in black":
+        rgba[~hard(32)] = 0, 0, 0, 255
+        rgba[:16][hard(32)[:16]] = 255, 255, 255, 255
+    return rgba
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["white paint", "light paint", "red paint", "white paint, white ground", "opaque",
+     "hole in black", "hole in a photo", "hole and white in black"],
+)  # fmt: skip
+def test_a_mask_with_transparency_marks_what_a_person_sees(tmp_path, kind):
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(layers(kind)).save(tmp_path / name)
+        assert torch.equal(images.load_mask(tmp_path / name, 32)[0, 0], torch.from_numpy(hard(32)).float()), name
+
+
+def test_strength_of_paint_and_of_erasing(tmp_path):
+    rgba = layers("white paint")
+    rgba[rgba[..., 3] == 255, 3] = 102  # a brush of 40 %
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    torch.testing.assert_close(images.load_mask(tmp_path / "a.png", 32).unique(), torch.tensor([0, 0.4]))
+    rgba = layers("hole in black")
+    rgba[rgba[..., 3] == 0, 3] = 51  # erased to four fifths
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    torch.testing.assert_close(images.load_mask(tmp_path / "a.png", 32).unique(), torch.tensor([0, 0.8]))
+    for colour in (0, 255):  # erased all over
+        Image.new("RGBA", (8, 8), (colour, colour, colour, 0)).save(tmp_path / "a.png")
+        assert images.load_mask(tmp_path / "a.png", 8).unique().tolist() == [1]
+
+
+def test_a_mask_ignores_profiles_and_other_modes_mean_the_same(tmp_path):
+    image = Image.fromarray(hard(32).astype(np.uint8) * 255)
+    for name, mode in (("a.png", "1"), ("a.png", "L"), ("a.png", "LA"), ("a.png", "P"), ("a.tif", "CMYK")):
+        image.convert(mode).save(tmp_path / name)
+        assert torch.equal(images.load_mask(tmp_path / name, 32)[0, 0], torch.from_numpy(hard(32)).float()), mode
+    image.convert("CMYK").save(tmp_path / "a.tif", icc_profile=b"garbage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert images.load_mask(tmp_path / "a.tif", 32).sum() == hard(32).sum()
+
+
+@pytest.mark.parametrize("size", [16, 64, 256, 512, 1024])
+def test_both_stages_paint_the_same_region(tmp_path, size):
+    Image.fromarray(hard(size)).save(tmp_path / "a.png")
+    small, large = images.load_mask(tmp_path / "a.png", 64), images.load_mask(tmp_path / "a.png", 256)
+    assert torch.equal(torch.nn.functional.avg_pool2d(large, 4), small)
+    assert torch.equal(small[0, 0], torch.from_numpy(hard(64)).float())
+
+
+def test_a_mask_has_the_shape_of_its_image(tmp_path):
+    for name, size in {"image": (512, 384), "half": (256, 192), "odd": (130, 97), "other": (256, 256)}.items():
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    images.check_same_shape(tmp_path / "image.png", tmp_path / "half.png")
+    images.check_same_shape(tmp_path / "image.png", tmp_path / "odd.png")
+    with pytest.raises(ValueError, match=r"image.png is 512x384, .*other.png is 256x256; any size of the same shape"):
+        images.check_same_shape(tmp_path / "image.png", tmp_path / "other.png")
+
+
+def test_mask_share_warns_of_nothing_and_everything():
+    mask = torch.zeros(1, 1, 8, 8)
+    with pytest.warns(UserWarning, match="^the mask marks nothing: nothing is painted$"):
+        assert images.mask_share(mask) == 0
+    mask[..., :2] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert images.mask_share(mask) == 0.25
+        assert images.mask_share(mask / 2) == 0.125
+    with pytest.warns(UserWarning, match="^the mask marks everything: nothing of the image is kept$"):
+        assert images.mask_share(torch.ones(1, 1, 8, 8)) == 1
+
+
+def test_a_thin_line_that_vanishes_at_64_is_noticed_there(tmp_path):
+    line = np.zeros((512, 512), dtype=np.uint8)
+    line[:, 8] = 255  # at 64 the nearest pixels are 4, 12, 20, ...
+    Image.fromarray(line).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="the mask marks nothing"):
+        images.mask_share(images.load_mask(tmp_path / "a.png", 64))
+    assert images.mask_share(images.load_mask(tmp_path / "a.png", 512)) == 1 / 512
+
+
 def test_mask_is_1_where_white(tmp_path):
     values = np.zeros((8, 8), dtype=np.uint8)
     values[:, 4:] = 255
@@ -302,6 +630,64 @@ def test_sheet_takes_rows_of_different_lengths_and_refuses_missing_labels():
         images.sheet([], [])
 
 
+def drawn(monkeypatch, title: str, width: int = 192) -> list[str]:
+    """The lines of a title that a sheet draws."""
+    lines, draw = [], ImageDraw.ImageDraw.text
+
+    def record(self, place, text, *args, **kwargs):
+        lines.append(text)
+        draw(self, place, text, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDraw.ImageDraw, "text", record)
+        images.sheet([[grey(width, width)]], [[""]], title)
+    return lines
+
+
+def test_wrapping_keeps_every_word_and_every_width(monkeypatch):
+    font = ImageFont.load_default(images.TITLE_SIZE)
+    text = "words of several lengths and aVeryLongWordThatCannotPossiblyFitIntoOneLineOfThisWidth\nnew paragraph"
+    lines = drawn(monkeypatch, text)
+    assert all(font.getlength(line) <= 192 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+    assert lines[-1] == "new paragraph" and lines[0] == "words of several"
+    words = "il.W" * 300  # without a space: letters of all widths
+    lines = drawn(monkeypatch, words)
+    assert "".join(lines) == words
+    assert all(170 < font.getlength(line) <= 192 for line in lines[:-1])
+    assert drawn(monkeypatch, "") == []
+
+
+def test_letters_that_the_font_lacks_are_no_boxes(monkeypatch):
+    for text, expected in {
+        "a village": "a village",
+        "a 中": r"a \u4e2d",
+        "a 😀": r"a \U0001f600",
+        "a\udce9": r"a\udce9",  # of a file name that is no Unicode
+        "x → y": r"x \u2192 y",
+        "“it’s…”": "“it’s…”",  # it has these
+        "café": "cafe" if boxed("é") else "café",
+        "cafe\u0301": "cafe" if boxed("é") else "café",
+    }.items():
+        assert " ".join(drawn(monkeypatch, text)) == expected
+        assert not any(boxed(letter) for letter in expected)
+
+
+def boxed(letter: str) -> bool:
+    """Does Pillow's default font draw the same for it as for what is no letter?"""
+    font = ImageFont.load_default(images.TITLE_SIZE)
+    return bytes(font.getmask(letter)) == bytes(font.getmask("\U0010ffff"))
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, [1]), (2, [2]), (3, [2, 1]), (4, [2, 2]), (5, [3, 2]), (10, [4, 4, 2])])
+def test_grid_is_about_as_wide_as_high(n, shape):
+    items, labels = [grey(8, 8, i / n) for i in range(n)], [str(i) for i in range(n)]
+    rows, texts = images.grid(items, labels)
+    assert [len(row) for row in rows] == [len(row) for row in texts] == shape
+    assert sum(texts, []) == labels and all(a is b for a, b in zip(sum(rows, []), items))
+    assert images.sheet(rows, texts).width >= images.sheet(rows, texts).height - 100  # a label is not an image
+
+
 # ---------------------------------------------------------------------------------------------- writing
 
 
@@ -325,6 +711,58 @@ def test_other_kinds_are_written_without_metadata(tmp_path, ending):
     images.save(images.to_pil(grey(8, 8, 0.6)), path, {"seed": 7})
     assert images.read_metadata(path) == {}
     assert (images.load(path) - level(204)).abs().max() < 0.05
+
+
+def test_a_written_image_says_nothing_of_another_colour_space(tmp_path):
+    image = Image.new("RGB", (8, 8), (200, 80, 60))
+    image.info |= {"icc_profile": display_p3(), "gamma": 0.3, "dpi": (3, 3), "transparency": (216, 69, 50)}
+    for ending in images.KNOWN:
+        images.save(image, tmp_path / f"a{ending}", {})
+        with Image.open(tmp_path / f"a{ending}") as file:
+            assert not {"icc_profile", "gamma", "transparency"} & set(file.info), ending
+            assert file.convert("RGB").getpixel((3, 3)) == pytest.approx((216, 69, 50), abs=5), ending
+
+
+def test_the_bare_images_lie_beside_the_labelled_sheet(tmp_path):
+    some = [torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(3, 256, 256) * 2 - 1]
+    page = images.sheet([some], [["a", "b"]])
+    written = images.save_images(some, page, tmp_path / "new" / "village.png", {"prompt": "a village", "seed": 3})
+    assert [path.name for path in written] == ["village-0.png", "village-1.png", "village-sheet.png"]
+    assert sorted(os.listdir(tmp_path / "new")) == sorted(path.name for path in written)
+    for path, x in zip(written, some):
+        assert (images.load(path)[0] - x.view(x.shape[-3:])).abs().max() <= 1 / 255 + 1e-6  # own size, own values
+        assert images.read_metadata(path) == {"prompt": "a village", "seed": "3"}
+    assert images.read_metadata(written[-1]) == {
+        "prompt": "a village", "seed": "3", "minidiff": "sheet", "images": "village-0.png, village-1.png",
+    }  # fmt: skip
+    assert np.array_equal(np.array(Image.open(written[-1])), np.array(page))
+
+
+def test_one_image_keeps_the_name_and_the_sheet_is_always_a_png(tmp_path):
+    page = images.sheet([[grey(8, 8)]], [[""]])
+    written = images.save_images([grey(8, 8)], page, tmp_path / "a.png", {})
+    assert written == [tmp_path / "a.png", tmp_path / "a-sheet.png"]
+    written = images.save_images([grey(8, 8)], page, tmp_path / "b.jpg", {"seed": 3})
+    assert written == [tmp_path / "b.jpg", tmp_path / "b-sheet.png"]
+    assert images.read_metadata(written[1]) == {"seed": "3", "minidiff": "sheet", "images": "b.jpg"}
+    with pytest.raises(ValueError, match="the image holds NaN"):
+        images.save_images([grey(8, 8), grey(8, 8, torch.nan)], page, tmp_path / "c.png", {})
+    assert not list(tmp_path.glob("c*"))  # all or nothing
+
+
+def test_a_sheet_is_no_input(tmp_path):
+    page = images.sheet([[grey(8, 8)] * 2], [["", ""]])
+    *bare, written = images.save_images([grey(8, 8)] * 2, page, tmp_path / "a.png", {})
+    message = r"a-sheet.png is a sheet of labels; pass the image itself: a-0.png, a-1.png"
+    for read in (
+        images.load,
+        lambda path: images.load_mask(path, 8),
+        lambda path: images.check_same_shape(path, bare[0]),
+        lambda path: images.check_same_shape(bare[0], path),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(written)
+        read(bare[1])
 
 
 def test_metadata_of_no_image(tmp_path):
@@ -359,6 +797,16 @@ def test_gif_has_all_frames_their_time_and_no_end(tmp_path):
             gif.seek(i)
             assert gif.info["duration"] == 250
             assert gif.convert("RGB").getpixel((3, 3)) == (value,) * 3
+
+
+@pytest.mark.parametrize(("height", "factor"), [(64, 3), (96, 2), (28, 7), (191, 2), (192, 1), (256, 1)])
+def test_small_frames_are_enlarged_by_whole_factors(tmp_path, height, factor):
+    x = torch.zeros(3, height, 40)
+    x[:, :, :20], x[:, 0] = -1, 1
+    images.save_gif([images.to_pil(x), images.to_pil(-x)], tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        found = np.array(gif.convert("RGB"))
+    assert np.array_equal(found, np.array(images.to_pil(x)).repeat(factor, 0).repeat(factor, 1))
 
 
 def test_gif_refuses_what_it_cannot_show(tmp_path):
@@ -397,3 +845,20 @@ def test_check_output_fails_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(images.tempfile, "NamedTemporaryFile", refuse)  # permissions do not bind an administrator
     with pytest.raises(ValueError, match=r"cannot write to .*a.png \(Permission denied\); pass another --out"):
         images.check_output(tmp_path / "a.png")
+
+
+def test_check_output_looks_at_every_file_of_save_images(tmp_path):
+    assert [path.name for path in images.output_paths("out/a.jpg", 1)] == ["a.jpg", "a-sheet.png"]
+    assert images.output_paths("out/a.jpg", 2) == [Path("out/a-0.jpg"), Path("out/a-1.jpg"), Path("out/a-sheet.png")]
+    images.check_output(tmp_path / "a.png", count=3)
+    (tmp_path / "a-1.png").mkdir()
+    images.check_output(tmp_path / "a.png")
+    images.check_output(tmp_path / "a.png", count=1)
+    with pytest.raises(ValueError, match=r"a-1.png is a folder; pass a file name"):
+        images.check_output(tmp_path / "a.png", count=2)
+    (tmp_path / "b-sheet.png").mkdir()
+    with pytest.raises(ValueError, match=r"b-sheet.png is a folder"):
+        images.check_output(tmp_path / "b.png", count=1)
+    assert sorted(os.listdir(tmp_path)) == ["a-1.png", "b-sheet.png"]
+    with pytest.raises(ValueError, match=r"cannot write to .*\(File name too long\); pass another --out"):
+        images.check_output(tmp_path / f"{'a' * 250}.png")
