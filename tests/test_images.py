@@ -48,7 +48,7 @@ def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
         data += tag + bytes(-len(tag) % 4)
     kind = b"prtrCMYKLab " if space == b"CMYK" else b"mntr" + space + b"XYZ "
     header = struct.pack(">I4sI", start + len(data), b"lcms", 0x2400000) + kind  # version 2.4
-    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + white[8:]
     return header + bytes(128 - len(header)) + table + data
 
 
