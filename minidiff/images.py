@@ -59,7 +59,6 @@ def load_mask(path: str | Path, size: int) -> Tensor:
     Raises ValueError as `load` does.
     """
     image = _read(path)
-    image.info.pop("icc_profile", None)
     pixels = np.array(_eight_bits(image, path, of_mask=True).convert("RGBA"))
     marked = _marked(pixels[..., :3].max(2), pixels[..., 3], image.mode == "P")
     resample = NEAREST if len(np.unique(marked)) <= 2 else BICUBIC
