@@ -95,9 +95,10 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     Raises ValueError naming the flag.
     """
     inputs = [p for name in ("image", "mask", "reference") if (p := getattr(args, name, None)) is not None]
-    images.check_output(args.out)
+    outputs = images.output_paths(args.out, 2) + [args.out]
+    images.check_output(args.out, count=2)
     for path in inputs:
-        if path.resolve() == args.out.resolve():
+        if path.resolve() in [output.resolve() for output in outputs]:
             raise ValueError(f"the result would take the place of {path}; pass another --out")
         images.load(path, 64)
     if not compares:
@@ -137,11 +138,7 @@ def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
         raise ValueError("a mask needs an image, of which the rest is kept: pass --image FILE")
     if args.mask is not None:
         images.check_same_shape(args.image, args.mask)
-    region = editing.feather(editing.mask_at(mask, 64), args.feather)
-    if region.max() == 0:
-        warnings.warn("the mask marks nothing: nothing will be painted", stacklevel=2)
-    if region.min() == 1:
-        warnings.warn("the mask marks everything: nothing of the image is kept", stacklevel=2)
+    images.mask_share(editing.feather(editing.mask_at(mask, 64), args.feather))
     return mask
 
 

@@ -61,7 +61,6 @@ def load_mask(path: str | Path, size: int) -> Tensor:
     Raises ValueError as `load` does.
     """
     image = _read(path)
-    image.info.pop("icc_profile", None)
     pixels = np.array(_eight_bits(image, path, of_mask=True).convert("RGBA"))
     marked = _marked(pixels[..., :3].max(2), pixels[..., 3], image.mode == "P")
     resample = NEAREST if len(np.unique(marked)) <= 2 else BICUBIC
@@ -235,9 +234,6 @@ def sheet(rows: Sequence[Sequence[Tensor]], labels: Sequence[Sequence[str]], tit
     for part, place in places:
         page.paste(part, place)
     return page
-
-
-strip = sheet
 
 
 def _text(text: str, width: int, size: int, centred: bool = False) -> Image.Image:
