@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(known_prompts(args.model))
     seeds, cascade, steps_out = flags.seeds_of(args), flags.load_cascade(args, compares=True), None
     if args.show_every:
-        steps_out = args.out.with_name(f"{args.out.stem}-steps{args.out.suffix}")
+        steps_out = args.out.with_name(f"{args.out.stem}-steps.png")
         images.check_output(steps_out)
     rows, labels, results, record = [], [], [], []
     cascade.encode(*args.prompts)

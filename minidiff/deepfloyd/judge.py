@@ -293,7 +293,7 @@ def sheet(prompts: Sequence[str], expectations: Sequence[Expectation], answers: 
         mark = "right" if all(agreement(answer, expectation)) else "WRONG"
         labels.append(f"{prompts[i // n]}\n{mark}: {in_short(answer, expectation)}")
     parts = [slice(i, i + 2 * n) for i in range(0, len(answers), 2 * n)]
-    return images.strip([list(x[part]) for part in parts], [labels[part] for part in parts], title)
+    return images.sheet([list(x[part]) for part in parts], [labels[part] for part in parts], title)
 
 
 def score(args: argparse.Namespace) -> None:
