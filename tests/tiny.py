@@ -3,12 +3,13 @@ released layout, and one whose walks are recorded."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.cascade import Cascade, Settings
 from minidiff.deepfloyd.stages import Stage
@@ -40,7 +41,8 @@ def write_cascade(folder: Path) -> tuple[Path, Path]:
     one, two, noising = folder / "one", folder / "two", "image_noising_scheduler"
     t5 = replace(T5, vocab_size=Tokenizer(SPIECE).pieces.vocab_size())
     _write(one / "unet" / "diffusion_pytorch_model.fp16.safetensors", UNet(STAGE_1), FIXED | asdict(STAGE_1))
-    _write(one / "text_encoder" / "model.fp16.safetensors", T5Encoder(t5), asdict(t5))
+    gated = {"feed_forward_proj": "gated-gelu"}
+    _write(one / "text_encoder" / "model.fp16.safetensors", T5Encoder(t5), asdict(t5) | gated)
     _write(two / "unet" / "diffusion_pytorch_model.fp16.safetensors", UNet(STAGE_2), FIXED | asdict(STAGE_2))
     for path in (one / "scheduler", two / "scheduler", two / noising):
         path.mkdir()
@@ -72,4 +74,8 @@ def recorded_cascade() -> Cascade:
               for i in (0, 1)}  # fmt: skip
     states[""] = states["negative 0"]
     settings = Settings(leading(10), 7.0), Settings(leading(5), 4.0)
-    return Cascade(lambda: stages[0], lambda: stages[1], lambda texts: torch.stack([states[t] for t in texts]), settings)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return torch.stack([states[text] for text in texts])
+
+    return Cascade(lambda: stages[0], lambda: stages[1], encode, settings)
