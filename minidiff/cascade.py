@@ -58,7 +58,7 @@ from minidiff.sampling import (
 from minidiff.schedule import respaced, strided
 from minidiff.solvers import STEPS
 
-EDIT_SMALL, EDIT_LARGE, KEPT = 3, 4, 1  # streams of random numbers: of walks that edit an image, of what they keep
+EDIT_SMALL, EDIT_LARGE, KEPT = 3, 5, 1  # streams: of walks that edit an image; what they keep is KEPT streams further
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
 Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, W), or the corners of a box in pixels of 64

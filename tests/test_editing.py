@@ -5,60 +5,54 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
-from minidiff import components, ddpm, editing, toy
-from minidiff.deepfloyd import stages
-from minidiff.deepfloyd.stages import Stage, Walk
-from minidiff.deepfloyd.unet import UNet, UNetConfig
-from minidiff.guidance import prompted
-from minidiff.sampling import denoise, draw_noise, network_calls, noised, seeded, visits
+from minidiff import components, ddpm, editing, images, toy
+from minidiff.cascade import EDIT_SMALL, KEPT
+from minidiff.factorized import Part
+from minidiff.sampling import denoise, draw_noise, final, network_calls, noised, other_stream, seeded, visits
 from minidiff.schedule import leading, respaced, squaredcos_cap_v2, strided
-from tests.reference.fill import HERE, calm, fill, normal, read, read_json, relative_l2
+from tests.reference.fill import HERE, normal, read, relative_l2
+from tests.tiny import recorded_cascade
 
 SCHEDULE = squaredcos_cap_v2()
-PICTURE = normal("edits.picture", 1, 3, 8, 8).tanh()
+IMAGE = normal("edits.picture", 1, 3, 8, 8).tanh()
 MASK = torch.zeros(1, 1, 8, 8)
 MASK[..., 2:6, 3:8] = 1
 ONES, ZEROS = torch.ones_like(MASK), torch.zeros_like(MASK)
 
 
 @pytest.fixture(scope="module")
-def stage():
-    config = UNetConfig.from_dict(read_json("unet")["networks"]["stage_1"]["config"])
-    return Stage(calm(fill(UNet(config))), SCHEDULE, 0.95, 1.5, SCHEDULE)
+def cascade():
+    return recorded_cascade()
 
 
-@pytest.fixture(scope="module")
-def condition():
-    embeds = [normal(f"stages.{name}", 2, 77, 32)[:1] for name in ("prompt_embeds", "negative_prompt_embeds")]
-    return prompted(*embeds)
-
-
-def draw(stage, condition, walk):
-    return stages.sample_base(stage, condition, walk, seeded(5, 1), size=(8, 8))
+def draw(cascade, **options):
+    """Stage 1 with the random numbers of seed 5 itself, as recorded: an edit moves to a stream, so we begin before it."""
+    is_edit = {"image", "keep"} & set(options)
+    generators = other_stream(seeded([5]), -EDIT_SMALL if is_edit else 0)
+    return cascade.draw([Part(*cascade.encode("prompt 0"))], generators, **options)
 
 
 # --- against diffusers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "skipped"), [("inpaint", 0), ("inpaint_late", 4)])
-def test_clean_is_diffusers_inpainting(stage, condition, name, skipped):
-    """diffusers starts from the noised picture also at strength 1; 0.6 leaves out 4 of 10 steps. Tolerances as for the
-    pipelines without edits: tests/deepfloyd/test_stages.py."""
-    walk = Walk(leading(10)[skipped:], x_start=PICTURE, keep=editing.clean(PICTURE, MASK))
-    x = draw(stage, condition, walk)
+@pytest.mark.parametrize(("name", "i_start"), [("inpaint", 0), ("inpaint_late", 4)])
+def test_clean_is_diffusers_inpainting(cascade, name, i_start):
+    """diffusers starts from the noised image also at strength 1; 0.6 leaves out 4 of 10 steps. Tolerances as for the
+    pipelines without edits: tests/test_cascade.py."""
+    x = draw(cascade, image=IMAGE, i_start=i_start, keep=editing.clean(IMAGE, MASK))
     reference = read("edits")
     assert relative_l2(x, reference[f"{name}.float64"]) <= 2e-5
     assert relative_l2(x, reference[f"{name}.released"]) <= 2e-4
     outside = (MASK == 0).expand_as(x)
-    assert torch.equal(x[outside], PICTURE[outside])
+    assert torch.equal(x[outside], IMAGE[outside])
 
 
-def test_starting_from_a_picture_is_diffusers_img2img(stage, condition):
+def test_starting_from_an_image_is_diffusers_img2img(cascade):
     """SDEdit Alg. 1 with strength 0.7: the last 7 of 10 steps."""
-    x = draw(stage, condition, Walk(leading(10)[3:], x_start=PICTURE))
-    assert relative_l2(x, read("edits")["img2img.float64"]) <= 2e-5
+    assert relative_l2(draw(cascade, image=IMAGE, i_start=3), read("edits")["img2img.float64"]) <= 2e-5
 
 
 def test_the_walk_of_repaint_is_the_published_schedulers():
@@ -86,59 +80,66 @@ def test_the_walk_of_repaint_by_hand():
 # --- what must hold at the ends ---------------------------------------------------------------------------------------
 
 
-def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_returns_the_picture(stage, condition):
+def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_returns_the_image(cascade):
     """RePaint Eq. 8 with m = 0 (theirs is the opposite of ours) and 1."""
-    plain = draw(stage, condition, Walk(leading(6)))
-    for keep in (editing.renoise(PICTURE, ONES, SCHEDULE, seeded(5, 1, 1)), editing.clean(PICTURE, ONES)):
-        assert torch.equal(draw(stage, condition, Walk(leading(6), keep=keep)), plain)
-    for keep in (editing.renoise(PICTURE, ZEROS, SCHEDULE, seeded(5, 1, 1)), editing.clean(PICTURE, ZEROS)):
-        assert torch.equal(draw(stage, condition, Walk(leading(6), keep=keep)), PICTURE)
+    few = leading(5)
+    plain = draw(cascade, steps=few)
+    for method in (editing.renoise, editing.clean):
+        assert torch.equal(draw(cascade, steps=few, keep=method(IMAGE, ONES)), plain)
+        assert torch.equal(draw(cascade, steps=few, keep=method(IMAGE, ZEROS)), IMAGE)
 
 
-def test_one_sample_of_jumps_is_no_jumps(stage, condition):
-    def walk(jumps):
-        return Walk(leading(6), keep=editing.renoise(PICTURE, MASK, SCHEDULE, seeded(5, 1, 1)), jumps=jumps)
-
-    assert torch.equal(draw(stage, condition, walk((2, 1))), draw(stage, condition, walk(None)))
+def test_one_sample_of_jumps_is_no_jumps(cascade):
+    keep, few = editing.renoise(IMAGE, MASK), leading(5)
+    assert torch.equal(draw(cascade, steps=few, keep=keep, jumps=(2, 1)), draw(cascade, steps=few, keep=keep))
 
 
-def test_the_course_walk_leaves_its_known_noise_in_the_known_region(stage, condition):
-    """990 to 0 without the last step: the known region is the picture at t = 0, 0.0064 rms away.
+def test_the_course_walk_leaves_its_known_noise_in_the_known_region(cascade):
+    """990 to 0 without the last step: the known region is the image at t = 0, 0.0064 rms away.
 
     64 values a channel, 3 channels: 5 standard errors of an rms over n values are 5 / sqrt(2 n)."""
-    keep = editing.renoise(PICTURE, ZEROS, SCHEDULE, seeded(5, 1, 1))
-    x = draw(stage, condition, Walk(strided()[-3:], final_step=False, threshold=False, keep=keep))
+    x = draw(cascade, steps="course", image=IMAGE, i_start=31, keep=editing.renoise(IMAGE, ZEROS))
     alpha_bar = SCHEDULE.alphas_cumprod[0]
-    rms = (x - alpha_bar.sqrt() * PICTURE).square().mean().sqrt().item()
+    rms = (x - alpha_bar.sqrt() * IMAGE).square().mean().sqrt().item()
     assert abs(rms / (1 - alpha_bar).sqrt().item() - 1) < 5 / math.sqrt(2 * 192)
     assert abs((1 - alpha_bar).sqrt().item() - 0.0064) < 1e-4
 
 
+def test_the_known_region_has_random_numbers_of_its_stream(cascade):
+    """What is kept is noised with stream KEPT, counted from that of the walk, so that its noise is not the walk's."""
+    (generator,) = seeded([5], EDIT_SMALL + KEPT)
+    known = noised(IMAGE, 900, SCHEDULE, [generator])  # the walk of one step: kept at its start, then after it
+    inputs = []
+    hook = cascade.stage(1).unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    cascade.draw([Part(*cascade.encode("prompt 0"))], [5], steps=torch.tensor([900]), keep=editing.renoise(IMAGE, ZEROS))
+    hook.remove()
+    assert torch.equal(inputs[0][:1], known)
+
+
 def test_the_known_region_is_noised_to_the_new_time():
-    """RePaint Eq. 8: at t_prev, mean sqrt(alpha_bar) picture and variance 1 - alpha_bar, for 10,000 values."""
-    picture = torch.full((1, 1, 100, 100), 0.5)
-    keep = editing.renoise(picture, torch.zeros(1, 1, 100, 100), SCHEDULE, seeded(0, 1))
+    """RePaint Eq. 8: at t_prev, mean sqrt(alpha_bar) image and variance 1 - alpha_bar, for 10,000 values."""
+    image = torch.full((1, 1, 100, 100), 0.5)
+    keep = editing.renoise(image, torch.zeros(1, 1, 100, 100))(SCHEDULE, seeded([0]))
     for t in (700, 30, 0):
         known, a = keep(torch.zeros(1, 1, 100, 100), t), SCHEDULE.alphas_cumprod[t].item()
         assert abs(known.mean().item() - 0.5 * a**0.5) < 5 * ((1 - a) / 1e4) ** 0.5
         assert abs(known.var().item() / (1 - a) - 1) < 5 * (2 / 1e4) ** 0.5
-    assert torch.equal(keep(torch.zeros(1, 1, 100, 100), -1), picture)
+    assert torch.equal(keep(torch.zeros(1, 1, 100, 100), -1), image)
 
 
-def test_sdedit_comes_closer_to_the_picture_the_later_it_starts():
-    """Mean distance to the picture over 50 seeds, of a Gaussian model; the last start has no step left to take."""
+def test_sdedit_comes_closer_to_the_image_the_later_it_starts():
+    """Mean distance to the image over 50 seeds, of a Gaussian model."""
     predict, timesteps, distances = toy.gaussian(SCHEDULE, 0.0, 0.5), strided(), []
-    for i in (1, 3, 5, 7, 10, 20, 33):
-        x_t = noised(PICTURE, int(timesteps[i]), SCHEDULE, seeded(0, 50))
-        x = denoise(predict, x_t, timesteps[i:], SCHEDULE, generators=seeded(100, 50), final_step=False)
-        distances.append((x - PICTURE).square().mean().item())
+    for i in (1, 3, 5, 7, 10, 20, 32):
+        x_t = noised(IMAGE, int(timesteps[i]), SCHEDULE, seeded(range(50)))
+        x = final(denoise(predict, x_t, timesteps[i:], SCHEDULE, seeded(range(100, 150)), final_step=False))
+        distances.append((x - IMAGE).square().mean().item())
     assert distances == sorted(distances, reverse=True)
-    assert torch.equal(x, x_t)
 
 
 def test_a_jump_up_has_the_variance_of_the_forward_process():
     """DDPM Eq. 2, over several steps at once: from x_t = 0.3 at t to later, for 10,000 values; and from clean."""
-    x, z = torch.full((1, 1, 100, 100), 0.3), draw_noise((1, 1, 100, 100), seeded(0, 1))
+    x, z = torch.full((1, 1, 100, 100), 0.3), draw_noise((1, 1, 100, 100), seeded([0]))
     for t, later in ((100, 400), (-1, 250)):
         up = ddpm.add_more_noise(SCHEDULE, x, torch.tensor([t]), torch.tensor([later]), z)
         a = (SCHEDULE.alpha_bar(torch.tensor([later])) / SCHEDULE.alpha_bar(torch.tensor([t]))).item()
@@ -162,14 +163,12 @@ def test_jumps_bring_both_regions_together():
 
     mask = torch.zeros(1, 1, 4000, 2)
     mask[..., 1] = 1
-    picture = torch.full((1, 1, 4000, 2), known)
+    image = torch.full((1, 1, 4000, 2), known)
     errors = []
     for n in (1, 3, 10):
-        keep = editing.renoise(picture, mask, SCHEDULE, seeded(7, 1, 1))
-        x = denoise(
-            predict, draw_noise((1, 1, 4000, 2), seeded(1, 1)), respaced(20), SCHEDULE,
-            generators=seeded(2, 1), keep=keep, jumps=(5, n),
-        )  # fmt: skip
+        keep = editing.renoise(image, mask)(SCHEDULE, seeded([7], 1))
+        x_T = draw_noise((1, 1, 4000, 2), seeded([1]))
+        x = final(denoise(predict, x_T, respaced(20), SCHEDULE, seeded([2]), keep=keep, jumps=(5, n)))
         errors.append(abs(x[..., 1].mean().item() - rho * known))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.5 * errors[0]
 
@@ -178,15 +177,13 @@ def test_a_reference_keeps_its_component():
     """Grey is a projection, so the result has exactly the photograph's grey, whatever the network says of it; a low
     pass is none, and the formula holds as it stands: the high part of one, the low part of the other."""
     photo = normal("edits.photo", 1, 3, 64, 64).tanh()
-    keep = editing.reference(photo, components.grey, SCHEDULE, seeded(1, 1, 1))
-    x = denoise(
-        toy.gaussian(SCHEDULE, 0.2, 0.3), draw_noise((1, 3, 64, 64), seeded(0, 1)), respaced(5), SCHEDULE,
-        generators=seeded(0, 1), keep=keep,
-    )  # fmt: skip
+    keep = editing.reference(photo, components.grey)(SCHEDULE, seeded([1], 1))
+    x_T, predict = draw_noise((1, 3, 64, 64), seeded([0])), toy.gaussian(SCHEDULE, 0.2, 0.3)
+    x = final(denoise(predict, x_T, respaced(5), SCHEDULE, seeded([0]), keep=keep))
     torch.testing.assert_close(components.grey(x), components.grey(photo), rtol=0, atol=1e-6)
     assert (components.color(x) - components.color(photo)).abs().mean() > 0.1
     low, high = components.of_kind("frequency")
-    kept = editing.reference(photo, low, SCHEDULE, seeded(1, 1, 1))(x, -1)
+    kept = editing.reference(photo, low)(SCHEDULE, seeded([1], 1))(x, -1)
     torch.testing.assert_close(kept, high(x) + low(photo), rtol=0, atol=1e-6)
 
 
@@ -206,19 +203,54 @@ def test_boxes_and_feathers():
 
 
 def test_masks_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"the mask must be \(1, 1, 8, 8\) like its picture, got \(1, 1, 4, 8\)"):
-        editing.clean(PICTURE, MASK[..., :4, :])
+    with pytest.raises(ValueError, match=r"the mask must be \(1, 1, 8, 8\) like its image, got \(1, 1, 4, 8\)"):
+        editing.clean(IMAGE, MASK[..., :4, :])
     with pytest.raises(ValueError, match="a mask lies in .0, 1., 1 where new content goes, got -1 to 1"):
-        editing.renoise(PICTURE, 2 * MASK - 1, SCHEDULE, seeded(0, 1))
+        editing.renoise(IMAGE, 2 * MASK - 1)
 
 
-def test_a_picture_of_another_size_cannot_be_the_start(stage, condition):
-    with pytest.raises(ValueError, match=r"the picture to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
-        draw(stage, condition, Walk(leading(3), x_start=PICTURE[..., :4, :4]))
+def test_an_image_of_another_size_cannot_be_the_start(cascade):
+    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+        draw(cascade, image=IMAGE[..., :4, :4])
 
 
 def test_a_feathered_seam_is_a_mixture():
     """Half way between, half of each."""
     half = torch.full_like(MASK, 0.5)
-    x = editing.clean(PICTURE, half)(torch.ones_like(PICTURE), 10)
-    torch.testing.assert_close(x, 0.5 + 0.5 * PICTURE)
+    x = editing.clean(IMAGE, half)(SCHEDULE, [])(torch.ones_like(IMAGE), 10)
+    torch.testing.assert_close(x, 0.5 + 0.5 * IMAGE)
+
+
+def test_masks_come_from_files_tensors_and_boxes(tmp_path):
+    """One mask three ways, at 64 and 256 pixels: a white file, a tensor, the corners of a box."""
+    file = tmp_path / "mask.png"
+    marked = Image.new("L", (64, 64), 0)
+    marked.paste(255, (16, 8, 32, 24))
+    marked.save(file)
+    tensor = editing.box((16, 8, 32, 24), 64)
+    for size in (64, 256):
+        expected = torch.zeros(1, 1, size, size)
+        expected[..., 8 * size // 64 : 24 * size // 64, 16 * size // 64 : 32 * size // 64] = 1
+        for mask in (file, str(file), tensor, (16, 8, 32, 24)):
+            assert torch.equal(editing.mask_at(mask, size), expected)
+
+
+def test_kept_names_the_method_and_needs_both_image_and_mask():
+    """renoise and repaint noise what they keep, clean does not; all leave what is painted alone."""
+    image, box = torch.full((1, 3, 64, 64), 0.5), (0, 0, 32, 64)
+    x, exact = torch.zeros(1, 3, 64, 64), images.load(image)
+    for method in editing.METHODS:
+        keep = editing.kept(image, box, 64, method)(SCHEDULE, seeded([0]))
+        assert torch.equal(keep(x, -1)[..., 32:], exact[..., 32:]) and not keep(x, 500)[..., :32].any()
+        assert torch.equal(keep(x, 500)[..., 32:], exact[..., 32:]) == (method == "clean")
+    assert editing.kept(image, None, 64) is None
+    with pytest.raises(ValueError, match="a mask needs an image, of which the rest is kept"):
+        editing.kept(None, box, 64)
+    with pytest.raises(ValueError, match="no method 'paint'; choose from renoise, clean, repaint"):
+        editing.kept(image, box, 64, "paint")
+
+
+def test_kept_feathers_its_seam():
+    keep = editing.kept(torch.full((1, 3, 64, 64), 1.0), (0, 0, 32, 64), 64, "clean", 2.0)(SCHEDULE, [])
+    row = keep(-torch.ones(1, 3, 64, 64), -1)[0, 0, 32]
+    assert -0.5 < row[31] < 0 < row[32] < 0.5 and row[0] == -1 and row[63] == 1

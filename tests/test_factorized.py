@@ -6,7 +6,7 @@ import torch
 from minidiff import components, toy, views
 from minidiff.factorized import Part, alternating, averaged, factorized
 from minidiff.guidance import guided
-from minidiff.sampling import denoise, draw_noise, seeded
+from minidiff.sampling import denoise, draw_noise, final, seeded
 from minidiff.schedule import respaced, squaredcos_cap_v2
 from tests.reference.fill import normal
 
@@ -38,7 +38,7 @@ def close(a, b, atol=1e-12):
 def test_one_part_or_the_same_part_often_is_plain_guidance(model):
     plain = guided(model, prompt(1), EMPTY, 4.0)(X, T)
     close(factorized(model, [Part(prompt(1))], EMPTY, 4.0)(X, T), plain)
-    close(factorized(model, averaged([Part(prompt(1))] * 3), EMPTY, 4.0)(X, T), plain)
+    close(factorized(model, averaged(*[Part(prompt(1))] * 3), EMPTY, 4.0)(X, T), plain)
 
 
 def test_components_of_one_prompt_are_plain_guidance():
@@ -97,7 +97,7 @@ def test_anagrams_turn_with_the_noise(name):
     z = normal("factorized.z", 1, 3, 8, 8).double()
 
     def run(x_t, first, second, turned):
-        parts = averaged([Part(prompt(first)), Part(prompt(second), turned)])
+        parts = averaged(Part(prompt(first)), Part(prompt(second), turned))
         predict = factorized(MIXTURE, parts, EMPTY, 2.0)
         for t, t_prev in ((900, 600), (600, 300), (300, -1)):  # DDIM-like: keep eps, no new noise
             a, b = (SCHEDULE.alpha_bar(torch.tensor([s])) for s in (t, t_prev))
@@ -109,52 +109,70 @@ def test_anagrams_turn_with_the_noise(name):
 
 
 def test_a_perfect_anagram_satisfies_both_prompts():
-    """If one prompt's only picture is the other's turned, the anagram of the two is that picture."""
-    picture = normal("factorized.picture", 3, 8, 8).tanh()
-    mixture = toy.Mixture(SCHEDULE, torch.stack([picture, picture.rot90(-1, (-2, -1)), -picture]), 0.0)
-    parts = averaged([Part(mixture.prompt(0)), Part(mixture.prompt(1), TURN)])
+    """If one prompt's only image is the other's turned, the anagram of the two is that image."""
+    image = normal("factorized.picture", 3, 8, 8).tanh()
+    mixture = toy.Mixture(SCHEDULE, torch.stack([image, image.rot90(-1, (-2, -1)), -image]), 0.0)
+    parts = averaged(Part(mixture.prompt(0)), Part(mixture.prompt(1), TURN))
     predict = factorized(mixture, parts, mixture.empty_prompt(), 1.0)
-    x = denoise(predict, draw_noise((1, 3, 8, 8), seeded(0, 1)), respaced(20), SCHEDULE, generators=seeded(1, 1))
-    torch.testing.assert_close(x[0], picture, rtol=0, atol=1e-4)
+    x = final(denoise(predict, draw_noise((1, 3, 8, 8), seeded([0])), respaced(20), SCHEDULE, seeded([1])))
+    torch.testing.assert_close(x[0], image, rtol=0, atol=1e-4)
 
 
 def test_a_perfect_hybrid_has_both_components():
-    """With one picture per prompt, the result has the low frequencies of one and the high ones of the other."""
-    pictures = normal("factorized.pictures", 2, 3, 64, 64).tanh()
-    mixture = toy.Mixture(SCHEDULE, pictures, 0.0)
+    """With one image per prompt, the result has the low frequencies of one and the high ones of the other."""
+    images = normal("factorized.pictures", 2, 3, 64, 64).tanh()
+    mixture = toy.Mixture(SCHEDULE, images, 0.0)
     low, high = components.of_kind("frequency")
     parts = [Part(mixture.prompt(0), component=low), Part(mixture.prompt(1), component=high)]
     predict = factorized(mixture, parts, mixture.empty_prompt(), 1.0)
-    x = denoise(predict, draw_noise((1, 3, 64, 64), seeded(0, 1)), respaced(10), SCHEDULE, generators=seeded(1, 1))
-    torch.testing.assert_close(x, low(pictures[:1]) + high(pictures[1:]), rtol=0, atol=1e-3)
+    x = final(denoise(predict, draw_noise((1, 3, 64, 64), seeded([0])), respaced(10), SCHEDULE, seeded([1])))
+    torch.testing.assert_close(x, low(images[:1]) + high(images[1:]), rtol=0, atol=1e-3)
 
 
 def test_taking_turns():
     """Step i asks prediction i modulo their number, and only that."""
-    asked = []
+    calls = []
 
     def one(name):
-        return lambda x, t: asked.append((name, int(t[0]))) or (torch.zeros_like(x), None)
+        return lambda x, t: calls.append((name, int(t[0]))) or (torch.zeros_like(x), None)
 
     timesteps = torch.tensor([900, 700, 500, 300, 100])
     predict = alternating([one("a"), one("b")], timesteps)
-    denoise(predict, torch.zeros(1, 1, 2, 2), timesteps, SCHEDULE, generators=seeded(0, 1))
-    assert asked == [("a", 900), ("b", 700), ("a", 500), ("b", 300), ("a", 100)]
+    final(denoise(predict, torch.zeros(1, 1, 2, 2), timesteps, SCHEDULE, seeded([0])))
+    assert calls == [("a", 900), ("b", 700), ("a", 500), ("b", 300), ("a", 100)]
     with pytest.raises(ValueError, match="time 42 is not among the timesteps whose turns were given"):
         predict(torch.zeros(1, 1, 2, 2), torch.tensor([42]))
 
 
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_at_guidance_0_the_prompts_have_no_say(split_batch):
+    """Only the negative prompt goes into the network, and of two prompts the answers are equal, the variance too."""
+    texts = []
+
+    def recording(x, t, e):
+        texts.append(e)
+        return network(x, t, e)
+
+    def run(*ks):
+        parts = averaged(*(Part(prompt(k), view) for k, view in zip(ks, (views.IDENTITY, TURN))))
+        return factorized(recording, parts, EMPTY, 0.0, split_batch)(X, T)
+
+    for a, b in zip(run(0, 1), run(2, 0)):
+        assert torch.equal(a, b)
+    assert all((e == EMPTY).all() for e in texts) and sum(map(len, texts)) == 2 * 2 * 2
+
+
 def test_stage_2_channels_are_viewed_together():
-    """Six channels go in turned, the low-resolution picture with the noisy one; three come out and are turned back."""
-    seen = []
+    """Six channels go in turned, the low-resolution image with the noisy one; three come out and are turned back."""
+    inputs = []
 
     def model(x_t, t, prompt_embeds):
-        seen.append(x_t)
+        inputs.append(x_t)
         return x_t[:, :3], None
 
     x = normal("factorized.six", 1, 6, 8, 8)
     eps, pred_var = factorized(model, [Part(prompt(0), TURN)], EMPTY, 1.0)(x, T[:1])
-    assert torch.equal(seen[0], x.rot90(-1, (-2, -1))) and torch.equal(eps, x[:, :3]) and pred_var is None
+    assert torch.equal(inputs[0], x.rot90(-1, (-2, -1))) and torch.equal(eps, x[:, :3]) and pred_var is None
 
 
 def test_no_parts():
@@ -163,5 +181,5 @@ def test_no_parts():
 
 
 def test_averaging_keeps_the_component():
-    part = averaged([Part(prompt(0), component=components.grey), Part(prompt(1))])[0]
+    part = averaged(Part(prompt(0), component=components.grey), Part(prompt(1)))[0]
     torch.testing.assert_close(part.component(X), components.grey(X) / 2)

@@ -5,7 +5,7 @@ import torch
 
 from minidiff import toy
 from minidiff.guidance import combine, dynamic_threshold, guided, quantile
-from minidiff.sampling import denoise, draw_noise, seeded
+from minidiff.sampling import denoise, draw_noise, final, seeded
 from minidiff.schedule import respaced, squaredcos_cap_v2
 
 SCHEDULE = squaredcos_cap_v2()
@@ -16,7 +16,7 @@ def noise(*shape, seed=0):
 
 
 def model(x_t, t, prompt_embeds):
-    """A stand-in network: eps and variance depend on the picture, the time and the text, row by row."""
+    """A stand-in network: eps and variance depend on the image, the time and the text, row by row."""
     text = prompt_embeds.sum((1, 2)).view(-1, 1, 1, 1)
     return x_t * text + t.view(-1, 1, 1, 1) / 1000, text.expand_as(x_t) * 0.1
 
@@ -46,7 +46,7 @@ def test_one_batch_equals_two_calls_and_takes_the_conditional_variance():
     assert torch.equal(pred_var, model(x_t, t, cond)[1])
 
 
-def test_scale_1_is_conditional_and_asks_only_once():
+def test_scale_1_is_conditional_in_one_call():
     sizes = []
 
     def counting(x_t, t, prompt_embeds):
@@ -56,6 +56,22 @@ def test_scale_1_is_conditional_and_asks_only_once():
     x_t, t, cond = noise(2, 3, 4, 4), torch.tensor([1, 2]), noise(2, 5, 7)
     eps, pred_var = guided(counting, cond, torch.zeros_like(cond), 1.0)(x_t, t)
     assert sizes == [2] and torch.equal(eps, model(x_t, t, cond)[0]) and torch.equal(pred_var, model(x_t, t, cond)[1])
+
+
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_scale_0_is_unconditional_in_one_call_without_the_prompt(split_batch):
+    """Imagen Eq. 2 at 0: neither eps nor the variance depends on the prompt, which the network does not read."""
+    texts = []
+
+    def recording(x_t, t, prompt_embeds):
+        texts.append(prompt_embeds)
+        return model(x_t, t, prompt_embeds)
+
+    x_t, t, uncond = noise(2, 3, 4, 4), torch.tensor([1, 2]), noise(1, 5, 7, seed=3)
+    eps, pred_var = guided(recording, noise(2, 5, 7), uncond, 0.0, split_batch)(x_t, t)
+    expected = model(x_t, t, uncond.expand(2, -1, -1))
+    assert torch.equal(eps, expected[0]) and torch.equal(pred_var, expected[1])
+    assert len(texts) == 1 and torch.equal(texts[0], uncond.expand(2, -1, -1))
 
 
 def test_equal_prompts_make_the_scale_irrelevant():
@@ -76,9 +92,9 @@ def test_guidance_moves_samples_to_the_prompt_and_narrows_them():
     mixture = toy.Mixture(SCHEDULE, torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1), 0.4)
     means, stds = [], []
     for scale in (0.0, 1.0, 2.0, 4.0):
-        generators = seeded(0, 600)
+        generators = seeded(range(600))
         predict = guided(mixture, mixture.prompt(1), mixture.empty_prompt(), scale)
-        x = denoise(predict, draw_noise((600, 1, 1, 1), generators), respaced(30), SCHEDULE, generators=generators)
+        x = final(denoise(predict, draw_noise((600, 1, 1, 1), generators), respaced(30), SCHEDULE, generators))
         means.append(x.mean().item())
         stds.append(x.std().item())
     assert means == sorted(means) and abs(means[1] - 0.5) < 5 * 0.4 / 600**0.5 + 0.02
@@ -92,7 +108,7 @@ def test_imagen_sec23_dynamic_threshold_by_hand():
     assert torch.allclose(dynamic_threshold(0.75, 1.2)(x).flatten(), torch.tensor([0.0, -0.5 / 1.2, 1 / 1.2, -1, 1]))
 
 
-def test_dynamic_threshold_leaves_what_is_in_range_and_treats_each_picture_alone():
+def test_dynamic_threshold_leaves_what_is_in_range_and_treats_each_image_alone():
     small, large = torch.linspace(-0.9, 0.9, 12).view(1, 3, 2, 2), torch.linspace(-4, 4, 12).view(1, 3, 2, 2)
     fixed = dynamic_threshold()(torch.cat([small, large]))
     assert torch.equal(fixed[:1], small)
@@ -110,7 +126,7 @@ def test_quantile_equals_torch():
         torch.testing.assert_close(quantile(x, ratio), torch.quantile(x, ratio, dim=1))
 
 
-def test_threshold_out_of_range_is_told():
+def test_a_threshold_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="0 < ratio <= 1 and max_value >= 1, got 1.5 and 1.0"):
         dynamic_threshold(1.5, 1.0)
     with pytest.raises(ValueError, match="got 0.95 and 0.5"):

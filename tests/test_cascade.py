@@ -1,0 +1,460 @@
+"""The door: both stages from noise to image, against diffusers' pipelines with the same tiny networks, texts and
+noise; and what Python users rely on: the same result by every way in, settings, what is read when, errors."""
+
+import functools
+import json
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+import minidiff.cascade
+from minidiff import ddpm, editing, images, schedule, solvers, views
+from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
+from minidiff.deepfloyd.stages import base_model
+from minidiff.factorized import InTurns, Part, averaged, factorized
+from minidiff.guidance import guided
+from minidiff.sampling import denoise, draw_noise, final, noised, other_stream, seeded
+from tests.reference.fill import HERE, normal, read, relative_l2
+from tests.tiny import recorded_cascade, write_cascade
+
+REFERENCE = read("stages")
+COSINE = schedule.squaredcos_cap_v2()
+LOW_RES = normal("stages.low_res", 2, 3, 4, 4).tanh()
+WALKS = {"ten": schedule.leading(10), "fast27": schedule.respaced("fast27")}
+FEW = schedule.leading(3)
+recorded = functools.cache(recorded_cascade)
+
+
+@pytest.fixture
+def cascade():
+    """The recorded networks behind a cascade of the test's own."""
+    return recorded_cascade()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture
+def tiny(folders):
+    """The tiny cascade as its folders give it, at 64 and 256 pixels, with few steps."""
+    cascade = Cascade.load(*map(str, folders), dtype=torch.float32)
+    cascade.settings[:] = Settings(3, 5.0), Settings(1, 1.0)
+    return cascade
+
+
+def parts_of(cascade: Cascade, *prompts: str) -> list[Part]:
+    return [Part(states) for states in cascade.encode(*prompts)]
+
+
+def with_text(i: int) -> Cascade:
+    """The recorded cascade with the i-th negative prompt."""
+    cascade = recorded()
+    cascade.settings[:] = (s._replace(negative_prompt=f"negative {i}") for s in cascade.settings)
+    return cascade
+
+
+def base(i: int = 0, **options: object) -> Tensor:
+    """The i-th image of the recorded stage 1."""
+    cascade = with_text(i)
+    return cascade.draw(parts_of(cascade, f"prompt {i}"), [5 + i], **options)
+
+
+def enlarged(i: int = 0, **options: object) -> Tensor:
+    """The i-th image of the recorded stage 2."""
+    cascade = with_text(i)
+    return cascade.enlarge(LOW_RES[i : i + 1], parts_of(cascade, f"prompt {i}"), [7 + i], **options)
+
+
+@functools.cache
+def plain() -> tuple[Tensor, Tensor]:
+    """What both stages draw with nothing but their settings."""
+    return torch.cat([base(0), base(1)]), torch.cat([enlarged(0), enlarged(1)])
+
+
+# --- against diffusers' pipelines -------------------------------------------------------------------------------------
+
+
+def test_the_random_stream_is_the_recorded_one():
+    """If this fails, torch draws other numbers than it did; the tests below then say nothing about the code."""
+    torch.testing.assert_close(draw_noise((1, 3, 8, 8), seeded([5])), REFERENCE["first_draw_of_seed_5"])
+
+
+def test_order_of_draws_is_the_recorded_one():
+    """diffusers draws x_T, in stage 2 then the noise on the low-resolution image, then one per step but the last."""
+    with safe_open(HERE / "stages.safetensors", "pt") as f:
+        draws = json.loads(f.metadata()["provenance"])["draws"]
+    assert draws["stage_1.ten"] == [[2, 3, 8, 8]] * (1 + 9)
+    assert draws["stage_1.fast27"] == [[2, 3, 8, 8]] * (1 + 26)
+    assert draws["stage_2"] == [[2, 3, 16, 16]] * (1 + 1 + 4)
+
+
+def test_the_last_step_draws_nothing(cascade):
+    """After a walk of three steps a generator stands where x_T and two noises leave it."""
+    (used,), (fresh,) = seeded([5]), seeded([5])
+    cascade.draw(parts_of(cascade, "prompt 0"), [used], steps=FEW)
+    for _ in range(3):
+        draw_noise((1, 3, 8, 8), [fresh])
+    assert torch.equal(torch.randn(4, generator=used), torch.randn(4, generator=fresh))
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_stage_1_against_diffusers(walk):
+    """Guidance 7 and the steps magnify rounding a few times: 2e-5. With diffusers' own float32 tables the step into
+    t = 0 differs by up to 1e-4 more."""
+    x = plain()[0] if walk == "ten" else torch.cat([base(i, steps=WALKS[walk]) for i in (0, 1)])
+    assert x.dtype == torch.float32
+    assert relative_l2(x, REFERENCE[f"stage_1.{walk}.float64"]) <= 2e-5
+    assert relative_l2(x, REFERENCE[f"stage_1.{walk}.released"]) <= 2e-4
+
+
+def test_stage_2_against_diffusers():
+    """As stage 1, with guidance 4 and noise level 250; the low-resolution image is enlarged and noised once."""
+    x = plain()[1]
+    assert x.shape == (2, 3, 16, 16)
+    assert relative_l2(x, REFERENCE["stage_2.float64"]) <= 2e-5
+    assert relative_l2(x, REFERENCE["stage_2.released"]) <= 2e-4
+
+
+# --- what must not depend on the way in -------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_its_seed_only():
+    """Two images in one batch, each with its prompt, are the two drawn alone, up to rounding."""
+    cascade = with_text(0)
+    both = [Part(torch.cat(cascade.encode("prompt 0", "prompt 1")))]
+    x = cascade.draw(both, [5, 6], steps=FEW)
+    alone = [cascade.draw(parts_of(cascade, f"prompt {i}"), [5 + i], steps=FEW) for i in (0, 1)]
+    assert relative_l2(x, torch.cat(alone)) <= 2e-5
+    assert torch.equal(cascade.draw(parts_of(cascade, "prompt 0"), seeded([5]), steps=FEW), alone[0])
+
+
+def test_splitting_the_batch_changes_nothing(cascade):
+    parts = averaged(*parts_of(cascade, "prompt 0", "prompt 1"))
+    whole = cascade.draw(parts, [5], steps=FEW)
+    large = cascade.enlarge(LOW_RES, parts, [7, 8], steps=FEW)
+    cascade.split_batch = True
+    sizes = batch_sizes(cascade, 1)
+    assert relative_l2(cascade.draw(parts, [5], steps=FEW), whole) <= 2e-5
+    assert relative_l2(cascade.enlarge(LOW_RES, parts, [7, 8], steps=FEW), large) <= 2e-5
+    assert sizes == [1] * 3 * 2 * 2  # three steps, two prompts, with and without
+
+
+def batch_sizes(cascade: Cascade, number: int) -> list[int]:
+    """A list that grows with the batch of every network call."""
+    sizes: list[int] = []
+    cascade.stage(number).unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def test_guidance_scale_and_noise_level_matter():
+    assert relative_l2(base(guidance_scale=2.0), plain()[0][:1]) > 1e-2
+    assert relative_l2(enlarged(noise_level=50), plain()[1][:1]) > 1e-2
+
+
+def test_the_course_walk_is_the_bare_loop(cascade):
+    """As the course walks: nothing touches the estimate, which then leaves [-1, 1] and leads elsewhere; and the walk
+    stops at t = 0, one step before clean."""
+    bare = cascade.draw(parts_of(cascade, "prompt 0"), [5], steps="course", i_start=25)
+    (generator,) = seeded([5])
+    predict = guided(base_model(cascade.stage(1).unet), *cascade.encode("prompt 0", ""), 7.0)
+    x_t = draw_noise((1, 3, 8, 8), [generator])
+    timesteps = torch.arange(990, -1, -30)[25:]
+    assert torch.equal(bare, final(denoise(predict, x_t, timesteps, COSINE, [generator], final_step=False)))
+    assert relative_l2(bare, cascade.draw(parts_of(cascade, "prompt 0"), [5], steps=timesteps)) > 1e-3
+
+
+def test_upsampled_and_noised_to_its_level_stage_2_reads_the_small_image(cascade):
+    """sqrt(alpha_bar_100) of the enlarged image plus sqrt(1 - alpha_bar_100) of the second draw, in channels 3 to 5,
+    the same in every step."""
+    inputs, low_res = [], normal("stages.low_res", 1, 3, 4, 4).tanh()
+    cascade.stage(2).unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    cascade.enlarge(low_res, parts_of(cascade, "prompt 0"), [3], steps=schedule.leading(2), noise_level=100)
+    (generator,) = seeded([3])
+    x_T, noise = (torch.randn((1, 3, 16, 16), generator=generator) for _ in range(2))
+    large = F.interpolate(low_res, (16, 16), mode="bilinear", align_corners=True)
+    noisy = ddpm.add_noise(large, noise, COSINE.alpha_bar(torch.tensor([100])))
+    torch.testing.assert_close(inputs[0], torch.cat([x_T, noisy], 1).expand(2, -1, -1, -1))
+    torch.testing.assert_close(inputs[1][:, 3:], noisy.expand(2, -1, -1, -1))
+
+
+def test_the_cascade_called_is_draw_and_enlarge_with_the_same_generators(tiny):
+    image = tiny("a castle", seed=4)
+    (states,) = tiny.encode("a castle")
+    generators = seeded([4])
+    small = tiny.draw([Part(states)], generators)
+    large = tiny.enlarge(small, [Part(states)], generators)
+    assert image.shape == (1, 3, 256, 256) and torch.equal(image, large)
+    made = tiny.make([Part(states)], [4])
+    assert torch.equal(made[0], small) and torch.equal(made[1], large)
+
+
+@pytest.mark.parametrize("name", solvers.STEPS)
+def test_the_samplers_names_are_the_steps(cascade, name):
+    """--sampler's three names, as an argument and as a setting, against the loop with that step."""
+    step = {"ddpm": ddpm.step, "ddim": solvers.ddim_step, "dpm++": solvers.dpm_step}[name]
+    parts, stage, (generator,) = parts_of(cascade, "prompt 0"), cascade.stage(1), seeded([5])
+    predict = factorized(base_model(stage.unet), parts, *cascade.encode(""), 7.0)
+    x_t = draw_noise((1, 3, 8, 8), [generator])
+    steps = denoise(predict, x_t, FEW, COSINE, [generator], step=step, fix_x_start=stage.fix_x_start)
+    x = cascade.draw(parts, [5], steps=FEW, sampler=name)
+    assert torch.equal(x, final(steps))
+    cascade.settings[0] = cascade.settings[0]._replace(sampler=name, steps=FEW)
+    assert torch.equal(cascade.draw(parts, [5]), x)
+    others = [cascade.draw(parts, [5], sampler=other) for other in solvers.STEPS if other != name]
+    assert all(relative_l2(x, other) > 1e-3 for other in others)
+
+
+def test_parts_in_turns_are_one_prompt_at_each_step(cascade):
+    parts = InTurns(parts_of(cascade, "prompt 0", "prompt 1"))
+    predictions = [guided(base_model(cascade.stage(1).unet), part.prompt_embeds, *cascade.encode(""), 7.0)
+                   for part in parts]  # fmt: skip
+    (generator,) = seeded([5])
+    x_t = draw_noise((1, 3, 8, 8), [generator])
+    turns = {int(t): predictions[i % 2] for i, t in enumerate(FEW)}
+    steps = denoise(lambda x, t: turns[int(t[0])](x, t), x_t, FEW, COSINE, [generator],
+                    fix_x_start=cascade.stage(1).fix_x_start)  # fmt: skip
+    expected, sizes = final(steps), batch_sizes(cascade, 1)
+    assert relative_l2(cascade.draw(parts, [5], steps=FEW), expected) <= 2e-5
+    assert sizes == [2, 2, 2]
+
+
+def test_the_first_examples_of_the_docstring_run(folders, monkeypatch):
+    """With the tiny cascade in place of mini and few steps. The second block draws what make draws at stage 1."""
+    load = Cascade.load
+
+    def tiny(model: str) -> Cascade:
+        assert model == "mini"
+        cascade = load(*map(str, folders), dtype=torch.float32)
+        cascade.settings[:] = Settings(3, 5.0), Settings(1, 1.0)
+        return cascade
+
+    monkeypatch.setattr(Cascade, "load", tiny)
+    first, second = re.findall(r"(?:^    .*\n|^\n(?=    ))+", minidiff.cascade.__doc__, re.MULTILINE)[:2]
+    names = {"averaged": averaged, "Part": Part, "views": views}
+    exec(re.sub(r"^    ", "", f"{first}{second}", flags=re.MULTILINE), names)
+    assert names["image"].shape == names["large"].shape == (1, 3, 256, 256)
+    assert torch.equal(names["image"], names["cascade"]("a snowy mountain village", seed=0))
+    assert torch.equal(names["small"], names["cascade"].make(names["parts"], [2])[0])
+
+
+# --- settings, and what is read when ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_remembered_and_the_empty_one_goes_along():
+    texts = []
+
+    def encode(prompts):
+        texts.append(prompts)
+        return torch.arange(float(len(prompts))).view(-1, 1, 1)
+
+    cascade = Cascade(None, None, encode, [])
+    (a,) = cascade.encode("a")
+    assert texts == [["a", ""]] and a.shape == (1, 1, 1) and a.item() == 0
+    assert torch.equal(cascade.encode("a", "", "a")[2], a) and cascade.encode("")[0].item() == 1
+    cascade.encode("b", "b", "a")
+    assert texts == [["a", ""], ["b"]]
+
+
+def test_settings_hold_for_every_later_call_and_an_argument_for_one(cascade):
+    parts = parts_of(cascade, "prompt 0")
+    recordings = [cascade.draw(parts, [5]), cascade.draw(parts, [5], steps=FEW, guidance_scale=2.0)]
+    assert torch.equal(recordings[0], cascade.draw(parts, [5]))
+    cascade.settings[0] = cascade.settings[0]._replace(steps=FEW, guidance_scale=2.0)
+    assert torch.equal(cascade.draw(parts, [5]), recordings[1])
+    cascade.settings[0] = cascade.settings[0]._replace(negative_prompt="negative 1")
+    assert relative_l2(cascade.draw(parts, [5]), recordings[1]) > 1e-3
+
+
+def test_a_loaded_cascade_has_the_settings_of_its_models(folders):
+    """mini 27 and 20 steps with guidance 5 and 1, every other model IF's 100 and 50 with 7 and 4."""
+    one, two = map(str, folders)
+    assert DEFAULTS["mini"] == ((27, 5.0, "ddpm", ""), (20, 1.0, "ddpm", ""))
+    assert DEFAULTS["released"] == ((100, 7.0, "ddpm", ""), (50, 4.0, "ddpm", ""))
+    assert Cascade.load().settings == list(DEFAULTS["mini"])
+    assert Cascade.load(one, two).settings == list(DEFAULTS["released"])
+    assert Cascade.load("none", "mini", text_model="mini").settings[1] == DEFAULTS["mini"][1]
+
+
+def test_nothing_large_is_read_before_it_is_needed(folders, monkeypatch):
+    """load reads no network; draw reads stage 1 and not stage 2; each is read once."""
+    reads = []
+    real = minidiff.cascade.load_stage
+
+    def load_stage(folder, *rest):
+        reads.append(folder.name)
+        return real(folder, *rest)
+
+    monkeypatch.setattr(minidiff.cascade, "load_stage", load_stage)
+    cascade = Cascade.load(*map(str, folders), dtype=torch.float32)
+    assert cascade.has_upper and reads == []
+    parts = parts_of(cascade, "a castle")
+    assert reads == []
+    small = cascade.draw(parts, [0], steps=1)
+    cascade.draw(parts, [1], steps=1)
+    assert reads == ["one"]
+    cascade.enlarge(small, parts, [0], steps=1)
+    assert reads == ["one", "two"]
+
+
+def test_a_cascade_of_one_stage(folders):
+    """A folder alone has no stage 2, and a call ends at 64 pixels; without stage 1 there is nothing to draw with."""
+    one, two = map(str, folders)
+    cascade = Cascade.load(one, dtype=torch.float32)
+    cascade.settings[0] = Settings(2, 1.0)
+    assert not cascade.has_upper and cascade("a castle", seed=3).shape == (1, 3, 64, 64)
+    small, large = cascade.make(parts_of(cascade, "a castle"), [3])
+    assert large is None and torch.equal(small, cascade("a castle", seed=3))
+    with pytest.raises(ValueError, match="this cascade has no stage 2; load it with one"):
+        cascade.enlarge(small, parts_of(cascade, "a castle"), [3])
+    upper = Cascade.load("none", two, text_model=one)
+    assert upper.has_upper
+    with pytest.raises(ValueError, match="this cascade has no stage 1; load it with one"):
+        upper("a castle")
+
+
+def test_watching_passes_every_step_and_a_bar_counts_them(cascade, capsys):
+    """`through` gets the records of stage 1; with progress a bar names the size and the calls of the network."""
+    record, parts = [], parts_of(cascade, "prompt 0")
+
+    def through(steps):
+        for step in steps:
+            record.append(step)
+            yield step
+
+    cascade.progress = True
+    x = cascade.draw(parts, [5], steps=FEW, jumps=(1, 2), through=through)
+    times = [(step.t, step.t_prev) for step in record]
+    assert times == [(666, 333), (666, 333), (333, 0), (333, 0), (0, -1)]
+    assert torch.equal(record[-1].x_prev, x)
+    bar = capsys.readouterr().err
+    assert "8 px" in bar and "5/5" in bar
+    cascade.progress = False
+    assert torch.equal(cascade.draw(parts, [5], steps=FEW, jumps=(1, 2)), x) and capsys.readouterr().err == ""
+
+
+# --- editing through the door -----------------------------------------------------------------------------------------
+
+
+def test_the_random_numbers_of_edits_are_streams_of_their_own():
+    """Walks that edit small and large images, and what each keeps, never share a stream with each other or with a walk
+    from pure noise."""
+    streams = [0, EDIT_SMALL, EDIT_LARGE, KEPT, EDIT_SMALL + KEPT, EDIT_LARGE + KEPT]
+    assert len(set(streams)) == len(streams)
+
+
+def test_an_edit_draws_from_its_stream(cascade):
+    """SDEdit's start is the image noised with stream EDIT_SMALL of the seed; at stage 2 EDIT_LARGE. The caller's
+    generators stay where they are."""
+    inputs, parts, generators = [], parts_of(cascade, "prompt 0"), seeded([5])
+    for number, size, stream in ((1, 8, EDIT_SMALL), (2, 16, EDIT_LARGE)):
+        image = normal("image", 1, 3, size, size).tanh()
+        cascade.stage(number).unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        if number == 1:
+            cascade.draw(parts, generators, steps=torch.tensor([700]), image=image)
+        else:
+            cascade.enlarge(LOW_RES[:1], parts, generators, steps=torch.tensor([700]), image=image)
+        torch.testing.assert_close(inputs[-1][:1, :3], noised(image, 700, COSINE, seeded([5], stream)))
+    assert torch.equal(torch.randn(4, generator=generators[0]), torch.randn(4, generator=seeded([5])[0]))
+
+
+def test_an_image_edited_with_its_seed_does_not_find_itself(tiny):
+    """SDEdit from i_start 1 of an image that seed 0 made: the distance is that of another seed, not a tenth of it."""
+    settings = Settings("course", 1.0)
+    tiny.settings[0] = settings
+    parts = parts_of(tiny, "a castle")
+    network_of_noise(tiny)
+    image = tiny.draw(parts, [0])
+
+    def distance(generators):
+        x = tiny.draw(parts, generators, image=image, i_start=1)
+        return (x - image).square().mean().item()
+
+    same, other = distance([0]), distance([1])
+    assert 0.8 < same / other < 1.25
+    assert distance(other_stream(seeded([0]), -EDIT_SMALL)) < 0.1 * other  # what it was with the image's noise
+
+
+def network_of_noise(cascade: Cascade, std: float = 0.7) -> None:
+    """Give stage 1 the answers of a perfect network for Gaussian data: what the noise decides, the image shows."""
+    process = cascade.stage(1).schedule
+
+    def forward(x_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        alpha_bar = process.alpha_bar(t).float()
+        eps = x_t * (1 - alpha_bar).sqrt() / (alpha_bar * std**2 + 1 - alpha_bar)
+        return torch.cat([eps, -torch.ones_like(eps)], 1)
+
+    cascade.stage(1).unet.forward = forward
+
+
+def test_make_edits_at_both_sizes_and_keeps_the_rest_exactly(tiny):
+    """An image with a mask: outside it both results are the image at their size; a start needs no mask."""
+    image = Image.effect_mandelbrot((90, 70), (-2, -1.2, 1, 1.2), 30)
+    parts = parts_of(tiny, "a castle")
+    small, large = tiny.make(parts, [0], image=image, mask=(0, 0, 32, 64))
+    for x, half in ((small, 32), (large, 128)):
+        kept = images.load(image, x.shape[-1])
+        assert torch.equal(x[..., half:], kept[..., half:])
+        assert (x - kept)[..., :half].abs().mean() > 0.05
+    started, _ = tiny.make(parts, [0], image=image, i_start=2)
+    alone = tiny.draw(parts, [0], image=images.load(image, 64), i_start=2)
+    assert torch.equal(started, alone)
+
+
+def test_jumps_are_repaints_alone(folders):
+    cascade = Cascade.load(str(folders[0]), dtype=torch.float32)
+    cascade.settings[0] = Settings(3, 1.0)
+    image, parts, sizes = torch.zeros(1, 3, 64, 64), parts_of(cascade, "a castle"), batch_sizes(cascade, 1)
+    for method, calls in (("renoise", 3), ("clean", 3), ("repaint", 3 + 2)):
+        sizes.clear()
+        cascade.make(parts, [0], image=image, mask=(0, 0, 32, 64), method=method, jumps=(1, 2))
+        assert len(sizes) == calls, method
+
+
+# --- steps and errors -------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_counts_names_sections_times_or_the_course():
+    assert times_of(4)[0].tolist() == times_of("4")[0].tolist() == [999, 666, 333, 0]
+    assert torch.equal(times_of("smart27")[0], schedule.respaced("smart27"))
+    assert times_of("1,1,1")[0].tolist() == [667, 334, 0]
+    assert times_of(torch.tensor([5, 3]))[0].tolist() == [5, 3]
+    course, is_course = times_of("course")
+    assert course.tolist() == list(range(990, -1, -30)) and is_course
+    assert (last_start("course"), last_start(4), last_start(torch.tensor([5, 3]))) == (32, 3, 1)
+
+
+def test_input_errors_of_the_door(cascade):
+    parts = parts_of(cascade, "prompt 0")
+    with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.2 for these steps, got 3"):
+        cascade.draw(parts, [0], steps=FEW, image=torch.zeros(1, 3, 8, 8), i_start=3)
+    with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.32 for these steps, got 33"):
+        cascade.draw(parts, [0], steps="course", i_start=33)
+    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+        cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
+        cascade.draw([], [0], steps=FEW)
+    with pytest.raises(ValueError, match=r"a seed must lie in 0\.\.2\^32 - 1, got -1"):
+        cascade.draw(parts, [-1])
+    for small, seeds in ((LOW_RES[0], [0, 1]), (LOW_RES[:, :1], [0, 1]), (LOW_RES, [0])):
+        with pytest.raises(ValueError, match=rf"small must be \(B, 3, h, w\) with B = {len(seeds)} seeds, got \("):
+            cascade.enlarge(small, parts, seeds)
+    for level in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"noise_level must lie in 0\.\.999, got {level}"):
+            cascade.enlarge(LOW_RES, parts, [0, 1], noise_level=level)
+
+
+def test_stages_and_texts_of_different_families_are_refused(folders, tmp_path):
+    """Before the work where the widths of the stages differ; where the texts differ, when they are encoded."""
+    one, two = map(str, folders)
+    with pytest.raises(ValueError, match="must be of one family, but read text states one of width 32, mini-IF-II of width"):
+        Cascade.load(one, "mini")
+    mixed = Cascade.load(one, two, text_model="mini")
+    with pytest.raises(ValueError, match="the stages read text states of width 32, but these have width 192"):
+        mixed.encode("a castle")
