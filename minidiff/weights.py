@@ -167,19 +167,20 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
     for part in parts:
         missing = [name for name in (f"{part}/config.json", NEEDED[part]) if name not in names]
         if missing:
-            faults.append(f"{where} has no {', '.join(missing)}, which the {part.replace('_', ' ')} needs")
+            needs = f"which the {part.replace('_', ' ')} needs"
+            faults.append(f"{where} lacks {' and '.join(missing)}, {needs} in the layout of the released models")
         inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
             files = choose_files(inside, None, f"{where}/{part}")
         except WeightsError as error:
-            faults.append(str(error))
+            faults += [str(error)] if inside else []
             continue
         index = [n for n in inside if ".safetensors.index" in n and len(files) > 1]
         needed += [f"{part}/{n}" for n in ["config.json", *files, *index]]
         beside = "tokenizer/" if part == "text_encoder" else ("scheduler/sch", "image_noising_scheduler/sch")
         needed += [n for n in names if n.startswith(beside)]
     if faults:
-        raise WeightsError(f"{'; '.join(faults)}; it must have the layout of the released models")
+        raise WeightsError("; ".join(faults))
     return needed
 
 
@@ -206,11 +207,12 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> 
         say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {in_words(total)}, to {cache}")
         _check_space(cache, total)
         for file in files:
-            path = hub.hf_hub_download(repo, file, etag_timeout=PATIENCE)
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # asks once; the next line for minutes
+            path = hub.hf_hub_download(repo, file)
     except WeightsError:
         raise
     except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
-        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}." for folder in snapshots(repo)[:1])
+        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}" for folder in snapshots(repo)[:1])
         raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
     return Path(path).parent.parent
 
