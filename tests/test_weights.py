@@ -411,3 +411,16 @@ def test_list_and_download_and_unknown_models(here, capsys):
     write_scheduler(here / "IF-II-M-v1.0")
     assert status("download", "IF-II-M-v1.0") == 0
     assert capsys.readouterr().out == f"{here / 'IF-II-M-v1.0'}\n"
+
+
+def test_a_wheel_has_every_package_and_every_embedded_file():
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {p.parent.relative_to(root).as_posix().replace("/", ".") for p in (root / "minidiff").rglob("__init__.py")}
+    assert set(settings["packages"]) == packages | {"minidiff.weights_data"}
+    patterns, folder = settings["package-data"]["minidiff.weights_data"], root / settings["package-dir"]["minidiff.weights_data"]
+    packed = {p for pattern in patterns for p in folder.glob(pattern)}
+    kept = [p for name in ("mini-IF-I", "mini-IF-II", "mnist") for p in (folder / name).rglob("*") if p.is_file()]
+    assert packed == {folder / "NOTICE", folder / "README.md", *(p for p in kept if "training" not in p.parts)}
+    assert weights.WEIGHTS == folder
