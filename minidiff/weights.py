@@ -167,19 +167,20 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
     for part in parts:
         missing = [name for name in (f"{part}/config.json", NEEDED[part]) if name not in names]
         if missing:
-            faults.append(f"{where} has no {', '.join(missing)}, which the {part.replace('_', ' ')} needs")
+            needs = f"which the {part.replace('_', ' ')} needs"
+            faults.append(f"{where} lacks {' and '.join(missing)}, {needs} in the layout of the released models")
         inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
             files = choose_files(inside, None, f"{where}/{part}")
         except WeightsError as error:
-            faults.append(str(error))
+            faults += [str(error)] if inside else []
             continue
         index = [n for n in inside if ".safetensors.index" in n and len(files) > 1]
         needed += [f"{part}/{n}" for n in ["config.json", *files, *index]]
         beside = "tokenizer/" if part == "text_encoder" else ("scheduler/sch", "image_noising_scheduler/sch")
         needed += [n for n in names if n.startswith(beside)]
     if faults:
-        raise WeightsError(f"{'; '.join(faults)}; it must have the layout of the released models")
+        raise WeightsError("; ".join(faults))
     return needed
 
 
@@ -206,11 +207,12 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> 
         say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {in_words(total)}, to {cache}")
         _check_space(cache, total)
         for file in files:
-            path = hub.hf_hub_download(repo, file, etag_timeout=PATIENCE)
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # asks once; the next line for minutes
+            path = hub.hf_hub_download(repo, file)
     except WeightsError:
         raise
     except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
-        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}." for folder in snapshots(repo)[:1])
+        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}" for folder in snapshots(repo)[:1])
         raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
     return Path(path).parent.parent
 
@@ -265,31 +267,30 @@ def in_words(size: float) -> str:
     return f"{size:.0f} B"
 
 
-class Process(NamedTuple):
-    """What a UNet was trained for: schedule, dynamic thresholding, and for stage 2 the schedule of the added noise."""
+def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
+    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of stage 2's added noise.
 
-    schedule: Schedule
-    threshold_ratio: float
-    threshold_max: float
-    noising: Schedule
-
-
-def read_process(folder: Path, in_channels: int) -> Process:
-    """The schedulers of a model folder. Raises WeightsError if there is none, or it describes no process of IF."""
+    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF.
+    """
     path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
     config = read_json(path)
     ratio = config.get("dynamic_thresholding_ratio", 0.95)
     largest = config.get("sample_max_value", 1.5 if in_channels == CHANNELS_OF_STAGE[1] else 1.0)
     with blaming(path, "describes no process of IF"):
         dynamic_threshold(ratio, largest)
-        schedule = Schedule.from_config(config)
     for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
         if config.get(key, expected) != expected:
             warnings.warn(f"{path}: {key} is {config[key]!r}; IF's {expected!r} is used", stacklevel=1)
-    if not noising.exists():
-        return Process(schedule, ratio, largest, squaredcos_cap_v2())
-    with blaming(noising, "describes no process of IF"):
-        return Process(schedule, ratio, largest, Schedule.from_config(read_json(noising)))
+    return _schedule(path), ratio, largest, _schedule(noising) if noising.exists() else squaredcos_cap_v2()
+
+
+def _schedule(path: Path) -> Schedule:
+    config = read_json(path)
+    with blaming(path, "describes no process of IF"):
+        schedule = Schedule.from_config(config)
+        if schedule.num_train_timesteps != 1000:
+            raise ValueError(f"num_train_timesteps is {schedule.num_train_timesteps}, but drawing visits 0 to 999")
+        return schedule
 
 
 def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:
@@ -327,8 +328,7 @@ def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[
     types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-    with torch.inference_mode():
-        width = (_step_unet if part == "unet" else _step_text_encoder)(folder, checkpoint)
+    width = (_step_unet if part == "unet" else _step_text_encoder)(folder, checkpoint)
     say(f"  {part}: every key and shape fits")
     checkpoint.check_finite()
     say(f"  {part}: every number is finite")
@@ -338,6 +338,7 @@ def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[
     return width
 
 
+@torch.inference_mode()
 def _step_unet(folder: Path, checkpoint: Checkpoint) -> int:
     unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
     config, size = unet.config, unet.config.sample_size
@@ -349,6 +350,7 @@ def _step_unet(folder: Path, checkpoint: Checkpoint) -> int:
     return config.encoder_hid_dim
 
 
+@torch.inference_mode()
 def _step_text_encoder(folder: Path, checkpoint: Checkpoint) -> int:
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
     with blaming(checkpoint.folder / "config.json"):

@@ -1,6 +1,7 @@
 """Model folders with networks of a few thousand weights, for the tests of files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ T5 = {
     "relative_attention_num_buckets": 32,
     "layer_norm_epsilon": 1e-6,
 }
+VOCABULARY = 1000  # at least the pieces of reference/spiece.model
+SHARDS = ("model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")
 FULL, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 
 
@@ -66,3 +69,20 @@ def write_scheduler(folder: Path) -> None:
     (folder / "scheduler").mkdir(exist_ok=True)
     config = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000, "thresholding": True}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+
+
+def write_model(folder: Path) -> Path:
+    """A whole stage 1: UNet in one half-precision file, text encoder in two shards with their index."""
+    write_part(folder, "unet", {HALF: as_type(make_unet().state_dict(), torch.float16)})
+    write_scheduler(folder)
+    t5 = {**T5, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    state = as_type(T5Encoder(T5Config.from_dict(t5)).state_dict(), torch.float16)
+    halves = dict(zip(SHARDS, (dict(list(state.items())[:7]), dict(list(state.items())[7:]))))
+    write_part(folder, "text_encoder", halves, t5)
+    places = {key: name for name, tensors in halves.items() for key in tensors}
+    index = folder / "text_encoder" / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "tokenizer").mkdir()
+    shutil.copy(Path(__file__).parent / "reference" / "spiece.model", folder / "tokenizer")
+    return folder

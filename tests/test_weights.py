@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from minidiff import weights
 from minidiff.checkpoint import WeightsError
-from tests.folders import FULL, HALF, T5, UNET, as_type, make_t5, make_unet, write_part, write_scheduler
+from tests.folders import FULL, HALF, T5, UNET, make_unet, write_model, write_part, write_scheduler
 
 # ---------------------------------------------------------------------------------------------- finding
 
@@ -72,12 +73,12 @@ def test_resolve_says_what_is_wrong(here):
         weights.resolve("mini-IF-I", 2)
     with pytest.raises(WeightsError, match=r"config.json is a file; pass the folder that holds unet/config.json"):
         weights.resolve("weights/mini-IF-I/unet/config.json", 1)
-    with pytest.raises(WeightsError, match=r"weights has no unet/config.json; it must have the layout"):
+    with pytest.raises(WeightsError, match=r"weights lacks unet/config.json and scheduler.*, which the unet needs"):
         weights.resolve("weights", 1)
-    with pytest.raises(WeightsError, match=r"mini-IF-I has no text_encoder/config.json"):
+    with pytest.raises(WeightsError, match=r"mini-IF-I lacks text_encoder/config.json and tokenizer/spiece.model, which"):
         weights.resolve("mini", 1, ("unet", "text_encoder"))
     write_part(here / "mini-IF-I", "text_encoder", {"model.safetensors": {}})
-    with pytest.raises(WeightsError, match=r"mini-IF-I has no tokenizer/spiece.model, which the text encoder needs"):
+    with pytest.raises(WeightsError, match=r"mini-IF-I lacks tokenizer/spiece.model, which the text encoder needs"):
         weights.resolve("mini-IF-I", 1, ("text_encoder",))
     with pytest.raises(WeightsError, match=r"stage must be 1 or 2 and parts some of unet, text_encoder, got 3 and"):
         weights.resolve("mini", 3)
@@ -192,6 +193,73 @@ QUESTIONS = {
 }
 
 
+def snapshot(home: Path, commit: str, seconds: int, leave_out: str = "") -> Path:
+    """A copy of IF-II-M-v1.0 in the cache, but for the files whose name contains `leave_out`."""
+    folder = home / "models--DeepFloyd--IF-II-M-v1.0" / "snapshots" / commit
+    for name, content in FILES.items():
+        if not (leave_out and leave_out in name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    os.utime(folder, (seconds, seconds))
+    return folder
+
+
+def test_a_cache_without_a_usable_refs_main_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "none")
+    whole, older = snapshot(tmp_path, COMMIT, 20), snapshot(tmp_path, "1" * 40, 10)
+    partial = snapshot(tmp_path, "2" * 40, 30, leave_out="fp16-00002")
+    assert weights.resolve("IF-II-M-v1.0", 2, BOTH) == whole  # the newest that is whole
+    assert weights.resolve("IF-II-M-v1.0", 2) == partial  # whose unet is
+    assert weights.resolve("IF-I-XL-v1.0", 1, ("text_encoder",)) == whole == weights.encoder_here("IF-I-L-v1.0")
+    (tmp_path / "models--DeepFloyd--IF-II-M-v1.0" / "refs").mkdir()
+    (tmp_path / "models--DeepFloyd--IF-II-M-v1.0" / "refs" / "main").write_text("1" * 40 + "\n")
+    assert weights.resolve("IF-II-M-v1.0", 2, BOTH) == older
+
+
+def test_what_an_incomplete_cache_lacks_is_named_offline_and_in_the_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "none")
+    folder = snapshot(tmp_path, COMMIT, 10, leave_out="unet/diffusion")
+    with pytest.raises(WeightsError, match=r"(?s)hub is unreachable.*is not whole: it/unet: expected a file like model") as e:
+        weights.resolve("IF-II-M-v1.0", 2)
+    assert f"\n{folder} is not whole" in str(e.value)
+    assert status("list") == 0
+    assert "IF-II-M-v1.0   stage 2   0.92 GB incomplete: it/unet: expected a file like" in capsys.readouterr().out
+    assert status("check", "IF-II-M-v1.0") == 1  # what is there is checked
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch, answered):
+    """Neither the list of files nor, after it, the first file comes."""
+    ended = threading.Event()
+
+    class Silent(Hub):
+        def do_GET(self):
+            if answered and self.path.startswith("/api/models/"):
+                return super().do_GET()
+            ended.wait(60)
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr(weights, "PATIENCE", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(WeightsError, match=r"(?s)the hub does not answer within 0.5 seconds; try again later.*\n  1\. with"):
+        weights.resolve("IF-II-M-v1.0", 2)
+    assert time.monotonic() - begun < 30
+    ended.set()
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What resolve answers, and what it said, with a hub and then without; in a process of its own, because the hub's
@@ -299,35 +367,60 @@ def test_other_answers_of_the_hub_are_told_by_number():
 # ---------------------------------------------------------------------------------------------- commands
 
 
+def status(*command: str) -> int:
+    """The exit status of a command."""
+    try:
+        weights.main(list(command))
+        return 0
+    except SystemExit as end:
+        return end.code
+
+
 def test_check_describes_and_compares_each_part(tmp_path, capsys):
-    unet, t5 = make_unet(), make_t5()
-    write_part(tmp_path, "unet", {HALF: as_type(unet.state_dict(), torch.float16)})
-    write_part(tmp_path, "text_encoder", {"model.safetensors": t5.state_dict()})
-    assert weights.main(["check", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
+    write_model(tmp_path)
+    assert status("check", str(tmp_path)) == 0
+    text, unet = capsys.readouterr().out, make_unet()
     count, n = sum(p.numel() for p in unet.parameters()), len(unet.state_dict())
     assert f"  unet: {count:,} parameters in {n} tensors, float16\n  unet: every key and shape fits\n" in text
     assert f"  unet/{HALF}: {weights.in_words((tmp_path / 'unet' / HALF).stat().st_size)}\n" in text
-    assert "  text_encoder: every key and shape fits\n" in text
-    write_part(tmp_path, "unet", {HALF: {"conv_in.bias": torch.ones(32)}})
-    assert weights.main(["check", str(tmp_path)]) == 1
-    assert "does not fit UNet:" in capsys.readouterr().out
-    write_part(tmp_path, "unet", {}, {"in_channels": 3})
-    assert weights.main(["check", str(tmp_path)]) == 1
-    assert "unet/config.json lacks block_out_channels" in capsys.readouterr().out
+    assert "  text_encoder: every key and shape fits\n  text_encoder: every number is finite\n" in text
     (tmp_path / "nothing").mkdir()
-    assert weights.main(["check", str(tmp_path / "nothing")]) == 1
+    assert status("check", str(tmp_path / "nothing")) == 1
     assert "has none of unet, text_encoder" in capsys.readouterr().out
-
-
-def test_list_and_download_and_unknown_models(here, monkeypatch, capsys):
-    assert weights.main(["list"]) == 0
+    assert status("check", "mini") == 0
     text = capsys.readouterr().out
-    assert f"mini-IF-I      embedded        {here / 'mini-IF-I'}\n" in text
+    assert "mini-IF-I\n" in text and "mini-IF-II\n" in text and text.count("every number is finite") == 3
+
+
+def test_list_and_download_and_unknown_models(here, capsys):
+    assert status("list") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"mini           embedded        {here}\nmini-IF-I      embedded        {here / 'mini-IF-I'}\n")
     assert "IF-I-XL-v1.0   stage 1   8.61 GB not on this machine\n" in text
-    assert weights.main(["check", "mini-IF-I"]) == 1  # its one tensor is no UNet
-    assert weights.main(["check", "nowhere"]) == 1
+    assert status("check", "mini-IF-I") == 1  # its one tensor is no UNet
+    assert status("check", "nowhere") == 2
     assert "nowhere is neither a folder, nor in" in capsys.readouterr().err
+    assert status("check", "~nosuchuser/x") == 2
+    assert "~nosuchuser/x is neither a folder, nor in" in capsys.readouterr().err
     write_part(here / "IF-II-M-v1.0", "unet", {HALF: {}}, {**UNET, "in_channels": 6})
-    assert weights.main(["download", "IF-II-M-v1.0"]) == 0
+    (here / "mini-IF-I" / "unet" / HALF).unlink()
+    assert status("list") == 0
+    text = capsys.readouterr().out
+    assert "mini           incomplete: it/unet: expected a file like model.fp16.safetensors, found nothing" in text
+    assert "IF-II-M-v1.0   stage 2   0.92 GB incomplete: it lacks scheduler/scheduler_config.json, which the unet" in text
+    write_scheduler(here / "IF-II-M-v1.0")
+    assert status("download", "IF-II-M-v1.0") == 0
     assert capsys.readouterr().out == f"{here / 'IF-II-M-v1.0'}\n"
+
+
+def test_a_wheel_has_every_package_and_every_embedded_file():
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {p.parent.relative_to(root).as_posix().replace("/", ".") for p in (root / "minidiff").rglob("__init__.py")}
+    assert set(settings["packages"]) == packages | {"minidiff.weights_data"}
+    patterns, folder = settings["package-data"]["minidiff.weights_data"], root / settings["package-dir"]["minidiff.weights_data"]
+    packed = {p for pattern in patterns for p in folder.glob(pattern)}
+    kept = [p for name in ("mini-IF-I", "mini-IF-II", "mnist") for p in (folder / name).rglob("*") if p.is_file()]
+    assert packed == {folder / "NOTICE", folder / "README.md", *(p for p in kept if "training" not in p.parts)}
+    assert weights.WEIGHTS == folder

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minidiff import checkpoint
 from minidiff.checkpoint import WeightsError
@@ -147,7 +148,7 @@ def test_files_that_cannot_serve_are_told(tmp_path):
         with pytest.raises(ValueError, match="is no file of encoded prompts"):
             text.read_embeds(tmp_path / "odd.safetensors", ["a castle"])
     text.write_embeds(tmp_path / "nan.safetensors", ["a castle"], torch.full((1, 77, 8), torch.nan), "abc")
-    with pytest.raises(ValueError, match="are not all finite; encode them again"):
+    with pytest.raises(ValueError, match="they are not all finite; encode them again"):
         text.read_embeds(tmp_path / "nan.safetensors", ["a castle"])
 
 
@@ -166,6 +167,82 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "unpickled").exists()
 
 
+def change(folder: Path, key: str, places: slice) -> None:
+    """Add 1 to some numbers of one tensor."""
+    path = folder / "text_encoder" / "model.fp16.safetensors"
+    state = load_file(path)
+    state[key].view(-1)[places] += 1
+    checkpoint.save(state, path)
+
+
 def test_the_fingerprint_tells_encoders_apart(tmp_path):
     a, b = write_encoder(tmp_path / "a", seed=0), write_encoder(tmp_path / "b", seed=1)
-    assert text.fingerprint(a) == text.fingerprint(a) != text.fingerprint(b)
+    before = text.fingerprint(a)
+    assert before == text.fingerprint(a) != text.fingerprint(b)
+    for key in ("shared.weight", "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"):  # one number, in the middle
+        change(a, key, slice(700, 701))
+        assert text.fingerprint(a) != before
+        change(a, key, slice(700, 701))
+        before = text.fingerprint(a)
+
+
+def test_of_a_large_tensor_pages_count_from_end_to_end(tmp_path, monkeypatch):
+    """shared.weight has 124 x 32 numbers, 7,936 bytes; 4 pages of 256 bytes begin at 0, 2560, 5120 and 7680."""
+    monkeypatch.setattr(text, "WHOLE", 7935)
+    monkeypatch.setattr(text, "PAGES", 4)
+    monkeypatch.setattr(text, "PAGE", 256)
+    folder = write_encoder(tmp_path / "a")
+    before = text.fingerprint(folder)
+    for number, noticed in ((0, True), (127, True), (128, False), (1279, False), (1280, True), (2560, True), (3967, True)):
+        change(folder, "shared.weight", slice(number, number + 1))
+        assert (text.fingerprint(folder) != before) is noticed, number
+        before = text.fingerprint(folder)
+
+
+def test_states_that_no_encoder_makes_get_one_message(tmp_path):
+    states = torch.randn(1, 77, 8)
+    wrong = {
+        "float8": states.to(torch.float8_e4m3fn), "integers": states.int(), "bools": states > 0,
+        "complex": states.to(torch.complex64), "10 tokens": states[:, :10], "no tokens": states[:, :0],
+        "no width": states[..., :0], "NaN": states / 0 * 0, "infinity": states / 0,
+    }  # fmt: skip
+    only_pth = {"sparse": states.to_sparse(), "quantized": torch.quantize_per_tensor(states, 0.1, 0, torch.qint8),
+                "meta": states.to("meta")}  # fmt: skip
+    for suffix, table in ((".safetensors", wrong), (".pth", wrong | only_pth)):
+        for name, tensor in table.items():
+            path = tmp_path / f"{name}{suffix}"
+            if suffix == ".pth":
+                torch.save({"a castle": tensor}, path)
+            else:
+                text.write_embeds(path, ["a castle"], tensor, "abc")
+            with pytest.raises(ValueError) as error:
+                text.read_embeds(path, ["a castle"], "abc")
+            rule = f"{path}: the states of 'a castle' must be (1, 77, D) finite, dense floating-point numbers, but they are "
+            assert str(error.value).startswith(rule) and str(error.value).endswith("; encode them again"), error.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_states_of_every_floating_type_are_read(tmp_path, dtype):
+    states = torch.randn(2, 77, 8).to(dtype)
+    text.write_embeds(tmp_path / "e.safetensors", ["a", "b"], states, "abc")
+    text.write_embeds(tmp_path / "e.pth", ["a", "b"], states, "abc")
+    for name in ("e.safetensors", "e.pth"):
+        back = text.read_embeds(tmp_path / name, ["b", "a"], "abc")
+        assert back.dtype == (torch.float32 if dtype == torch.float64 else dtype)
+        assert torch.equal(back, states[[1, 0]].to(back.dtype))
+
+
+def test_a_pth_is_written_as_the_courses_dictionary(tmp_path):
+    states = torch.randn(2, 77, 8).half()
+    text.write_embeds(tmp_path / "e.pth", ["A castle", ""], states, "abc")
+    table = torch.load(tmp_path / "e.pth", weights_only=True)
+    assert list(table) == ["A castle", ""] and torch.equal(table[""], states[1:])
+    assert (tmp_path / "e.pth").stat().st_size < 2 * states.numel() * 2  # each prompt's own numbers, not all of them
+
+
+def test_a_file_of_an_older_minidiff_is_read_with_a_warning(tmp_path):
+    """Its fingerprint was made in another way, so that it cannot be compared."""
+    metadata = {"prompts": '["a castle"]', "encoder": "abc", "format": "minidiff embeds 1"}
+    checkpoint.save({"prompt_embeds": torch.ones(1, 77, 8)}, tmp_path / "e.safetensors", metadata)
+    with pytest.warns(UserWarning, match="e.safetensors is of an older minidiff: whether this text encoder made it is"):
+        assert text.read_embeds(tmp_path / "e.safetensors", ["a castle"], "xyz").sum() == 77 * 8
