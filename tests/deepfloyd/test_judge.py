@@ -133,7 +133,7 @@ def test_score_prints_the_table_and_writes_the_sheet(trained, tmp_path, monkeypa
 def test_the_sheet_marks_every_image(monkeypatch):
     """Prompts of one seed stand two in a row."""
     calls = []
-    monkeypatch.setattr(judge.images, "strip", lambda *args: calls.append(args))
+    monkeypatch.setattr(judge.images, "sheet", lambda *args: calls.append(args))
     answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("oil",)), Expectation(("dog",), ("noto",))]
     expectations = [Expectation(("cat",)), Expectation(("cat",)), Expectation(("dog",), ("oil",))]
     judge.sheet(["a", "b", "c"], expectations, answers, torch.zeros(3, 3, 64, 64), "T")
