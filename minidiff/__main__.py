@@ -1,9 +1,9 @@
 """`python -m minidiff`: the commands in reading order, one line each."""
 
-from __future__ import annotations
-
 import ast
+import os
 import re
+import sys
 from pathlib import Path
 
 import minidiff
@@ -20,10 +20,13 @@ def commands() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    print("minidiff: DeepFloyd IF you can read in an afternoon. Commands, in reading order (each has --help):\n")
+    lines = ["minidiff: DeepFloyd IF you can read in an afternoon. Commands, in reading order (each has --help):\n"]
     width = max(len(command) for command, _ in commands())
-    for command, line in commands():
-        print(f"  {command:{width}}   {line}")
+    lines += [f"  {command:{width}}   {line}" for command, line in commands()]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # head has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

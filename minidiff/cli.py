@@ -59,8 +59,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     def wrapped(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            main(argv)
-            sys.stdout.flush()
+            try:
+                main(argv)
+            finally:  # also on the way out by sys.exit, as of --help
+                sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it fails no second time
             sys.exit(0)
