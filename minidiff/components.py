@@ -112,7 +112,12 @@ def scaled(weight: float) -> Component:
 
 
 def of_kind(kind: str, sigma: float = SIGMA, weights: list[float] | None = None) -> list[Component]:
-    """The components of a kind of the table above, in the order of the prompts. Raises ValueError listing the kinds."""
+    """The components of a kind of the table above, in the order of the prompts.
+
+        C_1(x) + ... + C_K(x) = x              for every kind but scale, whose weights need not add up to 1
+
+    Raises ValueError with the list of the kinds if there is none such.    Source: Factorized Diffusion.
+    """
     if kind == "scale":
         if not weights:
             raise ValueError("scale needs one weight per prompt, such as --weights 0.5 0.5")

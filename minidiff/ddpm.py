@@ -27,7 +27,7 @@ from minidiff.schedule import Schedule
 
 
 def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
-    """The forward process in one jump: a picture with the share alpha_bar_t of its variance left.
+    """The forward process in one jump: an image with the share alpha_bar_t of its variance left.
 
         x_t = sqrt(alpha_bar_t) * x_start + sqrt(1 - alpha_bar_t) * noise
 
@@ -39,18 +39,18 @@ def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
 
 
 def add_more_noise(schedule: Schedule, x_t: Tensor, t: Tensor, t_later: Tensor, noise: Tensor) -> Tensor:
-    """The forward process from one time to a later one, without knowing the clean picture.
+    """The forward process from one time to a later one; nobody needs to know the clean image.
 
         x_later = sqrt(alpha) * x_t + sqrt(1 - alpha) * noise,    alpha = alpha_bar_later / alpha_bar_t
 
-    x_t, noise: (B, C, H, W), noise ~ N(0, I).  t, t_later: (B,) int64, t_later > t >= -1.
-    Source: DDPM Eq. 2, over several steps at once.
+    With t_later = t + 1, alpha is 1 - beta_later and the formula is the paper's; several steps at once have its form.
+    x_t, noise: (B, C, H, W), noise ~ N(0, I).  t, t_later: (B,) int64, t_later > t >= -1.    Source: DDPM Eq. 2.
     """
     return add_noise(x_t, noise, schedule.alpha_bar(t_later) / schedule.alpha_bar(t))
 
 
 def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
-    """Undo the forward process: the clean picture this noisy one would come from.
+    """Undo the forward process: the clean image that this noisy one comes from if eps is its noise.
 
         x_start = (x_t - sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_bar_t)
 
@@ -63,12 +63,13 @@ def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
-    """The mean of q(x_prev | x_t, x_start): where the step lands if x_start were known.
+    """The mean of x_prev if x_start were known, besides x_t.
 
+        q(x_prev | x_t, x_start) = N(mean, beta_tilde_t)                DDPM Eq. 6
         mean = sqrt(alpha_bar_prev) beta_t / (1 - alpha_bar_t) x_start
              + sqrt(alpha_t) (1 - alpha_bar_prev) / (1 - alpha_bar_t) x_t
 
-    with alpha_t = alpha_bar_t / alpha_bar_prev, beta_t = 1 - alpha_t.
+    with alpha_t = alpha_bar_t / alpha_bar_prev, beta_t = 1 - alpha_t; beta_tilde_t is `posterior_variance`.
     x_start, x_t: (B, C, H, W).  alpha_bar_t, alpha_bar_prev: (B, 1, 1, 1), alpha_bar_t < alpha_bar_prev <= 1.
     Source: DDPM Eq. 7.
     """
@@ -84,18 +85,18 @@ def posterior_variance(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
 
         beta_tilde_t = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
 
-    alpha-bars and result: (B, 1, 1, 1) float64; 0 when alpha_bar_prev is 1.    Source: DDPM Eq. 7 (and DDPM Eq. 6).
+    alpha-bars and result: (B, 1, 1, 1) float64; 0 when alpha_bar_prev is 1.    Source: DDPM Eq. 7.
     """
     return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
 
 
 def learned_log_var(pred_var: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
-    """The log variance the network asked for, interpolated in log space between its two bounds.
+    """The log variance that the network answers, as a place between the logs of its two bounds.
 
         log_var = f log(beta_t) + (1 - f) log(beta_tilde_t),    f = (pred_var + 1) / 2
 
     pred_var: (B, C, H, W), -1 for the lower bound and 1 for the upper; not clamped, as in IF.
-    beta_tilde is floored at 1e-20, since it is 0 for the step to the clean picture.    Source: iDDPM Eq. 15.
+    beta_tilde is floored at 1e-20, since it is 0 for the step to the clean image.    Source: iDDPM Eq. 15.
     """
     beta_t = 1 - alpha_bar_t / alpha_bar_prev
     lower = posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
@@ -116,12 +117,15 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One reverse step, from time t to the earlier time t_prev (-1: clean).
 
-        x_prev = posterior_mean(pred_x_start, x_t) + sqrt(variance) * noise      no noise in the step to -1
+        x_prev = posterior_mean(pred_x_start, x_t) + sqrt(variance) * noise               DDPM Alg. 2
+        posterior_mean = (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps) / sqrt(alpha_t)     DDPM Eq. 11
+        beta_t = 1 - alpha_t,    alpha_t = alpha_bar_t / alpha_bar_prev                   iDDPM Sec. 4
 
-    x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64.  fix_x_start: clips or thresholds the estimate before use.
+    The step to -1 adds no noise.  fix_x_start: clips or thresholds the estimate before use; DDPM Eq. 11 then fails.
+    x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64, any number of times apart.
     pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t
     (DDPM Sec. 3.2's first choice).  previous: the time and estimate before this one, which only `solvers.dpm_step`
-    uses.  Returns (x_prev, pred_x_start).    Source: DDPM Alg. 2 with DDPM Eq. 7.
+    uses.  Returns (x_prev, pred_x_start).
     """
     _same_shape(x_t=x_t, eps=eps, noise=noise)
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t_prev))
@@ -146,14 +150,14 @@ def loss(
     pred_var: Tensor | None,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
-    """What training minimises, one number per picture: (B,).
+    """What training minimises, one number per image: (B,).
 
-        L = weight mean |noise - eps|^2  +  L_vb, through pred_var only
+        L_simple = mean |noise - eps|^2                                   DDPM Eq. 14
+        L_hybrid = weight * L_simple + 0.001 * T * bound                  iDDPM Eq. 16
 
-    The first term is L_simple (DDPM Eq. 14, Alg. 1); weight: 1, or (B,), how much each picture's time counts.
-    Without pred_var that is all. With it, the variational bound (`bound`) trains the variance and is kept from
-    touching eps: the hybrid objective, whose weight 0.001 cancels the factor T = 1000 of a sum estimated from one term.
-    Source: iDDPM Eq. 16.
+    weight: 1, or (B,), how much each image's time counts.  Without pred_var, L_simple is all. With it, one term of the
+    variational bound (`bound`) trains the variance and is kept from touching eps; T times a term at a random time
+    estimates the sum over all times, and 0.001 is its weight.
     """
     simple = weight * (noise - eps).square().flatten(1).mean(1)
     if pred_var is None:
@@ -164,11 +168,11 @@ def loss(
 def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor) -> Tensor:
     """One term of the variational bound, in bits per value: how far our reverse step is from the true posterior.
 
-        t > 0:  KL( N(mean_q, beta_tilde_t) || N(mean, exp(log_var)) )
-        t = 0:  -log of the probability that N(mean, exp(log_var)) gives x_start's own 8-bit value
+        t > 0:  KL( N(true_mean, beta_tilde_t) || N(mean, exp(log_var)) )         DDPM Eq. 5, iDDPM Eq. 6
+        t = 0:  -log P( N(mean, exp(log_var)) gives x_start's own 8-bit value )   iDDPM Eq. 5
 
+    true_mean is `posterior_mean` of x_start, mean that of the estimate.
     x_start: (B, C, H, W) in [-1, 1] on the grid of 256 levels.  Returns (B,).
-    Source: DDPM Eq. 5, DDPM Eq. 13, iDDPM Eq. 5, iDDPM Eq. 6.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t - 1))
     x_t = add_noise(x_start, noise, alpha_bar_t)
@@ -186,9 +190,12 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
 
 
 def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """log P(the Gaussian falls into x's own bin of width 2/255); the outermost bins reach to infinity. DDPM Eq. 13.
+    """The log of the probability that a Gaussian falls into x's own bin; the outermost bins reach to infinity.
+
+        P(x) = Phi((x + 1/255 - mean) / std) - Phi((x - 1/255 - mean) / std)
 
     Differences are taken in the lower tail, and of narrow bins by the density, where float32 keeps its digits.
+    Source: DDPM Eq. 13.
     """
     inv_std = (-0.5 * log_var).exp()
     centre, half = (x - mean) * inv_std, inv_std / 255

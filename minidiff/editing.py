@@ -39,6 +39,8 @@ JUMPS = (10, 3)  # jump_length and jump_n_sample, for some 30 steps; RePaint has
 def renoise(image: Tensor, mask: Tensor) -> KeepRule:
     """Keep the image outside the mask, as noisy as the rest.
 
+        x_prev = mask * x_prev + (1 - mask) * (sqrt(alpha_bar_prev) image + sqrt(1 - alpha_bar_prev) noise)
+
     image: (1, C, H, W) in [-1, 1].  mask: (1, 1, H, W) in [0, 1], 1 = paint here; values between feather the seam.
     Noised to the *new* time; after the last step the known region is the image itself. Its noise must come from
     generators other than the loop's, so that a mask of ones changes nothing.
@@ -71,7 +73,7 @@ def reference(image: Tensor, component: Component) -> KeepRule:
 
         x_prev = x_prev - C(x_prev) + C(image noised to t_prev)
 
-    image: (1, 3, H, W) in [-1, 1].    Source: the inverse problems of the Factorized Diffusion paper.
+    image: (1, 3, H, W) in [-1, 1].    Source: Factorized Diffusion, its inverse problems.
     """
 
     def rule(schedule: Schedule, generators: Sequence[torch.Generator]) -> Keep:

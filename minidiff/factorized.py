@@ -38,13 +38,15 @@ def factorized(
     guidance_scale: float,
     split_batch: bool = False,
 ) -> Prediction:
-    """The prediction of several parts together; the formula is this module's.
+    """The prediction of several parts together.
+
+        eps = sum_k C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
     negative_prompt_embeds: (1, L, D), shared by all parts.
-    A image x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
+    An image x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
     pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
     split_batch: one network call per part and branch, with a fraction of the memory.
-    Raises ValueError without parts.
+    Raises ValueError without parts.    Source: Factorized Diffusion.
     """
     if not parts:
         raise ValueError("no parts; pass at least one prompt")
@@ -70,7 +72,12 @@ def factorized(
 
 
 def averaged(*parts: Part) -> list[Part]:
-    """The same parts with a K-th of a say each: what an anagram is made of."""
+    """The same parts with a K-th of a say each: what an anagram is made of.
+
+        eps = 1/K sum_k V_k^-1( CFG( V_k x_t, prompt_k ) )
+
+    A part with a component of its own keeps it: C_k( ) / K.    Source: Visual Anagrams.
+    """
 
     def share(component: Component) -> Component:
         return lambda x: scaled(1 / len(parts))(component(x))

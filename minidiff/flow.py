@@ -36,10 +36,11 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
     """Where the line from noise x_0 to data x_1 is at this time.
 
-        x_t = (1 - t) x_0 + t x_1
+        x_t = (1 - t) x_0 + t x_1                                         FM Eq. 22
+        x_t ~ N(t x_1, (1 - t)^2) for one x_1 and all x_0                 FM Eq. 20
 
-    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
-    Source: FM Eq. 22 with sigma_min = 0.
+    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  The paper's sigma_min is 0.
+    Raises ValueError if the shapes differ.
     """
     if x_0.shape != x_1.shape:
         raise ValueError(f"x_0 and x_1 must agree in shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
@@ -48,12 +49,12 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
 
 
 def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
-    """What training minimises, one number per picture: (B,).
+    """What training minimises, one number per image: (B,).
 
-        L = mean |velocity - (x_1 - x_0)|^2
+        L = mean |velocity - (x_1 - x_0)|^2                               FM Eq. 23
+        x_1 - x_0 = (x_1 - x_t) / (1 - t)                                 FM Eq. 21
 
-    x_0, x_1: (B, C, H, W).  velocity: what the network answered at a point of their `path`.
-    Source: FM Eq. 23 with sigma_min = 0.
+    x_0, x_1: (B, C, H, W).  velocity: the network's answer at a point of their `path`.  The paper's sigma_min is 0.
     """
     return (velocity - (x_1 - x_0)).square().flatten(1).mean(1)
 
@@ -139,13 +140,13 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-3) -> tuple[Tensor, int]:
     """Follow the velocity from time 0 to 1 with steps as long as the tolerance allows: (x at 1, evaluations made).
 
-        error = root of mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2, of the worst picture
-        step accepted if error <= 1;   next h = 0.9 h error^(-1/5), changed by at most 5 times
+        error = sqrt(mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2), of the worst image
+        step accepted if error <= 1;   next h = 0.9 h error^(-1/5), at most 5 times as long or as short
 
     Six evaluations per step tried, since the last of one step is the first of the next. The steps depend on the whole
-    batch: a picture is the same in another batch up to the tolerance only.
+    batch: an image is the same in another batch up to the tolerance only.
     Raises ValueError if a step would have to be shorter than 1e-6: the velocity jumps or is not finite.
-    Source: Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980.
+    Source: Dormand-Prince (A family of embedded Runge-Kutta formulae, 1980); its coefficients are above.
     """
     now, h, evaluations = 0.0, 0.1, 1
     first = velocity(x, _all_at(now, x))
@@ -171,7 +172,7 @@ def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: floa
 
 
 def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
-    """How far the paths from x_0 are from straight lines, one number per picture: (B,); 0 on lines at constant speed.
+    """How far the paths from x_0 are from straight lines, one number per image: (B,); 0 on lines at constant speed.
 
         S = mean over t of |(x_1 - x_0) - velocity(x_t, t)|^2, per value
 
@@ -192,10 +193,12 @@ def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
 
 
 def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The velocity at x (B, C, H, W), and how fast it spreads its neighbourhood there, sum_i dv_i / dx_i: (B,).
+    """The velocity at x (B, C, H, W), and how fast it spreads its neighbourhood there: (B,).
 
-    probe: like x, of independent entries +1 and -1; then probe . J probe, with J = dv / dx, one derivative instead of
-    one for each value, and in the mean over probes the same (Hutchinson's estimator).
+        divergence = trace J = mean over probes of probe . J probe,    J = dv / dx
+
+    Without a probe the trace itself, one derivative for each value.  probe: like x, of independent entries +1 and -1;
+    then the one product, from one derivative (Hutchinson's estimator).    Source: FFJORD.
     """
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()  # a copy: what `solve` gives cannot be differentiated
@@ -211,11 +214,11 @@ def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None
 def log_likelihood(velocity: Velocity, x_1: Tensor, times: Tensor, probe: Tensor | None = None) -> Tensor:
     """log of the density that sampling gives to each x_1 (B, C, H, W): (B,), in nats.
 
-        log p(x_1) = log N(x_0; 0, I) - integral from 0 to 1 of the divergence along the path that ends in x_1
+        log p(x_1) = log N(x_0 | 0, I) - integral from 0 to 1 of the divergence along the path that ends in x_1
 
     Follows the path back by midpoint steps through times, such as `grid(100)`.  probe: as for `divergence`.
-    Of pictures with 256 grey levels only differences mean something, unless noise as wide as a level was added to them.
-    Source: Chen et al., Neural Ordinary Differential Equations, 2018; the estimator, Grathwohl et al., FFJORD, 2019.
+    Of images with 256 grey levels only differences mean something, unless noise as wide as a level was added to them.
+    Source: Neural ODE.
     """
     x, spread, back = x_1, torch.zeros(len(x_1)).to(x_1), times.flip(0).tolist()
     for now, earlier in zip(back, back[1:]):

@@ -22,7 +22,9 @@ import torch
 class Schedule:
     """The two tables of a diffusion process, in float64: float32 tables move posterior coefficients by up to 1e-3.
 
-    betas, alphas_cumprod: (T,) float64, alphas_cumprod[t] = prod_{s<=t} (1 - betas[s])    (DDPM Sec. 2).
+        alphas_cumprod[t] = (1 - betas[0]) (1 - betas[1]) ... (1 - betas[t])
+
+    betas, alphas_cumprod: (T,) float64.    Source: DDPM Sec. 2.
     """
 
     betas: torch.Tensor
@@ -87,7 +89,12 @@ def squaredcos_cap_v2(num_train_timesteps: int = 1000, max_beta: float = 0.999) 
 
 
 def linear(num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """Betas rising linearly from beta_start to beta_end, both included.    Source: DDPM Sec. 4."""
+    """Betas that rise linearly from beta_start to beta_end, both included.
+
+        beta_t = beta_start + t / (T - 1) * (beta_end - beta_start)
+
+    Source: DDPM Sec. 4.
+    """
     return Schedule.from_betas(torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64))
 
 
@@ -123,10 +130,11 @@ RESPACINGS = {
 def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
     """The times the original DeepFloyd IF visits: a name of RESPACINGS, a list "10,10,3,2,2", or a plain count.
 
-    0..T-1 is cut into equal sections, the first holding the lowest times; a section of n times with m steps is visited
-    at round(k (n - 1) / (m - 1)), so both its ends are (m = 1: its first time alone). A plain count N is one section:
-    it starts at T - 1, where the input is pure noise; N = 1 is T - 1 alone (the original's 0 takes pure noise for a
-    clean picture). Returns (S,) int64, descending.
+        t_k = begin + round(k (n - 1) / (m - 1)),    k = 0 ... m - 1,    in a section of n times with m steps
+
+    0..T-1 is cut into equal sections, the first with the lowest times. A section is visited at both its ends, with one
+    step at its first time alone. A plain count N is one section: the walk starts at T - 1, where the input is pure
+    noise; N = 1 is T - 1 alone (the original's 0 takes pure noise for a clean image). Returns (S,) int64, descending.
     Raises ValueError on unknown names and on sections too small for their steps.    Source: iDDPM Sec. 4 (striding).
     """
     text = RESPACINGS.get(str(steps), str(steps))

@@ -31,6 +31,8 @@ def sdedit(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The image drawn anew from the i_start-th of the steps on: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
+        x_t = sqrt(alpha_bar_t) image + sqrt(1 - alpha_bar_t) noise,    t = timesteps[i_start], where the walk begins
+
     image: a file, a Pillow image or a tensor.  mask: as for `Cascade.make`; only there it is drawn anew.
     Raises ValueError if i_start lies outside the steps.    Source: SDEdit Alg. 1.
     """

@@ -31,12 +31,12 @@ def ddim_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step along the line between the estimate and the noise: from time t to the earlier t_prev (-1: clean).
 
-        x_prev = sqrt(alpha_bar_prev) x_start + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise
-        sigma  = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)
+        x_prev = sqrt(alpha_bar_prev) x_start + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise        DDIM Eq. 12
+        sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)   DDIM Eq. 16
 
     Where fix_x_start changes the estimate, eps stays the network's, as in diffusers.
     eta: 0 adds no noise; 1 adds as much as DDPM with its smaller variance.  Other arguments: as for `ddpm.step`.
-    Returns (x_prev, x_start), each (B, C, H, W).    Source: DDIM Eq. 12 and DDIM Eq. 16.
+    Returns (x_prev, x_start), each (B, C, H, W).
     """
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
@@ -57,8 +57,8 @@ def dpm_step(
     """One step of DPM-Solver++(2M), which also remembers the estimate before this one.
 
         x_prev = sigma_prev / sigma_t x_t + (a_prev - sigma_prev a_t / sigma_t) D
-        D      = x_start + (x_start - x_start before) / (2 r)
-        r      = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
+        D = x_start + (x_start - x_start before) / (2 r)
+        r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
 
     with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
     The first step, which has no previous one, and the step to clean, whose lambda is infinite, take D = x_start: they
@@ -91,8 +91,11 @@ def invert(
 ) -> Tensor:  # fmt: skip
     """Walk DDIM's equation upwards: from an image to the noise from which `ddim_step` leads back to it.
 
-    Each step asks the network for eps at the time it goes to, with the x of the time it leaves; what this is wrong by
-    falls with the number of steps.
+        x_later = sqrt(alpha_bar_later) x_start + sqrt(1 - alpha_bar_later) eps,    eps = predict(x_t, t_later)
+        x_start = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+
+    Each step asks the network for eps at the time it goes to, with the x of the time it leaves. The error of this falls
+    with the number of steps.
     x_start: (B, C, H, W) in [-1, 1].  timesteps: (S,) int64, descending, as for `sampling.denoise`.
     Returns x at timesteps[0], (B, C, H, W).    Source: DDIM Sec. 4.3; as diffusers' DDIMInverseScheduler.
     """

@@ -67,7 +67,12 @@ def base_model(unet: UNet) -> Model:
 def super_resolution_model(unet: UNet, noise_level: int) -> Model:
     """Stage 2 as a model. Its x_t has 6 channels: the noisy image and the low-resolution one, upsampled and noised.
 
+        low_res = sqrt(alpha_bar_level) upsample(small) + sqrt(1 - alpha_bar_level) noise
+        eps, pred_var = unet([x_t, low_res], t, text, noise_level)
+
+    low_res is noised once, before the loop, and the network reads the level: noise conditioning.
     Both go through guidance and views together, so that a turned image is enlarged from a turned one.
+    Source: Imagen Sec. 2.4.
     """
     return lambda x_t, t, embeds: unet(x_t, t, embeds, torch.full_like(t, noise_level)).float().chunk(2, dim=1)
 

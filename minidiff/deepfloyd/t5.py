@@ -10,7 +10,7 @@ Read `tokenizer.py` first. Each block is self-attention and a gated feed-forward
 The bias depends only on how far apart two tokens are; block 0 owns its table and every block uses it.
 In half precision the stream stays float32, and so does the last product of the feed-forward: real activations pass
 float16's 65504, and a pure float16 T5 returns garbage.
-Attributes carry the names of the released checkpoint.    Source: T5 (Raffel et al.) Sec. 2.1; T5 v1.1's gated GELU.
+Attributes carry the names of the released checkpoint.    Source: T5 Sec. 2.1; the gated GELU of T5 v1.1 is GEGLU's.
 
 Next: `text.py`, which puts tokenizer and encoder together.
 """
@@ -89,7 +89,12 @@ def _has_type(value: object, hint: type) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32; no mean is subtracted and there is no bias."""
+    """Bring the values of each token to a mean square of 1, in float32.
+
+        y = x / sqrt(mean(x^2) + norm_eps) * weight
+
+    No mean is subtracted and there is no bias.    Source: T5 Sec. 2.1.
+    """
 
     def __init__(self, dim: int, norm_eps: float):
         super().__init__()
@@ -112,7 +117,12 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T + bias) v over the tokens of one prompt, without 1 / sqrt(d)."""
+    """Each token gathers from the tokens of its prompt what fits its question.
+
+        y = W_o softmax(q k^T + bias) v,    q = W_q x,  k = W_k x,  v = W_v x,    without 1 / sqrt(d)
+
+    Source: T5 Sec. 2.1.
+    """
 
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
@@ -132,7 +142,12 @@ class SelfAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """W_o (gelu(W_0 x) * (W_1 x)), with the tanh form of GELU."""
+    """Two products, one of which opens and closes the other.
+
+        y = W_o (gelu(W_0 x) * (W_1 x)),    gelu(a) = a / 2 (1 + tanh(sqrt(2 / pi) (a + 0.044715 a^3)))
+
+    Source: GEGLU (arXiv 2002.05202).
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -219,11 +234,10 @@ def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int =
     """Sort signed distances (key minus query) into buckets: one each when near, logarithmic when far, the last for all
     beyond max_distance; half the buckets for each direction.
 
-        n = num_buckets / 2,  m = n / 2,  b = n if distance > 0 else 0,  a = |distance|
-        bucket = b + a                                                  if a < m
-                 b + min(n - 1, m + floor(log(a / m) / log(max / m) * (n - m)))    otherwise
+        bucket = b + (a if a < m else min(n - 1, m + floor(log(a / m) / log(max_distance / m) * (n - m))))
+        a = |distance|,  b = n if distance > 0 else 0,  n = num_buckets / 2,  m = n / 2
 
-    distance: int64, any shape. Returns int64 of that shape.    Source: T5 (Raffel et al.) Sec. 2.1.
+    distance: int64, any shape. Returns int64 of that shape.    Source: T5 Sec. 2.1.
     """
     n = num_buckets // 2
     m = n // 2

@@ -140,7 +140,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
         [cos(t f_0) ... cos(t f_{n-1}), sin(t f_0) ... sin(t f_{n-1})],   f_k = 10000^(-k / n),   n = dim / 2
 
     Always float32: in bfloat16 the waves of t = 999 would be off by up to 1.9.
-    Source: Attention Is All You Need, Sec. 3.5, with halves instead of alternation.
+    Source: Attention Is All You Need Sec. 3.5, with halves where the paper alternates.
     """
     half = dim // 2
     freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
@@ -196,8 +196,11 @@ class TextPooling(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions around a skip; `temb` scales and shifts in between. `resample` halves or doubles the size.
 
-    h = norm2(conv1(resample(gelu(norm1(x))))) * (1 + scale) + shift
-    out = (shortcut(resample(x)) + conv2(gelu(h))) / out_scale        shortcut: a 1x1 convolution where widths differ
+        h = norm2(conv1(resample(gelu(norm1(x))))) * (1 + scale) + shift
+        out = (shortcut(resample(x)) + conv2(gelu(h))) / out_scale
+
+    scale and shift are one linear layer of temb.  shortcut: a 1x1 convolution where the widths differ.
+    Source: FiLM (arXiv 1709.07871) for the scale and shift.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, out_scale: float, resample: str = ""):
@@ -226,12 +229,12 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel asks the text, and (unless only_cross) every other pixel, in one softmax; added to the picture.
+    """Every pixel asks the text, and (unless only_cross) every other pixel, in one softmax; added to the image.
 
-        out = x + W_o softmax(q [k_text, k_picture]^T / sqrt(head size)) [v_text, v_picture]
+        out = x + W_o softmax(q [k_text, k_image]^T / sqrt(head size)) [v_text, v_image]
 
     The text is group-normalised over channels and all L tokens together, padding included, and nothing is masked: a
-    prompt's padding is part of it.
+    prompt's padding is part of it.    Source: GLIDE (arXiv 2112.10741), text and image in one attention.
     """
 
     def __init__(self, config: UNetConfig, channels: int, only_cross: bool):

@@ -1,0 +1,175 @@
+"""Every equation of the package: its formula, the function that computes it, its test, its chapter.
+
+    python -m minidiff.equations                    the table, in reading order
+    python -m minidiff.equations "DDPM Eq. 7"       one equation in full, with the arithmetic of its test
+
+A docstring gives its formula indented under its first sentence, and the tag either behind "Source:" or at the end of
+the formula's own line. The table is read from these docstrings, from tests/test_equations.py and from walkthrough.md;
+where the last two are not installed, it has three columns. Next: `schedule.py`, where the equations begin.
+"""
+
+import argparse
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import minidiff
+
+HERE = Path(__file__).parent
+TESTS, WALKTHROUGH = HERE.parent / "tests" / "test_equations.py", HERE.parent / "walkthrough.md"
+KEYS = (
+    "Attention Is All You Need", "CLIP", "DDIM", "DDPM", "DPM-Solver++", "Dormand-Prince", "FFJORD", "FM",
+    "Factorized Diffusion", "FiLM", "Frechet distance", "GEGLU", "GLIDE", "Imagen", "Min-SNR", "Neural ODE",
+    "Progressive Distillation", "RePaint", "Rectified Flow", "SDEdit", "T5", "Visual Anagrams", "iDDPM",
+)  # fmt: skip
+TAG = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, KEYS))})(?: (?:Eq|Sec|Alg)\. \d+(?:\.\d+)*|(?!\w))")
+LONGEST = 120  # characters of a formula in the table
+
+
+class Row(NamedTuple):
+    """One equation. home: file.py::name, below minidiff/.  test: its name in tests/test_equations.py, or "".
+
+    chapter: of the walkthrough, "-" if none names the tag, "" without the walkthrough.  docstring, worked: in full.
+    """
+
+    tag: str
+    formula: str
+    home: str
+    test: str
+    chapter: str
+    docstring: str
+    worked: str
+
+
+def rows() -> list[Row]:
+    """All equations in reading order. One tag has several rows where several functions compute parts of it."""
+    found, tests, chapters = [], _tests(), _chapters()
+    for file in re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE):
+        for name, docstring in _documented(HERE / f"{file}.py"):
+            for tag, formula in _formulas(docstring).items():
+                test, worked = _test_of(tag, name, tests)
+                home = f"{file}.py::{name}"
+                found.append(Row(tag, formula, home, test, _chapter_of(tag, chapters), docstring, worked))
+    return found
+
+
+def _documented(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, docstring) of the functions and classes of a file, in its order."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            yield node.name, ast.get_docstring(node)
+
+
+def _formulas(docstring: str) -> dict[str, str]:
+    """{tag: formula}: the lines that end in the tag; for a tag behind "Source:", the lines that end in none."""
+    tagged, plain = {}, []
+    for line in re.findall(r"^    +(\S.*)", docstring, re.MULTILINE):
+        formula, tags = re.fullmatch(rf"(.*?)((?:(?: {{2,}}|, ){TAG.pattern})*)", line).groups()
+        formula = re.sub(r"(?<!,) {4,}.*", "", formula)  # a remark beside the formula
+        for tag in TAG.findall(tags):
+            tagged.setdefault(tag, []).append(formula)
+        plain += [] if tags else [formula]
+    behind = TAG.findall(docstring.partition("Source:")[2]) if plain else []
+    together = {tag: plain for tag in behind} | tagged
+    return {tag: _one_line(lines) for tag, lines in together.items()}
+
+
+def _one_line(lines: Sequence[str]) -> str:
+    text = re.sub(r" +", " ", "; ".join(lines))
+    return text.replace("; +", " +").replace(",;", ",")
+
+
+def _tests() -> list[tuple[list[str], str, str, set[str]]]:
+    """(tags its docstring begins with, name, docstring, names it uses) of every test of the equations."""
+    found = []
+    for node in ast.parse(TESTS.read_text(encoding="utf-8")).body if TESTS.is_file() else []:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            docstring = ast.get_docstring(node) or ""
+            used = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(node)}
+            found.append((TAG.findall(docstring.partition(":")[0]), node.name, docstring, used))
+    return found
+
+
+def _test_of(tag: str, name: str, tests: list[tuple[list[str], str, str, set[str]]]) -> tuple[str, str]:
+    """The test of this tag that uses this function, or else the first of this tag: (name, docstring)."""
+    fitting = [test for test in tests if tag in test[0]]
+    fitting.sort(key=lambda test: name not in test[3])
+    return fitting[0][1:3] if fitting else ("", "")
+
+
+def _chapters() -> list[tuple[str, str]]:
+    """(number, text) of the walkthrough's chapters."""
+    text = WALKTHROUGH.read_text(encoding="utf-8") if WALKTHROUGH.is_file() else ""
+    return re.findall(r"^## (\d+)\.(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+
+
+def _chapter_of(tag: str, chapters: list[tuple[str, str]]) -> str:
+    return next((number for number, text in chapters if tag in TAG.findall(text)), "-" if chapters else "")
+
+
+def table() -> list[list[str]]:
+    """The head and the rows as cells, formulas cut to LONGEST; without the columns that no row fills."""
+    cells = [list(Row._fields[:5])]
+    for row in rows():
+        cells.append([row.tag, _shortened(row.formula), row.home, row.test, row.chapter])
+    return [list(row) for row in zip(*(column for column in zip(*cells) if any(column[1:])))]
+
+
+def _shortened(formula: str) -> str:
+    """Whole, or cut behind its last whole line that fits, or else between two words."""
+    if len(formula) <= LONGEST:
+        return formula
+    start = formula[: LONGEST - 4]
+    return (start.rpartition("; ")[0] or start.rpartition(" ")[0]) + " ..."
+
+
+def markdown() -> str:
+    """The table for README, from its head to its last row."""
+    head, *body = table()
+    lines = [head, ["---"] * len(head)]
+    for tag, formula, home, *rest in body:
+        escaped = formula.replace("|", "\\|")
+        test = [f"`{cell}`" if i == 0 else cell for i, cell in enumerate(rest)]
+        lines.append([tag, f"`{escaped}`", f"`{home}`", *test])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_full(tag: str) -> str:
+    """Everything about one equation. Raises ValueError with the list of tags if there is none such."""
+    found = [row for row in rows() if row.tag.lower() == tag.lower()]
+    if not found:
+        known = ", ".join(dict.fromkeys(row.tag for row in rows()))
+        raise ValueError(f"no equation {tag!r}; choose from {known}")
+    parts = []
+    for row in found:
+        chapter = f"    walkthrough.md, chapter {row.chapter}" if row.chapter.isdigit() else ""
+        parts += [f"{row.tag}    minidiff/{row.home}{chapter}", row.docstring]
+        parts += [f"tests/test_equations.py::{row.test}", row.worked] if row.test else []
+    return "\n\n".join(dict.fromkeys(parts))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tag", nargs="?", help='one equation in full, such as "DDPM Eq. 7"')
+    args = p.parse_args(argv)
+    try:
+        if args.tag:
+            print(in_full(args.tag))
+        else:
+            cells = table()
+            widths = [max(map(len, column)) for column in zip(*cells)]
+            for row in cells:
+                print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
+        sys.stdout.flush()
+    except ValueError as error:
+        p.error(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it fails no second time
+
+
+if __name__ == "__main__":
+    main()
