@@ -61,3 +61,10 @@ The files in reading order; each imports only from files above it (tests/test_la
 
 Run `python -m minidiff` for the list of commands.
 """
+
+import os
+import signal
+import sys
+
+if sys.argv[0] == "-m":  # a command is starting: until its main begins, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -58,6 +58,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it was that of minidiff/__init__.py
         try:
             try:
                 main(argv)
