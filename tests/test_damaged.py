@@ -217,6 +217,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             ("dynamic_thresholding_ratio", float("nan"), "need 0 < ratio"),
         )
     },
+    "another variance": (config(PROCESS, variance_type="fixed_small"), "variance_type is 'fixed_small'; IF's 'learned_ra"),
+    "no thresholding": (config(PROCESS, thresholding=False), "unet: .*thresholding is False; IF's True is used"),
     "linear with odd betas": (config(PROCESS, beta_schedule="linear", beta_end=2), "numbers in .0, 1."),
     "noising of another kind": (noising, "image_noising_scheduler/.*describes no process of IF"),
 }
