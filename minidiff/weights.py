@@ -5,8 +5,7 @@
     python -m minidiff.weights check mini               builds every part, takes one step, reads every number
 
 A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
-`scheduler/scheduler_config.json`, `text_encoder/` in several shards, `tokenizer/spiece.model`.
-This is plumbing: skim it. Next: `deepfloyd/stages.py`.
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/stages.py`.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -29,13 +27,12 @@ from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import dynamic_threshold
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
-Released = NamedTuple("Released", [("stage", int), ("fp16_bytes", float)])  # published by DeepFloyd; bytes of its UNet
-RELEASED = {
-    "IF-I-M-v1.0": Released(1, 0.74e9),
-    "IF-I-L-v1.0": Released(1, 1.87e9),
-    "IF-I-XL-v1.0": Released(1, 8.61e9),
-    "IF-II-M-v1.0": Released(2, 0.92e9),
-    "IF-II-L-v1.0": Released(2, 2.49e9),
+RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in float16
+    "IF-I-M-v1.0": (1, "0.74 GB"),
+    "IF-I-L-v1.0": (1, "1.87 GB"),
+    "IF-I-XL-v1.0": (1, "8.61 GB"),
+    "IF-II-M-v1.0": (2, "0.92 GB"),
+    "IF-II-L-v1.0": (2, "2.49 GB"),
 }
 MINI = {1: "mini-IF-I", 2: "mini-IF-II"}  # what `--model mini` means, by stage
 PACKAGED = Path(__file__).parent / "weights_data"  # of a wheel: see pyproject.toml
@@ -60,8 +57,8 @@ def resolve(model: str, stage: int, parts: Collection[str] = ("unet",), say: Cal
     if stage not in MINI or not parts or set(parts) - set(PARTS):
         raise WeightsError(f"stage must be 1 or 2 and parts some of {', '.join(PARTS)}, got {stage!r} and {parts!r}")
     name = model.removeprefix("DeepFloyd/")
-    if name in RELEASED and "unet" in parts and RELEASED[name].stage != stage:
-        raise _other_stage(name, RELEASED[name].stage, stage)
+    if name in RELEASED and "unet" in parts and RELEASED[name][0] != stage:
+        raise _other_stage(name, RELEASED[name][0], stage)
     folder = find(model, stage, parts) or _download(f"DeepFloyd/{name}", parts, say)
     channels = read_config(folder / "unet").get("in_channels", CHANNELS_OF_STAGE[1]) if "unet" in parts else None
     if channels not in (None, CHANNELS_OF_STAGE[stage]):
@@ -139,9 +136,8 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
     needed, faults = [], []
     for part in parts:
         missing = [name for name in (f"{part}/config.json", NEEDED[part]) if name not in names]
-        if missing:
-            needs = f"which the {part.replace('_', ' ')} needs"
-            faults.append(f"{where} lacks {' and '.join(missing)}, {needs} in the layout of the released models")
+        needs = f"which the {part.replace('_', ' ')} needs in the layout of the released models"
+        faults += [f"{where} lacks {' and '.join(missing)}, {needs}"] if missing else []
         inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
             files = choose_files(inside, None, f"{where}/{part}")
@@ -159,7 +155,7 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
 
 def _other_stage(what: str, stage: int, wanted: int) -> WeightsError:
     kind = {1: "text to 64x64, 3 input channels", 2: "64x64 to 256x256, 6 input channels"}
-    choices = ", ".join(["mini", *(name for name, released in RELEASED.items() if released.stage == wanted)])
+    choices = ", ".join(["mini", *(name for name, (number, _) in RELEASED.items() if number == wanted)])
     kinds = f"a stage {stage} model ({kind[stage]}), but a stage {wanted} model ({kind[wanted]})"
     return WeightsError(f"{what} is {kinds} is needed: {choices}")
 
@@ -175,10 +171,11 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> 
         missing = [f for f in files if not isinstance(hub.try_to_load_from_cache(repo, f), str)]
         cache = Path(hub.constants.HF_HUB_CACHE)
         total = sum(sizes[f] for f in missing)
-        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {tqdm.format_sizeof(total, 'B')}, to {cache}")
+        size = tqdm.format_sizeof(total, "B")
+        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {size}, to {cache}")
         _check_space(cache, total)
         for file in files:
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # one try; the next line has many
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # one try; the download has many
             path = hub.hf_hub_download(repo, file)
     except WeightsError:
         raise
@@ -212,8 +209,8 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
         steps[0] = f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN"
         steps[1] = f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine"
         steps[2] = "if on another: copy the folder it prints, and pass it here as --model PATH"
-    numbered = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
-    return f"{repo} {reason}.{numbered}\nOr use --model mini, which is embedded and needs none of this."
+    steps = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
+    return f"{repo} {reason}.{steps}\nOr use --model mini, which is embedded and needs none of this."
 
 
 def _check_space(folder: Path, needed: float) -> None:
@@ -225,9 +222,7 @@ def _check_space(folder: Path, needed: float) -> None:
 
 def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
     """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of the noise on low_res.
-
-    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF.
-    """
+    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF."""
     path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
     config = read_json(path)
     ratio = config.get("dynamic_thresholding_ratio", 0.95)
@@ -250,9 +245,9 @@ def _schedule(path: Path) -> Schedule:
 
 def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:
     """Build each part of a model folder as drawing does, take one step without numbers, and read each number once.
+    Returns False, after saying why, if anything is missing, broken or of another architecture.
 
     model: its name, if it has one: a released model may find its text encoder elsewhere.
-    Returns False, after saying why, if it does not fit the architecture or anything is missing or broken.
     """
     parts = [part for part in PARTS if (folder / part).is_dir()]
     say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
@@ -317,12 +312,12 @@ def _list() -> None:
     print(f"{'mini':14} {f'incomplete: {faults[0]}' if faults else f'embedded        {WEIGHTS}'}")
     for name in sorted(set(embedded()) - set(RELEASED)):
         print(f"{name:14} embedded        {WEIGHTS / name}")
-    for name, released in RELEASED.items():
+    for name, (stage, size) in RELEASED.items():
         here = [folder for folder in (WEIGHTS / name, *snapshots(name)) if folder.is_dir()]
         state = next((str(folder) for folder in here if not lack(folder, ("unet",))), None)
         state = state or (f"incomplete: {lack(here[0], ('unet',))}" if here else "not on this machine")
-        print(f"{name:14} stage {released.stage} {tqdm.format_sizeof(released.fp16_bytes, 'B'):>7} {state}")
-    print(f"{'text encoder':14} of all   11.5GB {encoder_here('IF-I-M-v1.0') or 'not on this machine'}")
+        print(f"{name:14} stage {stage} {size:>9} {state}")
+    print(f"{'text encoder':14} of all    11.5 GB {encoder_here('IF-I-M-v1.0') or 'not on this machine'}")
 
 
 @cli.command
@@ -340,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _list()
     elif args.command == "download":
         parts = PARTS if args.part == "all" else (args.part,)
-        print(resolve(args.name, RELEASED[args.name].stage, parts, print))
+        print(resolve(args.name, RELEASED[args.name][0], parts, print))
     else:
         name = args.model.removeprefix("DeepFloyd/")
         places = [cli.file_path(args.model), WEIGHTS / name, *(snapshots(name) if name in RELEASED else ())]

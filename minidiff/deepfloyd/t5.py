@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from minidiff.checkpoint import on_meta
 
-
 LARGEST = 2**18  # of any number in a config: above every width and vocabulary, below what fills the memory
 
 
