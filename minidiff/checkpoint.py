@@ -110,8 +110,7 @@ class Checkpoint:
     several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
     config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
     unused: names of weight files of the same variant that are not read: they are left from another save.
-    Raises WeightsError if config or weights are missing, unreadable, cut short, no safetensors at all, or contradict
-    each other.
+    Raises WeightsError if config or weights are missing, unreadable, damaged, or contradict each other.
     """
 
     def __init__(self, folder: str | Path, part: str, dtype: torch.dtype | None = None):
@@ -180,8 +179,8 @@ class Checkpoint:
         for key in self.shapes:
             bad = int((~self.read([key])[key].isfinite()).sum())
             if bad:
-                numbers = f"{bad} of {math.prod(self.shapes[key])} numbers of {key}"
-                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in the weights ({numbers}); fetch again")
+                where = f"{bad} of {math.prod(self.shapes[key])} numbers of {key}"
+                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in the weights ({where}); fetch it again")
 
 
 def _open(path: Path):
@@ -306,8 +305,8 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the same folder, then rename it. Raises OSError, also where safetensors or
-    torch have an error of their own for a full disk; an old file is then still there."""
+    """Let `write` fill a temporary file in the same folder, then rename it; an error leaves the old file.
+    Raises OSError, also where safetensors or torch have an error of their own for a full disk."""
     path = Path(os.path.expanduser(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -336,7 +335,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def save_state(state: dict, path: Path) -> None:
-    """Write what a training needs to go on, or any dictionary of tensors, as torch does it; whole or not at all."""
+    """Write what a training needs to go on, as torch does it, whole or not at all."""
     write_whole(path, lambda file: torch.save(state, file))
 
 

@@ -41,8 +41,8 @@ class Schedule:
     @classmethod
     def from_config(cls, config: dict) -> Schedule:
         """The process named in a released `scheduler/scheduler_config.json`. Raises ValueError on any other process."""
-        neutral = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
-        for key, expected in neutral.items():
+        fixed = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+        for key, expected in fixed.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"{key} must be {expected!r}, got {config[key]!r:.60}")
         T = config.get("num_train_timesteps", 1000)

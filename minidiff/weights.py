@@ -4,11 +4,8 @@
     python -m minidiff.weights download IF-I-M-v1.0     into the Hugging Face cache
     python -m minidiff.weights check mini               builds every part, takes one step, reads every number
 
-Everything on disk has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's
-safetensors, `scheduler/scheduler_config.json`, `text_encoder/` in several shards, `tokenizer/spiece.model`. `resolve`
-turns a name or a path into such a folder, and downloads a released model that is nowhere on this machine.
-
-This is plumbing: skim it. Next: `deepfloyd/stages.py`.
+A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/stages.py`.
 """
 
 import argparse
@@ -19,9 +16,9 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from minidiff import cli
 from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, blaming, built, choose_files, read_config, read_json
@@ -30,25 +27,15 @@ from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import dynamic_threshold
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
-
-class Released(NamedTuple):
-    """A model published by DeepFloyd: where, which stage of the cascade, and how large its UNet is."""
-
-    repo: str
-    stage: int
-    parameters: int
-    fp16_bytes: float
-
-
-RELEASED = {
-    "IF-I-M-v1.0": Released("DeepFloyd/IF-I-M-v1.0", 1, 371_605_830, 0.74e9),
-    "IF-I-L-v1.0": Released("DeepFloyd/IF-I-L-v1.0", 1, 935_365_830, 1.87e9),
-    "IF-I-XL-v1.0": Released("DeepFloyd/IF-I-XL-v1.0", 1, 4_304_695_110, 8.61e9),
-    "IF-II-M-v1.0": Released("DeepFloyd/IF-II-M-v1.0", 2, 461_064_198, 0.92e9),
-    "IF-II-L-v1.0": Released("DeepFloyd/IF-II-L-v1.0", 2, 1_242_987_270, 2.49e9),
+RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in float16
+    "IF-I-M-v1.0": (1, "0.74 GB"),
+    "IF-I-L-v1.0": (1, "1.87 GB"),
+    "IF-I-XL-v1.0": (1, "8.61 GB"),
+    "IF-II-M-v1.0": (2, "0.92 GB"),
+    "IF-II-L-v1.0": (2, "2.49 GB"),
 }
 MINI = {1: "mini-IF-I", 2: "mini-IF-II"}  # what `--model mini` means, by stage
-PACKAGED = Path(__file__).parent / "weights_data"  # where an installed wheel has them (see pyproject.toml)
+PACKAGED = Path(__file__).parent / "weights_data"  # of a wheel: see pyproject.toml
 WEIGHTS = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parent.parent / "weights"
 PARTS = ("unet", "text_encoder")
 NEEDED = {"unet": "scheduler/scheduler_config.json", "text_encoder": "tokenizer/spiece.model"}  # beside each part
@@ -57,9 +44,7 @@ CHANNELS_OF_STAGE = {1: 3, 2: 6}  # stage 2 sees the low-resolution image too
 PATIENCE = 10  # seconds for an answer of the hub
 
 
-def resolve(
-    model: str, stage: int, parts: Collection[str] = ("unet",), say: Callable[[str], None] = lambda text: None
-) -> Path:
+def resolve(model: str, stage: int, parts: Collection[str] = ("unet",), say: Callable[[str], object] = str) -> Path:
     """The folder that holds these parts of a model, in the released layout; downloaded if it must be.
 
     model: "mini" (embedded), a folder, a name in `weights/`, or a released name; looked for in that order, a released
@@ -72,21 +57,18 @@ def resolve(
     if stage not in MINI or not parts or set(parts) - set(PARTS):
         raise WeightsError(f"stage must be 1 or 2 and parts some of {', '.join(PARTS)}, got {stage!r} and {parts!r}")
     name = model.removeprefix("DeepFloyd/")
-    if name in RELEASED and "unet" in parts and RELEASED[name].stage != stage:
-        raise _other_stage(name, RELEASED[name].stage, stage)
-    folder = find(model, stage, parts) or _download(RELEASED[name].repo, parts, say)
-    if "unet" in parts:
-        channels = read_config(folder / "unet").get("in_channels", CHANNELS_OF_STAGE[1])
-        if channels != CHANNELS_OF_STAGE[stage]:
-            raise _other_stage(str(folder), 2 if channels == CHANNELS_OF_STAGE[2] else 1, stage)
+    if name in RELEASED and "unet" in parts and RELEASED[name][0] != stage:
+        raise _other_stage(name, RELEASED[name][0], stage)
+    folder = find(model, stage, parts) or _download(f"DeepFloyd/{name}", parts, say)
+    channels = read_config(folder / "unet").get("in_channels", CHANNELS_OF_STAGE[1]) if "unet" in parts else None
+    if channels not in (None, CHANNELS_OF_STAGE[stage]):
+        raise _other_stage(str(folder), 2 if channels == CHANNELS_OF_STAGE[2] else 1, stage)
     return folder
 
 
 def short_name(model: str, stage: int) -> str:
     """One name for one model, however it is spelled: "mini" for the embedded one, a released one without its owner.
-
-    A folder of such a name comes first, here as in `resolve`, and keeps its name.
-    """
+    A folder of such a name comes first, here as in `resolve`, and keeps its name."""
     if cli.file_path(model).is_dir():
         return model
     return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")
@@ -101,28 +83,25 @@ def find(model: str, stage: int, parts: Collection[str]) -> Path | None:
     if not path.is_dir() and model != "mini" and name not in RELEASED:
         path = WEIGHTS / name
     if path.is_dir():
-        needed_files(listing(path), parts, str(path))
+        if fault := lack(path, parts):
+            raise WeightsError(fault)
         return path
     if model == "mini":
         raise WeightsError(f"the embedded weights are missing: {path} is part of the repository, clone it again")
     if name not in RELEASED:
-        raise WeightsError(
-            f"no model {model!r}: neither a folder, nor embedded ({', '.join(['mini', *embedded()])}), "
-            f"nor released ({', '.join(RELEASED)})"
-        )
+        known = f"nor embedded ({', '.join(['mini', *embedded()])}), nor released ({', '.join(RELEASED)})"
+        raise WeightsError(f"no model {model!r}: neither a folder, {known}")
     for candidate in [name, *(RELEASED if set(parts) == {"text_encoder"} else ())]:
-        for folder in (WEIGHTS / candidate, cached(RELEASED[candidate].repo, parts)):
-            if folder is not None and folder.is_dir() and not lack(folder, parts):
+        for folder in (WEIGHTS / candidate, *snapshots(candidate)):
+            if not lack(folder, parts):
                 return folder
     return None
 
 
 def encoder_here(model: str) -> Path | None:
     """The folder with a whole text encoder for a model, if it is on this machine."""
-    try:
+    with contextlib.suppress(WeightsError):
         return find(model, 1, ("text_encoder",))
-    except WeightsError:
-        return None
 
 
 def embedded() -> list[str]:
@@ -130,16 +109,11 @@ def embedded() -> list[str]:
     return sorted(p.parent.parent.name for p in WEIGHTS.glob("*/unet/config.json"))
 
 
-def listing(folder: Path) -> list[str]:
-    """The files of a model folder, relative to it: ["unet/config.json", ...]."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/*") if p.is_file())
-
-
-def snapshots(repo: str) -> list[Path]:
-    """Copies of a repository in the Hugging Face cache, whole or not: the one of refs/main, then the newest first."""
+def snapshots(name: str) -> list[Path]:
+    """A released model in the Hugging Face cache, whole or not: the copy of refs/main first, then the newest."""
     from huggingface_hub import constants
 
-    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    home = Path(constants.HF_HUB_CACHE) / f"models--DeepFloyd--{name}"
     found = sorted((p for p in home.glob("snapshots/*") if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
     with contextlib.suppress(OSError, ValueError):  # a cache that was copied may lack it
         main = (home / "refs" / "main").read_text().strip()
@@ -147,15 +121,11 @@ def snapshots(repo: str) -> list[Path]:
     return found
 
 
-def cached(repo: str, parts: Collection[str]) -> Path | None:
-    """The first of `snapshots` that has all files of these parts. Stays offline."""
-    return next((folder for folder in snapshots(repo) if not lack(folder, parts)), None)
-
-
 def lack(folder: Path, parts: Collection[str]) -> str:
     """What a folder lacks of these parts, in words; empty if nothing."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*/*") if p.is_file())
     try:
-        needed_files(listing(folder), parts, "it")
+        needed_files(names, parts, str(folder))
         return ""
     except WeightsError as error:
         return str(error)
@@ -166,9 +136,8 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
     needed, faults = [], []
     for part in parts:
         missing = [name for name in (f"{part}/config.json", NEEDED[part]) if name not in names]
-        if missing:
-            needs = f"which the {part.replace('_', ' ')} needs"
-            faults.append(f"{where} lacks {' and '.join(missing)}, {needs} in the layout of the released models")
+        needs = f"which the {part.replace('_', ' ')} needs in the layout of the released models"
+        faults += [f"{where} lacks {' and '.join(missing)}, {needs}"] if missing else []
         inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
         try:
             files = choose_files(inside, None, f"{where}/{part}")
@@ -184,13 +153,11 @@ def needed_files(names: list[str], parts: Collection[str], where: str) -> list[s
     return needed
 
 
-def _other_stage(what: str, stage: int, asked: int) -> WeightsError:
+def _other_stage(what: str, stage: int, wanted: int) -> WeightsError:
     kind = {1: "text to 64x64, 3 input channels", 2: "64x64 to 256x256, 6 input channels"}
-    choices = [name for name, released in RELEASED.items() if released.stage == asked]
-    return WeightsError(
-        f"{what} is a stage {stage} model ({kind[stage]}), but a stage {asked} model ({kind[asked]}) is needed: "
-        f"mini, {', '.join(choices)}"
-    )
+    choices = ", ".join(["mini", *(name for name, (number, _) in RELEASED.items() if number == wanted)])
+    kinds = f"a stage {stage} model ({kind[stage]}), but a stage {wanted} model ({kind[wanted]})"
+    return WeightsError(f"{what} is {kinds} is needed: {choices}")
 
 
 def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> Path:
@@ -204,15 +171,16 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], None]) -> 
         missing = [f for f in files if not isinstance(hub.try_to_load_from_cache(repo, f), str)]
         cache = Path(hub.constants.HF_HUB_CACHE)
         total = sum(sizes[f] for f in missing)
-        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {in_words(total)}, to {cache}")
+        size = tqdm.format_sizeof(total, "B")
+        say(f"downloading {repo} ({', '.join(parts)}): {len(missing)} files, {size}, to {cache}")
         _check_space(cache, total)
         for file in files:
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # asks once; the next line for minutes
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=PATIENCE)  # one try; the download has many
             path = hub.hf_hub_download(repo, file)
     except WeightsError:
         raise
     except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
-        partial = "".join(f"\n{folder} is not whole: {lack(folder, parts)}" for folder in snapshots(repo)[:1])
+        partial = "".join(f"\nThe cache has a part: {lack(f, parts)}" for f in snapshots(repo.split("/")[1])[:1])
         raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
     return Path(path).parent.parent
 
@@ -223,11 +191,8 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     status = next(filter(None, (getattr(getattr(e, "response", None), "status_code", None) for e in chain)), None)
-    steps = [
-        f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models",
-        "run `hf auth login` with a token of that account, or set HF_TOKEN",
-        "run the same command again",
-    ]
+    log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models"
+    steps = [log_in, "run `hf auth login` with a token of that account, or set HF_TOKEN", "run the same command again"]
     if status == 401 and not has_token:
         reason = "is licensed, and you are not logged in (401)"
     elif status == 401:
@@ -241,37 +206,23 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
         if any("ReadTimeout" in type(e).__name__ for e in chain):
             reason = f"the hub does not answer within {PATIENCE} seconds; try again later"
         reason = f"cannot be downloaded: {f'the hub answered {status}' if status else reason}"
-        steps = [
-            f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN",
-            f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine",
-            "if on another: copy the folder it prints, and pass it here as --model PATH",
-        ]
-    numbered = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
-    return f"{repo} {reason}.{numbered}\nOr use --model mini, which is embedded and needs none of this."
+        steps[0] = f"with a connection: accept the licence at {LICENCE_PAGE}, run `hf auth login` or set HF_TOKEN"
+        steps[1] = f"run `python -m minidiff.weights download {repo.split('/')[-1]}`, here or on another machine"
+        steps[2] = "if on another: copy the folder it prints, and pass it here as --model PATH"
+    steps = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
+    return f"{repo} {reason}.{steps}\nOr use --model mini, which is embedded and needs none of this."
 
 
 def _check_space(folder: Path, needed: float) -> None:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
-        room = f"{in_words(needed)} needed, {in_words(free)} free in {folder}"
-        raise WeightsError(f"{room}; set HF_HOME to a folder on a larger disk")
-
-
-def in_words(size: float) -> str:
-    """A number of bytes for people: "134 B", "0.79 MB", "11.50 GB"."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.5 * scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size:.0f} B"
+        sizes = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
+        raise WeightsError(f"{sizes[0]} needed, {sizes[1]} free in {folder}; set HF_HOME to a folder on a larger disk")
 
 
 def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
-    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of stage 2's added noise.
-
-    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF.
-    """
+    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of the noise on low_res.
+    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF."""
     path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
     config = read_json(path)
     ratio = config.get("dynamic_thresholding_ratio", 0.95)
@@ -285,19 +236,18 @@ def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float
 
 
 def _schedule(path: Path) -> Schedule:
-    config = read_json(path)
     with blaming(path, "describes no process of IF"):
-        schedule = Schedule.from_config(config)
+        schedule = Schedule.from_config(read_json(path))
         if schedule.num_train_timesteps != 1000:
             raise ValueError(f"num_train_timesteps is {schedule.num_train_timesteps}, but drawing visits 0 to 999")
-        return schedule
+    return schedule
 
 
 def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:
     """Build each part of a model folder as drawing does, take one step without numbers, and read each number once.
+    Returns False, after saying why, if anything is missing, broken or of another architecture.
 
     model: its name, if it has one: a released model may find its text encoder elsewhere.
-    Returns False, after saying why, if it does not fit the architecture or anything is missing or broken.
     """
     parts = [part for part in PARTS if (folder / part).is_dir()]
     say(str(folder) if parts else f"{folder} has none of {', '.join(PARTS)}")
@@ -309,53 +259,52 @@ def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:
                 if checkpoint.files not in files:
                     files.append(checkpoint.files)
                     widths[part] = _check_part(folder, part, checkpoint, say)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, UserWarning) as error:
             faults.append(f"{part}: {error}")
     stage_1 = "unet" in widths and read_config(folder / "unet").get("in_channels") != CHANNELS_OF_STAGE[2]
     if stage_1 and "text_encoder" not in parts and not encoder_here(model or str(folder)):
         faults.append("text_encoder: not here, but stage 1 needs one; fetch it too")
     if len(set(widths.values())) > 1:
         faults.append(f"text_encoder: its states are {widths['text_encoder']} wide, the unet reads {widths['unet']}")
-    for fault in faults:
-        say(f"  {fault}")
+    say("\n".join(f"  {fault}" for fault in faults) or "  this model is whole")
     return not faults
 
 
 def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[str], None]) -> int:
-    """One variant of a part. Returns the width of the text states it makes or reads. Raises WeightsError, OSError."""
+    """One variant of a part. Returns the width of its text states. Raises ValueError, OSError or UserWarning."""
     for path in checkpoint.files:
-        say(f"  {part}/{path.name}: {in_words(path.stat().st_size)}")
+        say(f"  {part}/{path.name}: {tqdm.format_sizeof(path.stat().st_size, 'B')}")
     types = sorted({str(d).removeprefix("torch.") for d in checkpoint.dtypes.values()})
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-    width = (_step_unet if part == "unet" else _step_text_encoder)(folder, checkpoint)
-    say(f"  {part}: every key and shape fits")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*scheduler_config.json")
+        width = _step(folder, part, checkpoint)
     checkpoint.check_finite()
-    say(f"  {part}: every number is finite")
     if checkpoint.unused:
-        unused = f"{', '.join(checkpoint.unused)} lies beside {checkpoint.files[0].name} and is not read"
-        raise WeightsError(f"{unused}; delete what is old")
+        unused, used = ", ".join(checkpoint.unused), checkpoint.files[0].name
+        raise WeightsError(f"{unused} lies beside {used} and is not read; delete what is old")
+    say(f"  {part}: every key and shape fits, one step works, every number is finite")
     return width
 
 
 @torch.inference_mode()
-def _step_unet(folder: Path, checkpoint: Checkpoint) -> int:
-    unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
-    config, size = unet.config, unet.config.sample_size
-    read_process(folder, config.in_channels)
-    with blaming(checkpoint.folder / "config.json"), torch.device("meta"):
-        t = torch.zeros(1, dtype=torch.int64)
-        x, states = torch.empty(1, config.in_channels, size, size), torch.empty(1, 77, config.encoder_hid_dim)
-        unet(x, t, states, t if config.in_channels == CHANNELS_OF_STAGE[2] else None)
-    return config.encoder_hid_dim
-
-
-@torch.inference_mode()
-def _step_text_encoder(folder: Path, checkpoint: Checkpoint) -> int:
-    tokenizer, encoder = plan_text_encoder(folder, checkpoint)
+def _step(folder: Path, part: str, checkpoint: Checkpoint) -> int:
+    """Build a part with all that lies beside it, and take one step on `meta`. Returns the width of its text states."""
+    if part == "text_encoder":
+        tokenizer, network = plan_text_encoder(folder, checkpoint)
+        inputs, width = [x.to("meta") for x in tokenizer([""])], network.config.d_model
+    else:
+        network = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
+        channels, size, width = network.config.in_channels, network.config.sample_size, network.config.encoder_hid_dim
+        read_process(folder, channels)
+        with torch.device("meta"):
+            t = torch.zeros(1, dtype=torch.int64)
+            inputs = [torch.empty(1, channels, size, size), t, torch.empty(1, 77, width)]
+        inputs += [t] if channels == CHANNELS_OF_STAGE[2] else []
     with blaming(checkpoint.folder / "config.json"):
-        encoder(*(x.to("meta") for x in tokenizer([""])))
-    return encoder.config.d_model
+        network(*inputs)
+    return width
 
 
 def _list() -> None:
@@ -363,22 +312,12 @@ def _list() -> None:
     print(f"{'mini':14} {f'incomplete: {faults[0]}' if faults else f'embedded        {WEIGHTS}'}")
     for name in sorted(set(embedded()) - set(RELEASED)):
         print(f"{name:14} embedded        {WEIGHTS / name}")
-    for name, released in RELEASED.items():
-        here = [folder for folder in (WEIGHTS / name, *snapshots(released.repo)) if folder.is_dir()]
+    for name, (stage, size) in RELEASED.items():
+        here = [folder for folder in (WEIGHTS / name, *snapshots(name)) if folder.is_dir()]
         state = next((str(folder) for folder in here if not lack(folder, ("unet",))), None)
         state = state or (f"incomplete: {lack(here[0], ('unet',))}" if here else "not on this machine")
-        print(f"{name:14} stage {released.stage} {in_words(released.fp16_bytes):>9} {state}")
-    print(f"{'text encoder':14} of all     11.50 GB {encoder_here('IF-I-M-v1.0') or 'not on this machine'}")
-
-
-def _folders_to_check(model: str) -> list[Path]:
-    if model == "mini":
-        return [WEIGHTS / name for name in MINI.values()]
-    name = model.removeprefix("DeepFloyd/")
-    for folder in (cli.file_path(model), WEIGHTS / name, *(snapshots(RELEASED[name].repo) if name in RELEASED else ())):
-        if folder.is_dir():
-            return [folder]
-    raise WeightsError(f"{model} is neither a folder, nor in {WEIGHTS}, nor a released model in the Hugging Face cache")
+        print(f"{name:14} stage {stage} {size:>9} {state}")
+    print(f"{'text encoder':14} of all    11.5 GB {encoder_here('IF-I-M-v1.0') or 'not on this machine'}")
 
 
 @cli.command
@@ -396,9 +335,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         _list()
     elif args.command == "download":
         parts = PARTS if args.part == "all" else (args.part,)
-        print(resolve(args.name, RELEASED[args.name].stage, parts, print))
-    elif not all([check(folder, print, args.model) for folder in _folders_to_check(args.model)]):
-        sys.exit(1)
+        print(resolve(args.name, RELEASED[args.name][0], parts, print))
+    else:
+        name = args.model.removeprefix("DeepFloyd/")
+        places = [cli.file_path(args.model), WEIGHTS / name, *(snapshots(name) if name in RELEASED else ())]
+        folders = [WEIGHTS / m for m in MINI.values()] if name == "mini" else [p for p in places if p.is_dir()][:1]
+        if not folders:
+            raise WeightsError(f"{name} is neither a folder, nor in {WEIGHTS}, nor in the Hugging Face cache")
+        if not all([check(folder, print, args.model) for folder in folders]):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ class UNetConfig:
         for key, expected in FIXED.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
-        known = {"class_embed_type": "timestep", "time_embedding_act_fn": "gelu", "encoder_hid_dim_type": "text_proj"}
-        for key, expected in known.items():
+        optional = {"class_embed_type": "timestep", "time_embedding_act_fn": "gelu"}
+        for key, expected in {**optional, "encoder_hid_dim_type": "text_proj"}.items():
             if config.get(key) not in (None, expected):
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r} or none")
         missing = [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]
@@ -122,8 +122,8 @@ class UNetConfig:
                 raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
         made = cls(**known)
         if made.encoder_hid_dim % made.addition_embed_type_num_heads:
-            raise ValueError(f"unet/config.json: encoder_hid_dim {made.encoder_hid_dim} does not split into "
-                             f"{made.addition_embed_type_num_heads} heads (addition_embed_type_num_heads)")  # fmt: skip
+            heads = f"{made.addition_embed_type_num_heads} heads of addition_embed_type_num_heads"
+            raise ValueError(f"unet/config.json: encoder_hid_dim {made.encoder_hid_dim} does not split into {heads}")
         for key, largest in (("sample_size", 1024), ("layers_per_block", (100,) * len(levels)), ("norm_eps", 1)):
             if getattr(made, key) > largest:
                 raise ValueError(f"unet/config.json: {key} is {getattr(made, key)!r}, but at most {largest} is built")

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minidiff.weights import WEIGHTS
 from minidiff.mnist import data, judge, networks
 from minidiff.mnist.judge import Judge
+from minidiff.weights import WEIGHTS
 
 
 def gaussian(mean, covariance):

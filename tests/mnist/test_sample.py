@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import ddpm, flow
-from minidiff.weights import WEIGHTS
 from minidiff.mnist import drawing, judge, networks, sample, train_denoiser
 from minidiff.mnist.data import generator, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import seeded
+from minidiff.weights import WEIGHTS
 from tests.mnist.test_drawing import net
 from tests.mnist.test_trainers import edit_config
 from tests.test_commands import fails

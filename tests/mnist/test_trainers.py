@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import flow, images
-from minidiff.weights import WEIGHTS
 from minidiff.mnist import (
     drawing,
     flags,
@@ -29,6 +28,7 @@ from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.training import Plan
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
+from minidiff.weights import WEIGHTS
 from tests.test_commands import fails
 
 pytestmark = pytest.mark.usefixtures("fast")
