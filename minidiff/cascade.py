@@ -108,8 +108,10 @@ class Cascade:
             for number, name in ((1, model), (2, stage2))
         ]
         width = _common_width([folder for folder in folders if folder is not None], precision)
-        if text_model is None:
-            text_model = model if model != "none" else "mini" if stage2 == "mini" else "IF-I-XL-v1.0"
+        if text_model is None and model == "none":  # a stage 2 of mini's family, or of the one that all others share
+            mini = _common_width([hub.resolve("mini", 2)], precision)
+            text_model = "mini" if width == mini else "IF-I-XL-v1.0"
+        text_model = text_model or model
 
         def encode(texts: Sequence[str]) -> Tensor:
             states = encode_texts(text_model, texts, prompt_embeds=prompt_embeds, text_encoder=text_encoder,
