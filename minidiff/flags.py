@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, editing, images, solvers, views
-from minidiff.cascade import Cascade, last_start, times_of
+from minidiff.cascade import Cascade, Settings, last_start, times_of
 from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
@@ -104,9 +104,11 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
             one(getattr(args, flag), f"--{flag.replace('_', '-')}")
-    steps = [str(QUICK_STEPS)] if args.quick else args.steps
-    upper_steps = [str(QUICK_STEPS)] if args.quick else args.stage2_steps
-    for count in (*(steps or []), *(upper_steps or [])):
+    upper_steps = args.stage2_steps
+    if args.quick:
+        args.steps = upper_steps = [str(QUICK_STEPS)]
+        args.stage2_steps = upper_steps if args.stage2_steps else None
+    for count in (*(args.steps or []), *(upper_steps or [])):
         times_of(count)
     cascade = Cascade.load(
         args.model, args.stage2, text_model=getattr(args, "text_model", None), device=cli.device_of(args.device),
@@ -114,17 +116,24 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     )  # fmt: skip
     if not cascade.has_upper and (args.stage2_steps or args.stage2_guidance_scale is not None):
         raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
-    base, upper = cascade.settings
-    common = {"negative_prompt": args.negative_prompt} | ({"sampler": args.sampler} if args.sampler else {})
-    scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale[0]}
-    cascade.settings[0] = base._replace(**common, **scale, **({"steps": steps[0]} if steps else {}))
-    scale = {} if args.stage2_guidance_scale is None else {"guidance_scale": args.stage2_guidance_scale}
-    cascade.settings[1] = upper._replace(**common, **scale, **({"steps": upper_steps[0]} if upper_steps else {}))
-    scales = [s.guidance_scale for s in cascade.settings[: 1 + cascade.has_upper]] + (args.guidance_scale or [])
+    scale = args.guidance_scale[0] if args.guidance_scale else None
+    cascade.settings[0] = _setting(cascade.settings[0], args, args.steps, scale)
+    cascade.settings[1] = _setting(cascade.settings[1], args, upper_steps, args.stage2_guidance_scale)
+    stages = cascade.settings[args.model == "none" : 1 + cascade.has_upper]
+    scales = [stage.guidance_scale for stage in stages] + (args.guidance_scale or [])
     if args.negative_prompt and all(scale == 1 for scale in scales):
         warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
     cascade.progress, cascade.split_batch = True, args.split_batch
     return cascade
+
+
+def _setting(
+    default: Settings, args: argparse.Namespace, steps: Sequence[str] | None, guidance_scale: float | None
+) -> Settings:
+    """A stage's setting with what the flags say of it; of several steps the first."""
+    flags = {"steps": steps[0] if steps else None, "guidance_scale": guidance_scale, "sampler": args.sampler}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    return default._replace(negative_prompt=args.negative_prompt, **flags)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
@@ -200,14 +209,21 @@ def inputs_shown(
 
 
 def settings(args: argparse.Namespace, name: str, cascade: Cascade | None = None) -> dict[str, object]:
-    """What goes into the image's metadata: the command, its version and every flag, as it was used."""
+    """What goes into the image's metadata: the command, its version and every flag, as it was used.
+
+    Of several --steps or scales that were compared, all; of a stage that there is not, nothing.
+    """
     used = {key: value for key, value in vars(args).items() if value is not None}
     if cascade is not None:
-        used |= {f"{key}": value for key, value in cascade.settings[0]._asdict().items() if key not in used}
-        if cascade.has_upper:
-            used |= {f"stage2_{key}": cascade.settings[1]._asdict()[key] for key in ("steps", "guidance_scale")}
-        else:
-            used["stage2"] = "none"
+        stages = [("", cascade.settings[0])] * (args.model != "none")
+        stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
+        for prefix, stage in stages:
+            for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
+                is_compared = isinstance(used.get(prefix + key), list) and len(used[prefix + key]) > 1
+                used |= {} if is_compared else {prefix + key: value}
+        used["sampler"] = stages[0][1].sampler
+        used |= {} if cascade.has_upper else {"stage2": "none"}
+        used = {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}
     try:
         number = version("minidiff")
     except PackageNotFoundError:  # run from the folder, not installed

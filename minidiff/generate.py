@@ -73,11 +73,9 @@ def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str
     """
     base, upper = cascade.settings
     scales, counts = args.guidance_scale or [base.guidance_scale], args.steps or [base.steps]
-    if args.quick:
-        counts = [base.steps]
     for prompt, steps, scale in product(args.prompts, counts, scales):
         seconds = args.stage2_steps or ([steps] if len(counts) > 1 else [upper.steps])
-        for second in [upper.steps] if args.quick else seconds:
+        for second in seconds:
             cascade.settings[:] = base._replace(steps=steps, guidance_scale=scale), upper._replace(steps=second)
             words = [prompt] if len(args.prompts) > 1 else []
             words += [f"{steps} steps"] if len(counts) > 1 else []
