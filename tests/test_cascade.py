@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import minidiff.cascade
-from minidiff import ddpm, editing, images, schedule, solvers, views
+from minidiff import ddpm, images, schedule, solvers, views
 from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import InTurns, Part, averaged, factorized

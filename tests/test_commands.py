@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import minidiff.cascade
-from minidiff import cli, encode, generate, hub, images, upscale, weights
+from minidiff import cli, encode, generate, images, upscale, weights
 from minidiff.cascade import Cascade
 from tests.tiny import write_cascade
 
@@ -333,7 +333,7 @@ def test_a_stage_2_of_minis_width_reads_minis_text_and_others_the_released_one(c
         return torch.zeros(len(texts), 77, 192 if model == "mini" else 32)
 
     monkeypatch.setattr(minidiff.cascade, "encode_texts", encode_texts)
-    for stage2 in ("mini", hub.MINI[2], hub.WEIGHTS / hub.MINI[2], cascade[1]):
+    for stage2 in ("mini", weights.MINI[2], weights.WEIGHTS / weights.MINI[2], cascade[1]):
         Cascade.load("none", str(stage2)).encode("a")
     assert models == ["mini", "mini", "mini", "IF-I-XL-v1.0"]
 

@@ -1,11 +1,10 @@
-"""Each equation of the process: worked by hand, against a formula it must equal, and against diffusers."""
+"""The process: its promises, and its steps against diffusers. Its equations: test_equations.py."""
 
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from minidiff import ddpm, schedule
 from minidiff.guidance import dynamic_threshold
@@ -40,39 +39,7 @@ def alpha_bars(t: int, t_prev: int) -> tuple[Tensor, Tensor]:
     return COSINE.alpha_bar(torch.tensor([t])), COSINE.alpha_bar(torch.tensor([t_prev]))
 
 
-# --- forward and back -------------------------------------------------------------------------------------------------
-
-
-def test_ddpm_eq4_add_noise():
-    """DDPM Eq. 4: with alpha_bar 0.64 the roots are 0.8 and 0.6; 0.8 * 0.5 + 0.6 * (-2) = -0.8. The ends are the
-    picture and the noise themselves."""
-    x_start, noise = image(0.5, 0.5, 0.5), image(-2.0, -2.0, -2.0)
-    close(ddpm.add_noise(x_start, noise, bars(0.64, 1.0, 0.0)), image(-0.8, 0.5, -2.0))
-
-
-def test_ddpm_eq4_is_many_small_steps():
-    """DDPM Eq. 4 sums up DDPM Eq. 2, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise: the share of the picture and
-    the variance of the noise, carried step by step, are its two coefficients."""
-    share, variance = 1.0, 0.0
-    for beta in COSINE.betas[:400].tolist():
-        share, variance = share * math.sqrt(1 - beta), variance * (1 - beta) + beta
-    alpha_bar = COSINE.alpha_bar(torch.tensor([399]))
-    close(ddpm.add_noise(image(1.0), image(0.0), alpha_bar), image(share))
-    close(ddpm.add_noise(image(0.0), image(1.0), alpha_bar), image(math.sqrt(variance)))
-
-
-def test_ddpm_eq15_predict_x_start():
-    """DDPM Eq. 15: (-0.8 - 0.6 * (-2)) / 0.8 = 0.5."""
-    close(ddpm.predict_x_start(image(-0.8), image(-2.0), bars(0.64)), image(0.5))
-
-
-@pytest.mark.parametrize("t", [0, 1, 500, 998, 999])
-def test_ddpm_eq15_undoes_eq4(t):
-    """DDPM Eq. 15 inverts DDPM Eq. 4; scaled by sqrt(alpha_bar), which cancels the growth of rounding near t = 999."""
-    x_start, noise = values("x_start"), values("noise")
-    alpha_bar = COSINE.alpha_bar(torch.tensor([t, t]))
-    back = ddpm.predict_x_start(ddpm.add_noise(x_start, noise, alpha_bar), noise, alpha_bar)
-    close(back * alpha_bar.sqrt(), x_start * alpha_bar.sqrt())
+# --- coefficients -----------------------------------------------------------------------------------------------------
 
 
 def test_coefficients_are_cast_after_they_are_formed():
@@ -82,57 +49,6 @@ def test_coefficients_are_cast_after_they_are_formed():
     x_t = ddpm.add_noise(torch.zeros_like(x_start), x_start, alpha_bar)
     assert x_t.dtype == torch.float32
     assert x_t.item() == torch.tensor(math.sqrt(1 - COSINE.alphas_cumprod[0].item()), dtype=torch.float32).item()
-
-
-# --- posterior --------------------------------------------------------------------------------------------------------
-
-
-def test_ddpm_eq7_posterior_mean():
-    """DDPM Eq. 7: from alpha_bar 0.36 to 0.72, alpha_t = beta_t = 0.5: sqrt(0.72) 0.5 / 0.64 = 0.6629126 on x_start,
-    sqrt(0.5) 0.28 / 0.64 = 0.3093592 on x_t."""
-    x_start, x_t = image(1.0, 0.0), image(0.0, 1.0)
-    mean = ddpm.posterior_mean(x_start, x_t, bars(0.36), bars(0.72))
-    close(mean, image(0.6629126073623883, 0.30935921676911454))
-
-
-def test_ddpm_eq7_posterior_variance():
-    """DDPM Eq. 7: 0.28 / 0.64 * 0.5 = 0.21875; nothing is left to chance when the step before is clean."""
-    close(ddpm.posterior_variance(bars(0.36, 0.36), bars(0.72, 1.0)), bars(0.21875, 0.0))
-
-
-@jumps
-def test_ddpm_eq6_posterior_is_bayes_rule(t, t_prev):
-    """DDPM Eq. 6: q(x_prev | x_t, x_start) is the product of two Gaussians in x_prev, q(x_t | x_prev) and
-    q(x_prev | x_start), so precisions add and the mean is the precision-weighted one. DDPM Eq. 7 must equal that."""
-    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
-    alpha_t = alpha_bar_t / alpha_bar_prev
-    precision_of_x_t, precision_of_x_start = alpha_t / (1 - alpha_t), 1 / (1 - alpha_bar_prev)
-    precision = precision_of_x_t + precision_of_x_start
-    x_start, x_t = values("x_start"), values("x_t")
-    mean = precision_of_x_t * x_t / alpha_t.sqrt() + precision_of_x_start * alpha_bar_prev.sqrt() * x_start
-    close(ddpm.posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev), mean / precision)
-    close(ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev), 1 / precision)
-
-
-@jumps
-def test_ddpm_eq11_is_eq7_with_eq15(t, t_prev):
-    """DDPM Eq. 11: mean = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t), the step of DDPM Alg. 2, is
-    DDPM Eq. 7 at the estimate of DDPM Eq. 15."""
-    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
-    x_t, eps = values("x_t"), values("eps")
-    x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
-    alpha_t = alpha_bar_t / alpha_bar_prev
-    expected = (x_t - (1 - alpha_t) / (1 - alpha_bar_t).sqrt() * eps) / alpha_t.sqrt()
-    mean = ddpm.posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev)
-    close(mean / expected.abs().max(), expected / expected.abs().max(), rtol=1e-9)
-
-
-def test_iddpm_eq15_learned_log_var():
-    """iDDPM Eq. 15: -1 gives log beta_tilde = log 0.21875, 1 gives log beta = log 0.5, 0 their mean, 3 goes on beyond:
-    2 log 0.5 - log 0.21875."""
-    low, high = math.log(0.21875), math.log(0.5)
-    log_var = ddpm.learned_log_var(image(-1.0, 1.0, 0.0, 3.0), bars(0.36), bars(0.72))
-    close(log_var, image(low, high, (low + high) / 2, 2 * high - low))
 
 
 def test_iddpm_eq15_values_of_a_walk_of_50_steps():
@@ -148,31 +64,12 @@ def test_iddpm_eq15_values_of_a_walk_of_50_steps():
         torch.testing.assert_close(log_var, image(*row), rtol=1e-10, atol=0)
 
 
-def test_iddpm_eq15_lower_bound_is_floored_when_the_step_before_is_clean():
-    """iDDPM Eq. 15: beta_tilde is 0 there and its log is taken at 1e-20."""
-    log_var = ddpm.learned_log_var(image(-1.0, 1.0), *alpha_bars(0, -1))
-    close(log_var, image(math.log(1e-20), math.log(COSINE.betas[0])), rtol=1e-9)
-
-
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
 def take_step(t: int, t_prev: int, pred_var: Tensor | None, noise: Tensor, fix_x_start=None) -> tuple[Tensor, Tensor]:
     times = torch.full((2,), t), torch.full((2,), t_prev)
     return ddpm.step(COSINE, values("x_t"), *times, values("eps"), pred_var, noise, fix_x_start)
-
-
-@jumps
-def test_ddpm_alg2_step(t, t_prev):
-    """DDPM Alg. 2, line 4: the mean of DDPM Eq. 11 plus sigma z, with sigma^2 = beta_t where no variance is learned."""
-    alpha_bar_t, alpha_bar_prev = alpha_bars(t, t_prev)
-    alpha_t = alpha_bar_t / alpha_bar_prev
-    x_t, eps, noise = values("x_t"), values("eps"), values("noise")
-    mean = (x_t - (1 - alpha_t) / (1 - alpha_bar_t).sqrt() * eps) / alpha_t.sqrt()
-    expected = mean + (1 - alpha_t).sqrt() * noise
-    x_prev, x_start = take_step(t, t_prev, None, noise)
-    close(x_prev / expected.abs().max(), expected / expected.abs().max(), rtol=1e-9)
-    close(x_start, ddpm.predict_x_start(x_t, eps, alpha_bar_t))
 
 
 @jumps
@@ -207,21 +104,6 @@ def test_step_takes_another_time_for_each_picture():
         one = slice(i, i + 1)
         alone, _ = ddpm.step(COSINE, x_t[one], t[one], t_prev[one], eps[one], pred_var[one], noise[one])
         close(together[one], alone)
-
-
-def test_a_jump_is_a_step_of_the_process_with_fewer_times():
-    """Leaving out times makes a process of its own, with beta = 1 - alpha_bar_t / alpha_bar_prev: its neighbours'
-    step is our jump."""
-    kept = torch.tensor([0, 30, 200, 650, 999])
-    alpha_bar = COSINE.alphas_cumprod[kept]
-    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    shorter = schedule.Schedule.from_betas(1 - alpha_bar / before)
-    x_t, eps, noise, pred_var = (values(name) for name in ("x_t", "eps", "noise", "pred_var"))
-    for i in range(1, 5):
-        ours = ddpm.step(COSINE, x_t, kept[[i, i]], kept[[i - 1, i - 1]], eps, pred_var, noise)
-        theirs = ddpm.step(shorter, x_t, torch.tensor([i, i]), torch.tensor([i - 1, i - 1]), eps, pred_var, noise)
-        for x, y in zip(ours, theirs):
-            close(x / y.abs().max(), y / y.abs().max(), rtol=1e-8)
 
 
 # --- step, against diffusers' DDPMScheduler ---------------------------------------------------------------------------
@@ -276,32 +158,9 @@ def test_whole_walks_against_diffusers(walk):
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
-def test_ddpm_eq14_loss():
-    """DDPM Eq. 14: the mean of (1 - 0)^2, (0 - 2)^2, (3 - 3)^2, (-1 - 0)^2 is 6 / 4, for each picture by itself."""
-    noise = torch.tensor([[1.0, 0.0, 3.0, -1.0], [1.0, 1.0, 1.0, 1.0]]).view(2, 1, 2, 2)
-    eps = torch.tensor([[0.0, 2.0, 3.0, 0.0], [1.0, 1.0, 1.0, 3.0]]).view(2, 1, 2, 2)
-    loss = ddpm.loss(COSINE, torch.zeros(2, 1, 2, 2), noise, torch.tensor([5, 900]), eps, None)
-    assert loss.tolist() == [1.5, 1.0]
-
-
 def bound_inputs() -> tuple[Tensor, ...]:
     x_start = (values("x_start").clamp(-1, 1) * 127.5).round() / 127.5
     return x_start, values("noise"), values("noise") + 0.1 * values("error"), values("pred_var").tanh()
-
-
-def test_ddpm_eq5_bound_is_a_kl_divergence():
-    """DDPM Eq. 5, iDDPM Eq. 6: for t > 0, KL of the true posterior from ours, by torch's own formula, in bits."""
-    x_start, noise, eps, pred_var = bound_inputs()
-    for times in ([999, 500], [30, 1]):
-        t = torch.tensor(times)
-        ab_t, ab_prev = COSINE.alpha_bar(t), COSINE.alpha_bar(t - 1)
-        x_t = ddpm.add_noise(x_start, noise, ab_t)
-        mean = ddpm.posterior_mean(ddpm.predict_x_start(x_t, eps, ab_t), x_t, ab_t, ab_prev)
-        true_mean = ddpm.posterior_mean(x_start, x_t, ab_t, ab_prev)
-        true_std = ddpm.posterior_variance(ab_t, ab_prev).sqrt().expand(SHAPE)
-        std = (0.5 * ddpm.learned_log_var(pred_var, ab_t, ab_prev)).exp()
-        expected = kl_divergence(Normal(true_mean, true_std), Normal(mean, std)).flatten(1).mean(1) / math.log(2)
-        close(ddpm.bound(COSINE, x_start, noise, t, eps, pred_var), expected, rtol=1e-8)
 
 
 def test_ddpm_eq12_bound_with_the_true_variance():
@@ -315,33 +174,6 @@ def test_ddpm_eq12_bound_with_the_true_variance():
     close(ddpm.bound(COSINE, x_start, noise, t, eps, torch.full_like(noise, -1.0)), expected, rtol=1e-8)
 
 
-def test_ddpm_eq13_probability_of_8bit_values():
-    """DDPM Eq. 13: a Gaussian's mass on the 256 bins of width 2/255, the outermost reaching to infinity, is 1 in
-    all; and the bin around its own mean holds erf(1/255 / (std sqrt 2)), here with std 1/255: erf(1 / sqrt 2)."""
-    levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(1, 1, 16, 16)
-    for mean, std in ((0.0, 0.1), (0.9, 0.3), (-1.2, 0.01), (7.3 / 255, 1 / 255)):
-        mean_of_all, log_var = torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(std))
-        total = ddpm._log_prob_of_8bit(levels, mean_of_all, log_var).exp().sum()
-        close(total, torch.tensor(1.0, dtype=torch.float64), rtol=1e-8)
-    own = ddpm._log_prob_of_8bit(image(1 / 255), image(1 / 255), image(2 * math.log(1 / 255))).exp()
-    close(own, image(math.erf(1 / math.sqrt(2))))
-
-
-def test_ddpm_eq13_in_the_last_step_of_the_bound():
-    """DDPM Eq. 13, iDDPM Eq. 5: at t = 0 the mean is the estimate itself; with the right eps it is x_start, and with
-    pred_var 1 the deviation is sqrt(beta_0) = 0.0064253. Inner values get erf(1/255 / (0.0064253 sqrt 2)) = 0.458360,
-    the outermost the half beyond their bin's middle too: 0.5 + 0.458360 / 2."""
-    std = math.sqrt(COSINE.betas[0].item())
-    inside = math.erf(1 / 255 / (std * math.sqrt(2)))
-    assert abs(inside - 0.458360) < 1e-6
-    x_start = image(1 / 255, 1.0, -1.0)
-    noise = values("noise", 3, 1, 1, 1)
-    t = torch.zeros(3, dtype=torch.int64)
-    bits = ddpm.bound(COSINE, x_start, noise, t, noise, torch.ones_like(noise))
-    outside = 0.5 + inside / 2
-    close(bits, -torch.tensor([inside, outside, outside], dtype=torch.float64).log2(), rtol=1e-8)
-
-
 def test_iddpm_eq4_7_terms_of_the_bound():
     """iDDPM Eq. 4-7: a perfect network leaves nothing of any term but the last, the cost of naming an 8-bit value."""
     x_start, noise, _, _ = bound_inputs()
@@ -349,27 +181,6 @@ def test_iddpm_eq4_7_terms_of_the_bound():
         bits = ddpm.bound(COSINE, x_start, noise, torch.tensor([t, t]), noise, torch.full_like(noise, -1.0))
         assert bits.abs().max() < 1e-9
     assert (ddpm.bound(COSINE, x_start, noise, torch.tensor([0, 0]), noise, torch.ones_like(noise)) > 0.5).all()
-
-
-def test_iddpm_eq16_hybrid_loss():
-    """iDDPM Eq. 16: L_simple + 0.001 * (T times one term of the bound), and the bound moves only the variance."""
-    x_start, noise, eps, pred_var = bound_inputs()
-    eps.requires_grad_(), pred_var.requires_grad_()
-    t = torch.tensor([300, 0])
-    simple = ddpm.loss(COSINE, x_start, noise, t, eps, None)
-    bound = ddpm.bound(COSINE, x_start, noise, t, eps, pred_var)
-    hybrid = ddpm.loss(COSINE, x_start, noise, t, eps, pred_var)
-    close(hybrid, simple + bound)  # 0.001 * 1000 = 1
-    of_hybrid = torch.autograd.grad(hybrid.sum(), [eps, pred_var])
-    close(of_hybrid[0], torch.autograd.grad(simple.sum(), eps)[0])
-    close(of_hybrid[1], torch.autograd.grad(bound.sum(), pred_var)[0])
-    assert of_hybrid[1].abs().max() > 0
-    weight = torch.tensor([3.0, 0.5])
-    close(ddpm.loss(COSINE, x_start, noise, t, eps, pred_var, weight), weight * simple + bound)
-    shorter = schedule.linear(100)
-    t = torch.tensor([30, 70])
-    bound = ddpm.bound(shorter, x_start, noise, t, eps, pred_var)
-    close(ddpm.loss(shorter, x_start, noise, t, eps, pred_var), simple + 0.1 * bound)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

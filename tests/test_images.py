@@ -1,6 +1,5 @@
 """images.py: files of every kind to the same tensors, and images that are written whole or not at all."""
 
-import io
 import os
 import struct
 import warnings

@@ -1,4 +1,4 @@
-"""The T5 encoder against transformers' on a tiny network, its parts against their formulas, T5-XXL's size."""
+"""The T5 encoder against transformers' on a tiny network, and T5-XXL's size. Its formulas: tests/test_equations.py."""
 
 import math
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff.deepfloyd import t5
-from minidiff.deepfloyd.t5 import RMSNorm, T5Config, T5Encoder, attention_bias, encode_streamed, relative_bucket
-from tests.reference.fill import fill, normal, read, read_json, relative_l2
+from minidiff.deepfloyd.t5 import T5Config, T5Encoder, attention_bias, encode_streamed, relative_bucket
+from tests.reference.fill import fill, read, read_json, relative_l2
 
 REFERENCE, ABOUT = read("t5"), read_json("t5")
 CONFIG = T5Config.from_dict(ABOUT["config"])
@@ -151,51 +150,7 @@ def test_float16_survives_activations_beyond_its_range():
         assert relative_l2(model(IDS, MASK), expected) <= 0.02
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-
-def test_relative_buckets_worked_by_hand():
-    """T5 (Raffel et al.) Sec. 2.1, as mesh-tensorflow builds it. Distances 0 to 7 have a bucket each; from 8 on,
-    floor(8 + 8 ln(a / 8) / ln 16) gives 8 at 8, 9 at 12 (8 + 8 * 0.1462 = 9.17), 12 at 32 (8 + 8 / 2), 15 at 91 and
-    beyond; later keys add 16."""
-    far = {8: 8, 11: 8, 12: 9, 15: 9, 16: 10, 22: 10, 23: 11, 31: 11, 32: 12, 45: 12, 46: 13, 63: 13, 64: 14, 90: 14}
-    far |= {91: 15, 128: 15, 10_000: 15}
-    for distance, bucket in {**{a: a for a in range(8)}, **far}.items():
-        assert relative_bucket(torch.tensor(-distance)).item() == bucket
-        if distance:
-            assert relative_bucket(torch.tensor(distance)).item() == 16 + bucket
-
-
-def test_rms_norm_worked_by_hand():
-    """The mean square of 3, 4, 0, 0 is 25 / 4, so it becomes 1.2, 1.6, 0, 0 (times the weight): no mean is taken off.
-    Numbers as small as sqrt(epsilon) come out smaller by sqrt(2)."""
-    norm = RMSNorm(4, 1e-6)
-    norm.weight.data = torch.tensor([1.0, 0.5, 1.0, 1.0])
-    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0, 0.0, 0.0])), torch.tensor([1.2, 0.8, 0.0, 0.0]))
-    assert norm(torch.full((4,), 1e-3))[0].item() == pytest.approx(1 / math.sqrt(2), rel=1e-6)
-
-
-@torch.inference_mode()
-def test_attention_formula():
-    """softmax(q k^T + bias) v, head by head, without 1 / sqrt(d)."""
-    attention = fill(t5.SelfAttention(CONFIG, owns_bias=False)).double()
-    x, bias = normal("t5.x", 2, 5, 32).double(), normal("t5.bias", 1, 6, 5, 5).double()
-    q, k, v = attention.q(x), attention.k(x), attention.v(x)
-    heads = []
-    for h in range(6):
-        part = slice(8 * h, 8 * h + 8)
-        heads.append((q[..., part] @ k[..., part].mT + bias[:, h]).softmax(-1) @ v[..., part])
-    torch.testing.assert_close(attention(x, bias), attention.o(torch.cat(heads, -1)), rtol=1e-10, atol=1e-12)
-
-
-@torch.inference_mode()
-def test_feed_forward_formula():
-    """W_o (gelu(W_0 x) * (W_1 x)), gelu(a) = a / 2 (1 + tanh(sqrt(2 / pi) (a + 0.044715 a^3)))."""
-    ff = fill(t5.GatedFeedForward(CONFIG)).double()
-    x = normal("t5.x", 2, 5, 32).double()
-    a = ff.wi_0(x)
-    gelu = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
-    torch.testing.assert_close(ff(x), ff.wo(gelu * ff.wi_1(x)), rtol=1e-10, atol=1e-12)
+# --- size -------------------------------------------------------------------------------------------------------------
 
 
 def test_t5_xxl_size():

@@ -1,14 +1,12 @@
-"""The UNet against diffusers' on tiny networks, its parts against formulas, its sizes against the released ones."""
+"""The UNet against diffusers' on tiny networks, its sizes against the released ones. Formulas: test_equations.py."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from minidiff.deepfloyd import unet as module
-from minidiff.deepfloyd.unet import UNet, UNetConfig, sinusoid
+from minidiff.deepfloyd.unet import UNet, UNetConfig
 from tests.reference.fill import digest, fill, normal, read, read_json, relative_l2
 
 REFERENCE, ABOUT = read("unet"), read_json("unet")
@@ -98,39 +96,8 @@ def test_padding_is_part_of_the_prompt():
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_sinusoid_values():
-    """cos(37), cos(37 f_1), cos(37 f_2), then the sines, with f_k = 10000^(-k / 96): halves, cosines first."""
-    waves = sinusoid(torch.tensor([37]), 192)[0]
-    torch.testing.assert_close(waves[:3], torch.tensor([0.765414, -0.587873, 0.640251]), rtol=0, atol=2e-6)
-    torch.testing.assert_close(waves[96:99], torch.tensor([-0.643538, 0.808953, -0.768166]), rtol=0, atol=2e-6)
-    assert sinusoid(torch.tensor([0]), 6).tolist() == [[1, 1, 1, 0, 0, 0]]
-    slow = [math.cos(999 * 10000 ** (-2 / 3)), math.sin(999 * 10000 ** (-2 / 3))]
-    torch.testing.assert_close(sinusoid(torch.tensor([999]), 6)[0, [2, 5]], torch.tensor(slow), rtol=0, atol=1e-5)
-
-
 def config(**more: object) -> UNetConfig:
     return UNetConfig.from_dict({**NETWORKS["stage_1"]["config"], **more})
-
-
-@pytest.mark.parametrize("only_cross", [False, True])
-@torch.inference_mode()
-def test_attention_formula(only_cross):
-    """softmax(q [k_text, k_picture]^T / sqrt(16)) [v_text, v_picture], head by head, in float64."""
-    attention = fill(module.Attention(config(), 32, only_cross)).double()
-    x, text = normal("attention.x", 2, 32, 2, 3).double(), normal("attention.text", 2, 5, 64).double()
-    n = F.group_norm(x, 32, attention.group_norm.weight, attention.group_norm.bias, 1e-5).view(2, 32, 6).mT
-    groups = text.view(2, 5, 32, 2)  # norm_cross: 32 groups of 2 channels, over all 5 tokens
-    mean, var = groups.mean((1, 3), keepdim=True), groups.var((1, 3), keepdim=True, unbiased=False)
-    g = ((groups - mean) / (var + 1e-5).sqrt()).view(2, 5, 64) * attention.norm_cross.weight + attention.norm_cross.bias
-    k, v = attention.add_k_proj(g), attention.add_v_proj(g)
-    if not only_cross:
-        k, v = torch.cat([k, attention.to_k(n)], 1), torch.cat([v, attention.to_v(n)], 1)
-    heads = []
-    for h in range(2):  # 32 channels in heads of 16
-        part = slice(16 * h, 16 * h + 16)
-        heads.append((attention.to_q(n)[..., part] @ k[..., part].mT / 4).softmax(-1) @ v[..., part])
-    expected = x + attention.to_out[0](torch.cat(heads, -1)).mT.reshape(2, 32, 2, 3)
-    torch.testing.assert_close(attention(x, text), expected, rtol=1e-10, atol=1e-12)
 
 
 @torch.inference_mode()
@@ -144,30 +111,6 @@ def test_attention_pool_formula():
     parts = [slice(8 * h, 8 * h + 8) for h in range(4)]
     heads = [(q[..., p] @ k[..., p].mT / math.sqrt(8)).softmax(-1) @ v[..., p] for p in parts]
     torch.testing.assert_close(pool(tokens), torch.cat(heads, -1)[:, 0], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("skip_time_act", [False, True])
-@pytest.mark.parametrize("resample", ["", "down", "up"])
-@torch.inference_mode()
-def test_resnet_formula(resample, skip_time_act):
-    """(skip + conv2(gelu(norm2(conv1(resample(gelu(norm1(x))))) * (1 + scale) + shift)))) / out_scale, scale first,
-    gelu(x) = x Phi(x), and 1/0.7071 for out_scale."""
-    block = module.ResnetBlock(config(resnet_skip_time_act=skip_time_act), 32, 64, 1 / 0.7071, resample)
-    block = fill(block).double()
-    x, temb = normal("resnet.x", 2, 32, 4, 6).double(), normal("resnet.temb", 2, 128).double()
-
-    def gelu(y: Tensor) -> Tensor:
-        return y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
-
-    def resized(y: Tensor) -> Tensor:
-        if resample == "down":
-            return (y[..., ::2, ::2] + y[..., 1::2, ::2] + y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 4
-        return y.repeat_interleave(2, -1).repeat_interleave(2, -2) if resample == "up" else y
-
-    e = block.time_emb_proj(temb if skip_time_act else gelu(temb))[:, :, None, None]
-    h = block.norm2(block.conv1(resized(gelu(block.norm1(x))))) * (1 + e[:, :64]) + e[:, 64:]
-    expected = (block.conv_shortcut(resized(x)) + block.conv2(gelu(h))) * 0.7071
-    torch.testing.assert_close(block(x, temb), expected, rtol=1e-10, atol=1e-12)
 
 
 # --- released sizes ---------------------------------------------------------------------------------------------------
