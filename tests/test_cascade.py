@@ -453,7 +453,7 @@ def test_input_errors_of_the_door(cascade):
 def test_stages_and_texts_of_different_families_are_refused(folders, tmp_path):
     """Before the work where the widths of the stages differ; where the texts differ, when they are encoded."""
     one, two = map(str, folders)
-    with pytest.raises(ValueError, match="must be of one family, but read text states one of width 32, mini-IF-II of"):
+    with pytest.raises(ValueError, match="the stages read text states one of width 32, mini-IF-II of width"):
         Cascade.load(one, "mini")
     mixed = Cascade.load(one, two, text_model="mini")
     with pytest.raises(ValueError, match="the stages read text states of width 32, these have width 192"):

@@ -4,8 +4,10 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,3 +383,14 @@ def test_a_pipe_that_closes_ends_a_command_quietly(argv, unbuffered, tmp_path):
     result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(write_end)
     assert result.returncode == 0 and not re.search("Error|Traceback|Errno", result.stderr), result.stderr
+
+
+def test_ctrl_c_while_a_command_starts_leaves_no_traceback(tmp_path):
+    """Before main begins, while torch is imported: a slow import stands in for it. 130 is what a shell expects."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(minidiff.__file__).parents[1]}"}
+    command = [sys.executable, "-m", "minidiff.generate", "a castle"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "importing\n"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130 and run.stderr.read() == ""
