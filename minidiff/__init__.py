@@ -17,6 +17,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     hub.py                   plumbing: which models there are, where they lie, fetching them
     weights.py               plumbing: mapping weights into networks, writing and checking them
     cli.py                   plumbing: flags, errors and the last line of every command
+    training.py              the one training loop, of the cascade and of the digits
 
     deepfloyd/tokenizer.py   prompt to ids
     deepfloyd/t5.py          ids to text states
