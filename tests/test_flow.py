@@ -271,13 +271,9 @@ def test_the_divergence_is_the_trace_and_probes_estimate_it_without_bias():
     assert estimates.std() > 0.1
 
 
-def test_on_step_sees_every_time_and_state_before_the_step():
-    seen = []
-    x = torch.zeros(1, 1, 1, 1)
-    flow.solve(
-        lambda x, time: torch.ones_like(x), x, flow.grid(4), on_step=lambda i, time, x: seen.append((i, time, x.item()))
-    )
-    assert seen == [(0, 0.0, 0.0), (1, 0.25, 0.25), (2, 0.5, 0.5), (3, 0.75, 0.75)]
+def test_a_walk_shows_every_state_from_the_first_to_the_last():
+    states = list(flow.walk(lambda x, time: 1 + 0 * x + time.view(-1, 1, 1, 1), torch.zeros(1, 1, 1, 1), flow.grid(4)))
+    assert [x.item() for x in states] == [0.0, 0.25, 0.5625, 0.9375, 1.375]  # slopes 1, 1.25, 1.5, 1.75
 
 
 def test_bad_input_is_told():
