@@ -40,6 +40,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     upscale.py               any image four times as large
 
     charts.py                loss curves
+    training.py              the one training loop, of the cascade and of the digits
     deepfloyd/pictures.py    captioned images to train on
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned images
@@ -47,12 +48,10 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     mnist/data.py            the digits in memory
     mnist/unet.py            the small UNet of the course
-    mnist/networks.py        trained networks on disk
-    mnist/floors.py          what no network can beat, and what any must
-    mnist/training.py        the loop that every network of digits is trained in
-    mnist/flags.py           the flags that the trainers share: presets, folders, --figures
+    mnist/levels.py          reference levels: the losses of three simple answers
+    mnist/models.py          trained networks on disk, their samples and figures
+    mnist/trainer.py         the flags, plans and epochs that the trainers share
     mnist/judge.py           a classifier that judges samples
-    mnist/drawing.py         from a trained network to digits and figures of them
     mnist/train_denoiser.py  noise taken away in one step
     mnist/train_diffusion.py digits from noise by DDPM
     mnist/train_flow.py      digits from noise by flow matching

@@ -1,9 +1,7 @@
-"""Loss curves: lines over the steps of a run on a logarithmic axis, with levels to read them by.
+"""Loss curves: lines over the steps of a run on a logarithmic axis, with reference levels.
 
 This is plumbing: skim it.
 """
-
-from __future__ import annotations
 
 import itertools
 import math

@@ -1,7 +1,7 @@
 """Flow matching: from noise to data along a velocity field, and the solvers that follow it.
 
-Read `ddpm.py` and `sampling.py` first: this is the other way to make pictures of noise. There is no noise schedule and
-no random step. Noise x_0 and data x_1 (the letters of this field; a clean picture is `x_start` everywhere else) are
+Read `ddpm.py` and `sampling.py` first: this is the other way to make images of noise. There is no noise schedule and
+no random step. Noise x_0 and data x_1 (the letters of this field; a clean image is `x_start` everywhere else) are
 joined by straight lines, a network learns the mean direction of the lines through each point, and sampling follows it:
 
     path      x_t = (1 - t) x_0 + t x_1                    t from 0, noise, to 1, data
@@ -18,10 +18,9 @@ A velocity is any callable velocity(x, time) -> tensor like x, with x: (B, C, H,
 Next: `mnist/data.py`, the first file of the folder where both ways are trained.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,11 +35,10 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
     """Where the line from noise x_0 to data x_1 is at this time.
 
-        x_t = (1 - t) x_0 + t x_1                                         FM Eq. 22
-        x_t ~ N(t x_1, (1 - t)^2) for one x_1 and all x_0                 FM Eq. 20
+        x_t = (1 - t) x_0 + t x_1
 
-    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  The paper's sigma_min is 0.
-    Raises ValueError if the shapes differ.
+    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
+    Source: FM Eq. 22 with sigma_min = 0.
     """
     if x_0.shape != x_1.shape:
         raise ValueError(f"x_0 and x_1 must agree in shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
@@ -51,10 +49,10 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
 def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
     """What training minimises, one number per image: (B,).
 
-        L = mean |velocity - (x_1 - x_0)|^2                               FM Eq. 23
-        x_1 - x_0 = (x_1 - x_t) / (1 - t)                                 FM Eq. 21
+        L = mean |velocity - (x_1 - x_0)|^2
 
-    x_0, x_1: (B, C, H, W).  velocity: the network's answer at a point of their `path`.  The paper's sigma_min is 0.
+    x_0, x_1: (B, C, H, W).  velocity: the network's answer at a point of their `path`.
+    Source: FM Eq. 23 with sigma_min = 0.
     """
     return (velocity - (x_1 - x_0)).square().flatten(1).mean(1)
 
@@ -91,27 +89,24 @@ METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
 
 
 @torch.inference_mode()
-def solve(
-    velocity: Velocity,
-    x: Tensor,
-    times: Tensor,
-    method: str = "euler",
-    on_step: Callable[[int, float, Tensor], None] | None = None,
-) -> Tensor:
-    """Follow the velocity through these times, one step from each to the next: x at the last of them.
+def walk(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -> Iterator[Tensor]:
+    """Follow the velocity through these times, one step from each to the next: x at every time, the first included.
 
     x: (B, C, H, W), as it is at times[0].  times: (S + 1,), in either direction: `grid(50)` samples with 50 steps, its
-    flip goes from data back to noise.  method: one of METHODS.  on_step(i, time, x) watches, before each step.
-    Raises ValueError on an unknown method.
+    flip goes from data back to noise.  method: one of METHODS.  Raises ValueError on an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     clock = times.tolist()
-    for i, (now, later) in enumerate(zip(clock, clock[1:])):
-        if on_step is not None:
-            on_step(i, now, x)
+    yield x
+    for now, later in zip(clock, clock[1:]):
         x = METHODS[method](velocity, x, _all_at(now, x), later - now)
-    return x
+        yield x
+
+
+def solve(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -> Tensor:
+    """Where the `walk` ends: x at the last time."""
+    return deque(walk(velocity, x, times, method), maxlen=1)[0]
 
 
 def grid(steps: int) -> Tensor:
@@ -140,13 +135,13 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-3) -> tuple[Tensor, int]:
     """Follow the velocity from time 0 to 1 with steps as long as the tolerance allows: (x at 1, evaluations made).
 
-        error = sqrt(mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2), of the worst image
-        step accepted if error <= 1;   next h = 0.9 h error^(-1/5), at most 5 times as long or as short
+        error = root of mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2, of the worst image
+        step accepted if error <= 1;   next h = 0.9 h error^(-1/5), changed by at most 5 times
 
     Six evaluations per step tried, since the last of one step is the first of the next. The steps depend on the whole
     batch: an image is the same in another batch up to the tolerance only.
     Raises ValueError if a step would have to be shorter than 1e-6: the velocity jumps or is not finite.
-    Source: Dormand-Prince (A family of embedded Runge-Kutta formulae, 1980); its coefficients are above.
+    Source: Dormand and Prince, A family of embedded Runge-Kutta formulae, 1980.
     """
     now, h, evaluations = 0.0, 0.1, 1
     first = velocity(x, _all_at(now, x))
@@ -179,29 +174,27 @@ def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
     With Euler steps x_1 - x_0 is the mean velocity of the path, so S is the variance of the velocity along it.
     Source: Rectified Flow Sec. 2.2.
     """
-    seen: list[Tensor] = []
+    answers: list[Tensor] = []
 
     def note(x: Tensor, time: Tensor) -> Tensor:
-        seen.append(velocity(x, time))
-        return seen[-1]
+        answers.append(velocity(x, time))
+        return answers[-1]
 
     solve(note, x_0, grid(steps))
-    return torch.stack(seen).var(0, unbiased=False).flatten(1).mean(1)
+    return torch.stack(answers).var(0, unbiased=False).flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------- likelihood
 
 
 def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The velocity at x (B, C, H, W), and how fast it spreads its neighbourhood there: (B,).
+    """The velocity at x (B, C, H, W), and how fast it spreads its neighbourhood there, sum_i dv_i / dx_i: (B,).
 
-        divergence = trace J = mean over probes of probe . J probe,    J = dv / dx
-
-    Without a probe the trace itself, one derivative for each value.  probe: like x, of independent entries +1 and -1;
-    then the one product, from one derivative (Hutchinson's estimator).    Source: FFJORD.
+    probe: like x, of independent entries +1 and -1; then probe . J probe, with J = dv / dx, one derivative instead of
+    one for each value, and in the mean over probes the same (Hutchinson's estimator).
     """
     with torch.enable_grad():
-        x = x.detach().clone().requires_grad_()  # a copy: what `solve` gives cannot be differentiated
+        x = x.detach().clone().requires_grad_()  # a copy: the tensors of `walk` cannot be differentiated
         v = velocity(x, time)
         probes = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]) if probe is None else [probe]
         total = torch.zeros(len(x)).to(x)
@@ -214,11 +207,11 @@ def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None
 def log_likelihood(velocity: Velocity, x_1: Tensor, times: Tensor, probe: Tensor | None = None) -> Tensor:
     """log of the density that sampling gives to each x_1 (B, C, H, W): (B,), in nats.
 
-        log p(x_1) = log N(x_0 | 0, I) - integral from 0 to 1 of the divergence along the path that ends in x_1
+        log p(x_1) = log N(x_0; 0, I) - integral from 0 to 1 of the divergence along the path that ends in x_1
 
     Follows the path back by midpoint steps through times, such as `grid(100)`.  probe: as for `divergence`.
     Of images with 256 grey levels only differences mean something, unless noise as wide as a level was added to them.
-    Source: Neural ODE.
+    Source: Chen et al., Neural Ordinary Differential Equations, 2018; the estimator, Grathwohl et al., FFJORD, 2019.
     """
     x, spread, back = x_1, torch.zeros(len(x_1)).to(x_1), times.flip(0).tolist()
     for now, earlier in zip(back, back[1:]):
@@ -249,8 +242,8 @@ def from_eps(predict: Prediction, schedule: Schedule) -> Velocity:
         x_t = (sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t)) x        the same mixture, scaled as diffusion has it
         velocity = x_start - eps                                   since eps is x_0 and x_start is x_1
 
-    predict: as `sampling.denoise` wants it.  schedule: of the T times it was trained with. Asked at a time between two
-    of the `clock`, the velocity takes the nearer one. Euler steps through `clock(schedule).flip(0)`, then to 1, are
+    predict: as `sampling.denoise` wants it.  schedule: of the T times it was trained with. At a time between two of
+    the `clock`, the velocity takes the nearer one. Euler steps through `clock(schedule).flip(0)`, then to 1, are
     those of DDIM with eta = 0, which draws no noise on the way; they begin at the clock's last time, not at 0.
     """
     times = clock(schedule)

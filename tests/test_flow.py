@@ -1,4 +1,4 @@
-"""Flow matching: solvers by their orders, and Gaussians, whose flow can be written down."""
+"""Flow matching: path and target by hand, solvers by their orders, and Gaussians, whose flow can be written down."""
 
 import math
 
@@ -25,9 +25,24 @@ def gaussian(x, time):
     return MEAN + t * STD**2 * centred - (1 - t) * centred
 
 
-def test_a_path_needs_two_ends_of_one_shape():
+def test_fm_eq22_the_path_by_hand_and_at_its_ends():
+    """FM Eq. 22: 0.25 of the way from 2 to 10 is 4, from -1 to 3 it is 0."""
+    x_0, x_1 = torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), torch.tensor([10.0, 3.0]).view(2, 1, 1, 1)
+    assert flow.path(x_0, x_1, torch.tensor([0.25, 0.25])).flatten().tolist() == [4.0, 0.0]
+    assert torch.equal(flow.path(x_0, x_1, torch.zeros(2)), x_0)
+    assert torch.equal(flow.path(x_0, x_1, torch.ones(2)), x_1)
+    assert flow.path(x_0, x_1, torch.tensor([0.0, 1.0])).flatten().tolist() == [2.0, 3.0]  # each picture its own time
     with pytest.raises(ValueError, match=r"must agree in shape, got \(2, 1, 1, 1\) and \(1, 1, 1, 1\)"):
-        flow.path(torch.zeros(2, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(2))
+        flow.path(x_0, x_1[:1], torch.zeros(2))
+
+
+def test_fm_eq23_the_loss_by_hand():
+    """FM Eq. 23: target 10 - 2 = 8 and 3 - (-1) = 4; answers 7 and 4 miss by 1 and 0, so 1 and 0 squared."""
+    x_0, x_1 = torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), torch.tensor([10.0, 3.0]).view(2, 1, 1, 1)
+    assert flow.loss(x_0, x_1, torch.tensor([7.0, 4.0]).view(2, 1, 1, 1)).tolist() == [1.0, 0.0]
+    x_t = flow.path(x_0, x_1, torch.tensor([0.1, 0.7]))
+    slope = (flow.path(x_0, x_1, torch.tensor([0.3, 0.9])) - x_t) / 0.2  # the target is the path's derivative
+    assert flow.loss(x_0, x_1, slope).max() < 1e-10
 
 
 @pytest.mark.parametrize("method", flow.METHODS)
@@ -57,6 +72,25 @@ def test_one_step_of_each_solver_by_hand():
     found = {m: flow.solve(lambda x, t: t.view(-1, 1, 1, 1) * x, x, times, m).item() for m in flow.METHODS}
     fourth = 2 + (2 + 2 * 3.125 + 2 * 3.4765625 + 5.607421875) / 12
     assert found == {"euler": 3.0, "midpoint": 3.5625, "heun": 3.625, "rk4": pytest.approx(fourth, rel=1e-14)}
+
+
+def test_dormand_prince_has_order_five_and_its_error_estimate_order_five_too():
+    """One step of dx/dt = x is sum_{k<=5} h^k / k! and a part h^6 / 600, as the method's published polynomial has it;
+    the rows of WEIGHTS sum to NODES, and ERROR to 0."""
+    for node, row in zip(flow.NODES, flow.WEIGHTS):
+        assert sum(row) == pytest.approx(node, abs=1e-14)
+    assert sum(flow.ERROR) == pytest.approx(0, abs=1e-16)
+    stages = []
+    for row in flow.WEIGHTS:  # as polynomials in h: stage = 1 + h sum w_j stage_j
+        poly = [1.0] + [0.0] * 7
+        for w, stage in zip(row, stages):
+            for k in range(7):
+                poly[k + 1] += w * stage[k]
+        stages.append(poly)
+    expected = [1, 1, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 600, 0]
+    assert stages[-1] == pytest.approx(expected, abs=1e-14)
+    estimate = [sum(e * stage[k] for e, stage in zip(flow.ERROR, stages)) for k in range(4)]
+    assert estimate == pytest.approx([0] * 4, abs=1e-15)  # h * O(h^4)
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
@@ -186,6 +220,19 @@ def test_euler_steps_on_the_clock_are_ddim_without_noise():
     torch.testing.assert_close(found, y, rtol=0, atol=1e-9)
 
 
+def test_straightness_is_zero_on_lines_and_known_on_a_circle():
+    """Round a quarter circle v = pi/2 (-sin, cos)(pi t / 2): mean |v|^2 is pi^2 / 4, the chord's 2; 2 values."""
+    x_0, x_1 = noise(4), noise(4, seed=1)
+    assert flow.straightness(lambda x, time: x_1 - x_0, x_0).max() < 1e-12
+
+    def circle(x, time):
+        angle = math.pi / 2 * time
+        return math.pi / 2 * torch.stack([-angle.sin(), angle.cos()], 1).view(-1, 1, 1, 2)
+
+    found = flow.straightness(circle, torch.zeros(1, 1, 1, 2, dtype=torch.float64), 2000).item()
+    assert found == pytest.approx((math.pi**2 / 4 - 2) / 2, rel=1e-3)
+
+
 def test_the_likelihood_of_a_gaussian_is_its_closed_form():
     """Sampling turns noise into N(MEAN, STD^2), so log p = -sum((x - MEAN)^2 / 2 STD^2) - 6 log(...)."""
     x_1 = MEAN + 1.5 * STD * noise(20)
@@ -224,13 +271,9 @@ def test_the_divergence_is_the_trace_and_probes_estimate_it_without_bias():
     assert estimates.std() > 0.1
 
 
-def test_on_step_sees_every_time_and_state_before_the_step():
-    seen = []
-    x = torch.zeros(1, 1, 1, 1)
-    flow.solve(
-        lambda x, time: torch.ones_like(x), x, flow.grid(4), on_step=lambda i, time, x: seen.append((i, time, x.item()))
-    )
-    assert seen == [(0, 0.0, 0.0), (1, 0.25, 0.25), (2, 0.5, 0.5), (3, 0.75, 0.75)]
+def test_a_walk_shows_every_state_from_the_first_to_the_last():
+    states = list(flow.walk(lambda x, time: 1 + 0 * x + time.view(-1, 1, 1, 1), torch.zeros(1, 1, 1, 1), flow.grid(4)))
+    assert [x.item() for x in states] == [0.0, 0.25, 0.5625, 0.9375, 1.375]  # slopes 1, 1.25, 1.5, 1.75
 
 
 def test_bad_input_is_told():

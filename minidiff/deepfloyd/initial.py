@@ -3,8 +3,6 @@
 Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/train.py`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +12,7 @@ from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet
+from minidiff.training import precision
 
 CONTRASTIVE_STEPS = 1500
 CONTRASTIVE_BATCH = 96
@@ -43,7 +42,7 @@ def initialise(module: nn.Module) -> None:
 def pass_through(unet: UNet) -> None:
     """Let eps begin as x_t itself at unit variance, which is right where all is noise.
 
-    There, an error in eps is many times as large in the picture, and the mean colour of x_t (a 64th of its deviation)
+    There, an error in eps is many times as large in the image, and the mean colour of x_t (a 64th of its deviation)
     must come out unharmed, which random layers take very long to learn. A pair of channels +x and -x does it: the
     outermost skip connection carries it past all layers, the last norm only divides it by a known factor, since the
     mean of a pair is 0, and the last activation leaves it whole, since gelu(x) - gelu(-x) = x.
@@ -74,7 +73,7 @@ def image_encoder(dim: int) -> nn.Sequential:
 
 
 def match_captions(
-    text_encoder: T5Encoder, tokenizer: Tokenizer, pictures: Pictures, seed: int, dtype: torch.dtype, quiet: bool
+    text_encoder: T5Encoder, tokenizer: Tokenizer, pictures: Pictures, seed: int, dtype: str, quiet: bool
 ) -> float:
     """Teach the text encoder which caption belongs to which image, before any diffusion.
 
@@ -97,8 +96,8 @@ def match_captions(
         ids, mask = tokenizer(texts)
         length = int(mask.sum(1).max())  # padding is hidden from real tokens, and the mean leaves it out
         ids, mask = ids[:, :length].to(device), mask[:, :length].to(device)
-        same = torch.tensor([[float(a == b) for b in texts] for a in texts], device=device)  # equal ones too
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        same = torch.tensor([[float(a == b) for b in texts] for a in texts], device=device)  # both, if equal
+        with precision(device, dtype):
             states = text_encoder(ids, mask)
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             text_vectors, image_vectors = F.normalize(text_head(pooled).float()), F.normalize(images(x_start).float())

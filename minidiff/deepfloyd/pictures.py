@@ -1,9 +1,7 @@
-"""Captioned pictures to train on, and a tokenizer of their captions.
+"""Captioned images to train on, and a tokenizer of their captions.
 
 Read `deepfloyd/unet.py` first. Next: `deepfloyd/initial.py`.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -14,45 +12,44 @@ import torch
 from torch import Tensor
 
 from minidiff import images
-from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
-CAPTION_DROPOUT = 0.12  # how often a picture is shown with a neutral prompt, for classifier-free guidance
-HELD_OUT = 128  # pictures on which the error is measured
+CAPTION_DROPOUT = 0.12  # how often an image is shown with a neutral prompt, for classifier-free guidance
+NEUTRAL = ["", "", "", "", "a high quality photo", "a high quality picture"]
+HELD_OUT = 128  # images on which the error is measured
 
 
 class Pictures:
-    """The training set in memory: `size` pixels a side, uint8, and the captions of each picture.
+    """The training set in memory: `size` pixels a side, uint8, and the captions of each image.
 
-    Rows of captions.json with "split": "val" are never drawn: `held_out` gives them.
+    Rows of captions.json with "split": "val" are never drawn: `held_out` returns them.
     """
 
     def __init__(self, folder: Path, size: int):
-        """Raises ValueError naming the folder and what it should hold."""
+        """Raises ValueError naming the file that is missing or wrong."""
         packed = folder / f"images_{size}.npy"
         if packed.is_file():
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
-            rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-            self.captions = [row["captions"] for row in rows]
-            self.held = [i for i, row in enumerate(rows) if row.get("split") == "val"]
-            self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
-            self.weights[self.held] = 0
+            rows = read_rows(folder / "captions.json")
         else:
             files = sorted(
                 p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN and p.with_suffix(".txt").is_file()
             )
             if not files:
-                raise ValueError(f"{folder} holds neither {packed.name} nor pictures with a .txt of captions each")
+                raise ValueError(f"{folder} holds neither {packed.name} nor images with a .txt of captions each")
+            rows = [{"captions": read_captions(p.with_suffix(".txt"))} for p in files]
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
-            self.captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip().splitlines() for p in files]
-            self.held, self.weights = [], torch.ones(len(files))
-        if len(self.pixels) != len(self.captions) or not all(self.captions):
-            raise ValueError(f"{folder}: {len(self.pixels)} pictures, {len(self.captions)} captions; each needs one")
+        if len(self.pixels) != len(rows):
+            raise ValueError(f"{folder}: {len(self.pixels)} images, but captions of {len(rows)}; make them as many")
+        self.captions: list[list[str]] = [row["captions"] for row in rows]
+        self.held = [i for i, row in enumerate(rows) if row.get("split") == "val"]
+        self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
+        self.weights[self.held] = 0
 
     def draw(
         self, batch_size: int, generator: torch.Generator, dropout: float = CAPTION_DROPOUT
     ) -> tuple[Tensor, list[str]]:
-        """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each picture with one of its captions."""
+        """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each image with one of its captions."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
         x_start = self._take(picks.tolist())
         mirror = torch.rand(batch_size, generator=generator) < 0.5
@@ -62,7 +59,7 @@ class Pictures:
         return x_start, [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
 
     def held_out(self) -> tuple[Tensor, list[str]]:
-        """HELD_OUT pictures that are never drawn (of a set without any: the first ones), with their first captions."""
+        """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
         candidates = self.held or list(range(len(self.captions)))
         spread = [candidates[i * len(candidates) // HELD_OUT] for i in range(min(HELD_OUT, len(candidates)))]
         return self._take(spread), [self.captions[i][0] for i in spread]
@@ -74,6 +71,44 @@ class Pictures:
 
 def _pick(texts: list[str], position: float) -> str:
     return texts[int(position * len(texts))]
+
+
+def read_captions(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises ValueError if it has none or is not UTF-8."""
+    captions = [line.strip() for line in _read_utf8(path).splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"{path} holds no caption; write one a line")
+    return captions
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of captions.json, without blank captions. Raises ValueError naming the file and the row."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}, the captions of the packed images beside it")
+    try:
+        rows = json.loads(_read_utf8(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
+    kept = []
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        captions = row.get("captions") if isinstance(row, dict) else None
+        captions = [c for c in captions if isinstance(c, str) and c.strip()] if isinstance(captions, list) else []
+        if not captions:
+            raise ValueError(f'{path}: row {i} has no caption; each row must be like {{"captions": ["a red square"]}}')
+        kept.append(row | {"captions": captions})
+    return kept
+
+
+def _read_utf8(path: Path) -> str:
+    """A text file, with or without a byte order mark. Raises ValueError naming the file if it is not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 (line {line}: {error.reason}); save it in that encoding") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 (it holds zero bytes, as UTF-16 does); save it in that encoding")
+    return text
 
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:

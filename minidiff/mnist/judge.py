@@ -5,19 +5,17 @@
 
 `score` reads a file that `minidiff.mnist.sample --tensors` wrote (images (N, 1, 28, 28), labels (N,)) and says
 
-    agreement     share of samples that the classifier takes for the class that was asked for
+    agreement     share of samples that the classifier takes for their class
     balance       share of each class, and the entropy of these shares: ln 10 = 2.303 if all classes are alike
     Frechet       distance between samples and training digits, both taken as Gaussians in the 64 features that the
-                  classifier decides by; 0 is perfect, but real test digits do not reach it: the floor beside it is
-                  theirs, for 100, 1,000, 5,000 and 10,000 of them, since few samples look further away
+                  classifier decides by; 0 is perfect, but real test digits do not reach it: the reference levels
+                  beside it are theirs, for 100, 1,000, 5,000 and 10,000 of them, since few samples look further away
 
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits. Such
 numbers are comparable only if features and N are the same, so both are printed with them.
 
-Read `mnist/flags.py` first. Next: `mnist/drawing.py`.
+Read `mnist/trainer.py` first. Next: `mnist/train_denoiser.py`.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
@@ -30,17 +28,18 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidiff.cli import Clock, command, device_of, file_path
-from minidiff.mnist import flags, networks
+from minidiff import training
+from minidiff.cli import Clock, command, file_path
+from minidiff.mnist import models, trainer
 from minidiff.mnist.data import CLASSES, Digits
-from minidiff.mnist.training import Plan, Run
+from minidiff.mnist.trainer import Plan, Preset, say
 from minidiff.weights import WEIGHTS
 
 EMBEDDED = WEIGHTS / "mnist" / "judge"
 FEATURES = 64
-MOST_SHIFT = 2
-FLOOR_SIZES = (100, 1000, 5000, 10000)  # how many test digits the floors of `score` are measured on
-PRESETS = {"course": Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01)}
+LARGEST_SHIFT = 2
+LEVEL_SIZES = (100, 1000, 5000, 10000)  # how many test digits the reference levels of `score` are measured on
+PRESETS = {"course": Preset(Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01), None)}
 
 
 class Judge(nn.Module):
@@ -66,24 +65,24 @@ class Judge(nn.Module):
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture moved by up to MOST_SHIFT pixels either way, black coming in: another handwriting for nothing."""
+    """Each image moved by up to LARGEST_SHIFT pixels either way, black coming in: another handwriting for nothing."""
     B, _, H, W = images.shape
-    dy, dx = torch.randint(0, 2 * MOST_SHIFT + 1, (2, B, 1), generator=generator, device=images.device)
+    dy, dx = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2, B, 1), generator=generator, device=images.device)
     rows = dy + torch.arange(H, device=images.device)  # (B, H)
     columns = dx + torch.arange(W, device=images.device)  # (B, W)
     index = torch.arange(B, device=images.device)[:, None, None]
-    return F.pad(images, (MOST_SHIFT,) * 4)[:, 0][index, rows[:, :, None], columns[:, None, :]][:, None]
+    return F.pad(images, (LARGEST_SHIFT,) * 4)[:, 0][index, rows[:, :, None], columns[:, None, :]][:, None]
 
 
 def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
-    """Cross-entropy; in training on shifted pictures."""
+    """Cross-entropy; in training on shifted images."""
     images = shifted(batch.images, generator) if model.training else batch.images
     return F.cross_entropy(model(images), batch.labels)
 
 
 @torch.no_grad()
 def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the judge sees in these: features (N, 64) float64 and its verdicts (N,)."""
+    """The features of these images, (N, 64) float64, and the verdicts, (N,)."""
     judge.eval()
     features = torch.cat([judge.features(x) for x in images.split(500)])
     return features.cpu().double(), judge.head(features).argmax(1).cpu()
@@ -121,37 +120,37 @@ def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> floa
 
 
 def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The Frechet distance of n real test digits for each n of FLOOR_SIZES: the mean over all shuffled parts of n."""
+    """The Frechet distance of n real test digits for each n of LEVEL_SIZES: the mean over all shuffled parts of n."""
     shuffled = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
-    found = {}
-    for n in FLOOR_SIZES:
+    distances = {}
+    for n in LEVEL_SIZES:
         parts = shuffled[: len(shuffled) // n * n].split(n) if n <= len(shuffled) else ()
         if parts:
-            found[str(n)] = sum(frechet(gaussian(part), reference) for part in parts) / len(parts)
-    return found
+            distances[str(n)] = sum(frechet(gaussian(part), reference) for part in parts) / len(parts)
+    return distances
 
 
 Loaded = tuple[Judge, dict, tuple[Tensor, Tensor]]  # as `load` returns it
 
 
 def load(folder: Path) -> Loaded:
-    """The trained judge, its config (test accuracy, floors), and the Gaussian of the training digits' features.
+    """The trained judge, its config (test accuracy, reference levels), and the Gaussian of the training digits.
 
-    Raises ValueError as `networks.read`, or if any of these is missing.
+    Raises ValueError as `models.read`, or if any of these is missing.
     """
-    config, tensors = networks.read(folder, "judge")
+    config, tensors = models.read(folder, "judge")
     try:
         reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
         config = config | {"accuracy": float(config["accuracy"]), "floors": dict(config["floors"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds only part of a judge ({error!r}); copy it again, or train one") from error
     judge = Judge().eval()
-    networks.fill(judge, tensors, folder)
+    models.fill(judge, tensors, folder)
     return judge, config, reference
 
 
 def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) -> list[str]:
-    """What `score` prints about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes asked for, if any were."""
+    """The lines of `score` about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes they should be, if any."""
     judge, config, reference = loaded
     if not len(images) or not images.isfinite().all():
         return [f"N = {len(images)}, seed {seed}; no samples, or not finite: nothing to judge"]
@@ -163,64 +162,58 @@ def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) 
     lines.append("balance: " + ", ".join(f"{k} {s:.1%}" for k, s in enumerate(shares.tolist()))
                  + f"; entropy {entropy(verdicts):.3f} of 2.303")  # fmt: skip
     if len(images) > FEATURES:
-        floors = ", ".join(f"{value:.3f} for {n}" for n, value in config["floors"].items())
+        real = ", ".join(f"{value:.3f} for {n}" for n, value in config["floors"].items())
         distance = frechet(gaussian(features), reference)
         lines.append(f"Frechet distance to the training digits, in the judge's {FEATURES} features: {distance:.3f}; "
-                     f"of real test digits: {floors}")  # fmt: skip
+                     f"of real test digits: {real}")  # fmt: skip
     else:
         lines.append(f"no Frechet distance: {FEATURES} features need more than {FEATURES} samples")
     return lines
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train the judge, and keep with it what `score` compares with."""
-    device, clock = device_of(args.device), Clock()
-    digits, test = flags.pictures(args, device)
+    clock, (digits, test) = Clock(), trainer.digits(args, device)
     torch.manual_seed(args.seed)
-    judge = Judge().to(device)
-    run = Run(judge, loss, digits, test, flags.chosen(args, PRESETS[args.preset]), args.out / "training",
-              what=flags.named(args, "judge", len(digits)), seed=args.seed, compiled=args.compile)  # fmt: skip
-    if not run.train():
+    judge, plan = Judge().to(device), trainer.plan_of(args, PRESETS[args.preset].plan)
+    config = {"kind": "judge", "dataset": args.dataset}
+    if not trainer.fit(args, judge, loss, digits, test, plan, config):
         return
     features, verdicts = look(judge, test.images)
     accuracy = agreement(verdicts, test.labels)
     mean, covariance = gaussian(look(judge, digits.images)[0])
-    floors = real_distances(features, (mean, covariance))
-    networks.write(args.out, judge, {"kind": "judge", "dataset": args.dataset, "accuracy": accuracy, "floors": floors},
-                   {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
-    print(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
-          + ", ".join(f"{value:.3f} for {n}" for n, value in floors.items()))  # fmt: skip
-    print(f"wrote {args.out}   ({clock})")
+    distances = real_distances(features, (mean, covariance))
+    models.write(args.out, judge, config | {"accuracy": accuracy, "floors": distances},
+                 {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
+    say(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
+        + ", ".join(f"{value:.3f} for {n}" for n, value in distances.items()))  # fmt: skip
+    say(f"wrote {args.out}   ({clock})")
 
 
-def score(argv: Sequence[str]) -> None:
-    p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
-    p.add_argument("file", type=file_path, help="written by `minidiff.mnist.sample --tensors`")
-    p.add_argument("--judge", type=file_path, default=EMBEDDED, help="default: the embedded one")
-    args = p.parse_args(argv)
+def score(path: Path, folder: Path) -> None:
+    """Print the `report` of a file of samples. Raises ValueError if it holds none, or samples of another data set."""
     try:
-        with safe_open(args.file, "pt") as f:
+        with safe_open(path, "pt") as f:
             tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, (f.metadata() or {}).get("dataset")
         images = tensors["images"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{args.file} holds no images ({error}); write it with sample --tensors") from error
-    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
+        raise ValueError(f"{path} holds no images ({error}); write it with sample --tensors") from error
+    labels, seed = tensors.get("labels"), tensors["seed"].tolist() if "seed" in tensors else "unknown"
+    if images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
         raise ValueError(
-            f"{args.file}: images must be (N, 1, 28, 28), floats from 0 to 1, got {tuple(images.shape)} {images.dtype}"
+            f"{path}: images must be (N, 1, 28, 28), floats from 0 to 1, got {tuple(images.shape)} {images.dtype}"
         )
-    labels, seed = tensors.get("labels"), int(tensors["seed"]) if "seed" in tensors else "unknown"
-    if labels is not None and labels.shape != (len(images),):
-        raise ValueError(f"{args.file}: labels must be (N,), one for each of {len(images)} images, got "
-                         f"{tuple(labels.shape)}")  # fmt: skip
+    if labels is not None and labels.shape != images.shape[:1]:
+        shape = tuple(labels.shape)
+        raise ValueError(f"{path}: labels must be (N,), one for each of {len(images)} images, got {shape}")
     mean = images.float().mean().item()
-    plausible = -0.2 < mean < 1.2 or not math.isfinite(mean)  # of digits about 0.13, of clothes 0.29, of noise 0
-    if dataset is None and not plausible:  # `sample` says of what data set its samples are, and scales them right
-        raise ValueError(f"{args.file}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for "
-                         "black, not to -1..1 or 0..255")  # fmt: skip
-    loaded = load(args.judge)
+    if dataset is None and math.isfinite(mean) and not -0.2 < mean < 1.2:  # of digits about 0.13, of clothes 0.29
+        raise ValueError(f"{path}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for black, "
+                         "not to -1..1 or 0..255")  # fmt: skip
+    loaded = load(folder)
     judged = loaded[1].get("dataset", "mnist")
     if dataset not in (None, judged):
-        raise ValueError(f"{args.file} holds samples of {dataset}, {args.judge} judges {judged}; pass another --judge")
+        raise ValueError(f"{path} holds samples of {dataset}, {folder} judges {judged}; pass another --judge")
     print("\n".join(report(loaded, images.float(), labels, seed)))
 
 
@@ -228,11 +221,17 @@ def score(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["score"]:
-        score(argv[1:])
+        p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
+        p.add_argument("file", type=file_path, help="written by `minidiff.mnist.sample --tensors`")
+        p.add_argument("--judge", type=file_path, default=EMBEDDED, help="default: the embedded one")
+        args = p.parse_args(argv[1:])
+        score(args.file, args.judge)
     elif argv[:1] == ["train"]:
-        p = flags.parser(__doc__, "judge", PRESETS)
+        p = trainer.parser(__doc__, "judge", PRESETS)
         p.prog += " train"
-        train(flags.parsed(p, "judge", PRESETS, argv[1:]))
+        args = trainer.parsed(p, "judge", argv[1:])
+        with training.processes(args.device) as device:
+            train(args, device)
     elif argv[:1] in (["--help"], ["-h"]):
         print(__doc__)
     else:

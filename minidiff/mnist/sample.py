@@ -3,17 +3,17 @@
     python -m minidiff.mnist.sample                                        ten digits from the embedded DDPM
     python -m minidiff.mnist.sample --kind flow                            from the embedded flow model
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
-    python -m minidiff.mnist.sample --kind flow --solver euler midpoint heun --steps 5 10
+    python -m minidiff.mnist.sample --sampler ddpm ddim dpm++ --steps 10 20
+    python -m minidiff.mnist.sample --kind flow --sampler euler midpoint heun --steps 5 10
     python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
-One row for each model, guidance scale, solver and number of steps; image i of a row comes from seed + i in all of
-them. A scale of 0 ignores the digit asked for, 1 is no guidance. Ctrl-C in a long row keeps what is drawn.
+One row for each model, guidance scale, sampler and number of steps, from the same noise in all of them: image i of a
+row comes from seed + i, or, if --seed lists several, every digit from each of these. A scale of 0 ignores the digit, 1
+is no guidance. Ctrl-C in a long row keeps the images that are drawn.
 
 Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first. Next: `mnist/anagram.py`, the last file.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -30,31 +30,31 @@ from tqdm import tqdm
 from minidiff import checkpoint, flow, images
 from minidiff.checkpoint import WeightsError, read_config
 from minidiff.cli import Clock, command, device_of, file_path, finite, settings, stopped_between_steps
-from minidiff.mnist import drawing, judge
+from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES
+from minidiff.mnist.models import FLOW_STEPS, SAMPLERS, T
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
 from minidiff.schedule import respaced
 from minidiff.weights import WEIGHTS
 
-STEPS = {"ddpm": drawing.T, "flow": drawing.FLOW_STEPS}
-SOLVERS = (*flow.METHODS, "dormand-prince")
-SHOWN = 100  # pictures of one row of the figure, at most
+STEPS = {"ddpm": T, "flow": FLOW_STEPS}
+IN_FIGURE = 100  # images of one row of the figure, at most
 
 
 def parse_digits(text: str) -> list[int]:
     """ "0-9", "3,7" or "0-2,9" to digits. Raises ValueError on anything else."""
     digits: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < CLASSES):
+        first, _, end = part.partition("-")
+        if not (first.isdecimal() and (end or first).isdecimal() and int(first) <= int(end or first) < CLASSES):
             raise ValueError(f"--digits must be like 0-9, 3,7 or 0-2,9, got {text!r}")
-        digits += range(int(first), int(last or first) + 1)
+        digits += range(int(first), int(end or first) + 1)
     return digits
 
 
 def kind_of(folder: Path) -> str:
-    """What a trained network is, as its config says; "ddpm" if it does not, which `drawing.load` will complain of."""
+    """The kind of a trained network, as its config says; "ddpm" if it does not, of which `models.load` complains."""
     try:
         kind = read_config(folder).get("kind")
     except (WeightsError, OSError):
@@ -64,76 +64,67 @@ def kind_of(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the figure is drawn with.  scale: None if the network is not told the digit."""
+    """How a row of the figure is drawn.  scale: None if the network takes no class."""
 
     unet: UNet
     config: dict
     name: str
     scale: float | None
-    solver: str
+    sampler: str
     steps: int
 
     def words(self) -> tuple[str, str, str]:
-        """The network, what it is told, and how it is followed."""
-        told = "not told the digit" if self.scale is None else f"scale {self.scale:g}"
-        how = {"ddpm": f"{self.steps} steps", "dormand-prince": self.solver}
-        return self.name, told, how.get(self.solver, f"{self.solver}, {self.steps} steps")
+        """The network, its guidance, and the sampler."""
+        scale = "no class" if self.scale is None else f"scale {self.scale:g}"
+        how = self.sampler if self.sampler == "dormand-prince" else f"{self.sampler}, {self.steps} steps"
+        return self.name, scale, how.removeprefix("ddpm, ")
 
     def __str__(self) -> str:
         return ", ".join(self.words())
 
-    def draw(self, labels: Tensor, seed: int, device: torch.device, stopped: Callable[[], bool]) -> Tensor:
-        """A digit for each label, (B, 1, 28, 28), the i-th from seed + i, n at a time; fewer if stopped()."""
-        parts, n = [], drawing.at_once(device)
-        starts = range(0, len(labels), n)
-        silent = self.solver == "dormand-prince"
+    def draw(self, labels: Tensor, seeds: Sequence[int], stopped: Callable[[], bool]) -> Tensor:
+        """A digit for each label from its seed, (B, 1, 28, 28), n at a time; fewer if stopped()."""
+        device, parts = next(self.unet.parameters()).device, []
+        n = models.at_once(device)
+        starts, silent = range(0, len(labels), n), self.sampler == "dormand-prince"
         with tqdm(total=self.steps * len(starts), desc=str(self), unit="step", disable=silent) as bar:
             for i in starts:
                 if i and stopped():
                     break
-                told = None if self.scale is None else labels[i : i + n]
-                seeds = seeded(seed + i, len(labels[i : i + n]))
-                if self.solver == "ddpm":
-                    predict = drawing.prediction(self.unet, told, self.scale)
-                    parts.append(drawing.draw_ddpm(predict, seeds, device, self.steps, lambda *_: bar.update()))
-                else:
-                    v = drawing.velocity(self.unet, told, self.scale)
-                    parts.append(drawing.draw_flow(v, seeds, device, self.steps, self.solver, lambda *_: bar.update()))
+                classes = None if self.scale is None else labels[i : i + n]
+                answer = models.guided_unet(self.unet, classes, self.scale)
+                states = models.walk(answer, seeded(seeds[i : i + n]), device, self.steps, self.sampler)
+                parts.append(models.last(states, bar.update))
         return torch.cat(parts)
 
 
 def planned(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """The rows that the flags ask for. Raises ValueError on what cannot be drawn, before anything is."""
-    args.kind = args.kind or (kind_of(args.model[0]) if args.model else "ddpm")
-    if args.kind == "ddpm" and args.solver:
-        raise ValueError("--solver is for --kind flow; a DDPM is sampled by its own steps")
-    solvers = ["ddpm"] if args.kind == "ddpm" else args.solver or ["euler"]
-    if solvers == ["dormand-prince"] and args.steps:
+    kind = args.kind = args.kind or (kind_of(args.model[0]) if args.model else "ddpm")
+    samplers = args.sampler or SAMPLERS[kind][:1]
+    if wrong := [name for name in samplers if name not in SAMPLERS[kind]]:
+        raise ValueError(f"--sampler {wrong[0]} is for another kind of network; of {kind}: {', '.join(SAMPLERS[kind])}")
+    if list(samplers) == ["dormand-prince"] and args.steps:
         raise ValueError("dormand-prince chooses its own steps; leave out --steps")
-    counts = [4] if args.quick else args.steps or [STEPS[args.kind]]
+    counts = [4] if args.quick else args.steps or [STEPS[kind]]
     for steps in counts:
-        respaced(steps, drawing.T) if args.kind == "ddpm" else flow.grid(steps)  # raise on wrong ones
-    rows, folders = [], args.model or [WEIGHTS / "mnist" / args.kind]
+        respaced(steps, T) if kind == "ddpm" else flow.grid(steps)  # raise on wrong ones
+    rows, folders = [], args.model or [WEIGHTS / "mnist" / kind]
     for folder in folders:
         alike = [other for other in folders if other.name == folder.name]
         name = folder.name if folder.name and len(alike) == 1 else str(folder)
-        unet, config = drawing.load(folder, args.kind, device), read_config(folder)
-        scales = args.guidance_scale or [drawing.GUIDANCE_SCALE]
-        if not unet.config.num_classes:
-            if args.guidance_scale:
-                raise ValueError(f"{folder} is not told the digit, so there is nothing to guide; "
-                                 "leave out --guidance-scale")  # fmt: skip
-            if args.digits:
-                warnings.warn(f"{folder} is not told the digit: --digits only says how many", stacklevel=2)
-            scales = [None]
-        for scale, solver in itertools.product(scales, solvers):
-            for steps in counts[:1] if solver == "dormand-prince" else counts:
-                rows.append(Row(unet, config, name, scale, solver, steps))
+        unet, config = models.load(folder, kind, device)
+        if args.digits and not unet.config.num_classes:
+            warnings.warn(f"{folder} takes no digit: --digits only says how many", stacklevel=2)
+        scales = [models.scale_of(scale, unet, folder) for scale in args.guidance_scale or [None]]
+        for scale, sampler in itertools.product(scales, samplers):
+            for steps in counts[:1] if sampler == "dormand-prince" else counts:
+                rows.append(Row(unet, config, name, scale, sampler, steps))
     return rows
 
 
-def described(row: Row, x: Tensor, labels: Tensor | None, seed: int, judging: judge.Loaded) -> str:
-    """What is printed of a row x (B, 1, 28, 28): how it was drawn, and what the judge says.  labels: as asked for."""
+def described(row: Row, x: Tensor, labels: Tensor | None, seed: object, judging: judge.Loaded) -> str:
+    """How a row x (B, 1, 28, 28) was drawn, and the judge's verdict.  labels: the classes they should be."""
     dataset, judges = row.config.get("dataset", "mnist"), judging[1].get("dataset", "mnist")
     if dataset == judges:
         verdict = judge.report(judging, x, labels, seed)
@@ -141,6 +132,33 @@ def described(row: Row, x: Tensor, labels: Tensor | None, seed: int, judging: ju
         verdict = [f"not judged: the judge knows {judges}, these are of {dataset}"]
     trained = f", trained {row.config['trained']}" if "trained" in row.config else ""
     return "\n  ".join([f"{row}{trained}:", *verdict])
+
+
+def draw_rows(args: argparse.Namespace, rows: list[Row], labels: Tensor, seeds: Sequence[int], judging: judge.Loaded,
+              long: bool) -> tuple[list[Tensor], list[str]]:  # fmt: skip
+    """Draw and print every row, and write --tensors. Returns tens of images, and the label of each ten."""
+    shared = set.intersection(*(set(row.words()) for row in rows))  # these stand in the title
+    seed, tens, texts = args.seed[0] if len(args.seed) == 1 else args.seed, [], []
+    with stopped_between_steps() if long else contextlib.nullcontext(lambda: False) as stopped:
+        for row in rows:
+            try:
+                x = row.draw(labels, seeds, stopped)
+            except ValueError as error:  # Dormand-Prince is stuck
+                if row is rows[0] if args.tensors else row is rows[-1] and not tens:
+                    raise  # nothing is left to be written
+                warnings.warn(f"no row for {row}: {error}", stacklevel=2)
+                continue
+            classes = {} if row.scale is None else {"labels": labels[: len(x)]}
+            if args.tensors and row is rows[0]:
+                kept = {"images": x, "seed": torch.tensor(seed)} | classes
+                checkpoint.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
+            print(described(row, x, classes.get("labels"), seed, judging))
+            tens += (parts := x[:IN_FIGURE].split(10))
+            texts += [""] * (len(parts) - 1) + [", ".join(word for word in row.words() if word not in shared)]
+            if stopped():
+                print(f"stopped after {len(x)} of {len(labels)} of this row")
+                break
+    return tens, texts
 
 
 @command
@@ -152,51 +170,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", help="default 5")
     p.add_argument("--steps", type=int, nargs="+", help="default: ddpm 300, flow 50")
-    p.add_argument("--solver", choices=SOLVERS, nargs="+", help="of flow (default euler)")
-    p.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default %(default)s)")
+    p.add_argument("--sampler", "--solver", choices=[*SAMPLERS["ddpm"], *SAMPLERS["flow"]], nargs="+",
+                   help="default: ddpm, or euler of a flow")  # fmt: skip
+    p.add_argument("--seed", type=int, nargs="+", default=[0], help="image i uses seed + i; several: see above")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
-    p.add_argument("--out", type=file_path, default=Path("out/digits.png"), help="picture (default %(default)s)")
+    p.add_argument("--out", type=file_path, default=Path("out/digits.png"), help="image (default %(default)s)")
     p.add_argument("--tensors", type=file_path, help="also write the samples of the first row, for judge score")
-    p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="who judges them (default: the embedded)")
+    p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="default: the embedded one")
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
-    if args.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must lie in 0..2^63 - 1, got {args.seed}")
+    if args.num_images < 1 or (args.num_images > 1 and len(args.seed) > 1):
+        raise ValueError(f"--num-images must be at least 1, and 1 with several seeds, got {args.num_images}")
     images.check_output(args.out)
     if args.tensors:
         images.check_output(args.tensors, (".safetensors",))
-    judging = judge.load(args.judge)
-    device, clock = device_of(args.device), Clock()
-    labels = torch.tensor(parse_digits(args.digits or "0-9")).repeat(args.num_images)
+    judging, device, clock = judge.load(args.judge), device_of(args.device), Clock()
+    digits = parse_digits(args.digits or "0-9")
+    labels = torch.tensor(digits).repeat(args.num_images * len(args.seed))
+    first = args.seed[0]
+    seeds = range(first, first + len(labels)) if len(args.seed) == 1 else [s for s in args.seed for _ in digits]
+    seeded(seeds)  # raises on wrong ones
     rows = planned(args, device)
-    shared = set.intersection(*(set(row.words()) for row in rows))  # said in the title, not under every digit
-    pictures, texts, most = [], [], 0
-    long = len(labels) > drawing.at_once(device)
-    with stopped_between_steps() if long else contextlib.nullcontext(lambda: False) as stopped:
-        for row in rows:
-            try:
-                x = row.draw(labels, args.seed, device, stopped)
-            except ValueError as error:  # Dormand-Prince is stuck
-                if row is rows[0] if args.tensors else row is rows[-1] and not pictures:
-                    raise  # nothing is left to be written
-                warnings.warn(f"no row for {row}: {error}", stacklevel=2)
-                continue
-            most = max(most, len(x))
-            asked = {} if row.scale is None else {"labels": labels[: len(x)]}
-            if args.tensors and row is rows[0]:
-                kept = {"images": x, "seed": torch.tensor(args.seed)} | asked
-                checkpoint.save(kept, args.tensors, {"dataset": row.config.get("dataset", "mnist")})
-            print(described(row, x, asked.get("labels"), args.seed, judging))
-            pictures += (shown := x[:SHOWN].split(10))
-            texts += [""] * (len(shown) - 1) + [", ".join(word for word in row.words() if word not in shared)]
-            if stopped():
-                print(f"stopped after {len(x)} of {len(labels)} of this row")
-                break
-    common = [word for word in rows[0].words() if word in shared]
-    title = ", ".join([*common, f"seeds {args.seed} to {args.seed + most - 1}"])
-    drawing.save_strip(pictures, texts, title, args.out, settings(args, "mnist.sample"))
+    tens, texts = draw_rows(args, rows, labels, seeds, judging, len(labels) > models.at_once(device))
+    common = [word for word in rows[0].words() if all(word in row.words() for row in rows)]
+    from_seeds = f"seeds {first} to {first + len(labels) - 1}" if len(args.seed) == 1 else f"seeds {args.seed}"
+    models.save_strip(tens, texts, ", ".join([*common, from_seeds]), args.out, settings(args, "mnist.sample"))
     print(f"wrote {args.out}   ({clock})")
 
 

@@ -9,52 +9,39 @@ Without --preset it is the course's: 0.0082 on the test digits, where its staff 
 batch. `better` trains longer and at a higher rate; `small` has a sixteenth of the arithmetic, for a machine without
 fast half precision, and at that higher rate reaches 0.0079 all the same.
 
-Pictures in the folder: noising.png, samples/ after every epoch, training/loss.png; at the end out-of-distribution.png:
-the same digits and the same noise at strengths it was not trained on, with the test error beside that of the best
+Figures in the folder: noising.png, samples/ after every epoch, training/loss.png; at the end out-of-distribution.png:
+the same digits and the same noise at strengths that are new to the network, with the test error beside that of the best
 linear denoiser. (Those of the end of a run that was stopped: `--figures` and its folder.)
 
 `--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
 made by the same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below
-the mean picture's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
+the mean image's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
 `mnist/train_diffusion.py`.
 
-Read `mnist/drawing.py` first. Next: `mnist/train_diffusion.py`.
+Read `mnist/trainer.py` first. Next: `mnist/train_diffusion.py`.
 """
 
-from __future__ import annotations
-
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.cli import Clock, command, device_of, settings
-from minidiff.mnist import flags, floors, training
-from minidiff.mnist.data import Digits, generator
-from minidiff.mnist.drawing import load, save_strip
-from minidiff.mnist.training import TEST_PICTURES, Plan, Run
+from minidiff import training
+from minidiff.cli import Clock, command, settings
+from minidiff.mnist import data, levels, trainer
+from minidiff.mnist.data import FIGURE, Digits, generator
+from minidiff.mnist.models import save_strip
+from minidiff.mnist.trainer import TEST_DIGITS, Plan, Preset, say
 from minidiff.mnist.unet import UNetConfig
 
 SIGMA = 0.5  # of training
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
-FIGURE = 9  # purpose of a generator, beside those of training.py
-
-
-@dataclass(frozen=True)
-class Preset:
-    plan: Plan
-    unet: UNetConfig = UNetConfig(128)
-
-    def __str__(self) -> str:
-        return f"{self.plan}; {self.unet.hidden} channels"
-
-
 PRESETS = {
-    "course": Preset(Plan(epochs=5, batch_size=256, lr=1e-4)),
-    "better": Preset(Plan(epochs=10, batch_size=128, lr=1e-3, lr_decay=0.01)),
+    "course": Preset(Plan(epochs=5, batch_size=256, lr=1e-4), UNetConfig(128)),
+    "better": Preset(Plan(epochs=10, batch_size=128, lr=1e-3, lr_decay=0.01), UNetConfig(128)),
     "small": Preset(Plan(epochs=5, batch_size=128, lr=1e-3, lr_decay=0.01), UNetConfig(32)),  # 1/16 of the arithmetic
 }
 
@@ -101,13 +88,13 @@ def errors_by_sigma(model: nn.Module, test: Digits, variances: Tensor) -> list[t
     for sigma in SIGMAS:
         random = generator(test.images.device, FIGURE, 1)
         sums = [(model(noised(x, sigma, random)) - x).square().sum().item() for x in test.images.split(500)]
-        table.append((sigma, sum(sums) / test.images.numel(), floors.linear_mse(variances, 1, sigma).item()))
+        table.append((sigma, sum(sums) / test.images.numel(), levels.linear_mse(variances, 1, sigma).item()))
     return table
 
 
 @torch.no_grad()
 def out_of_distribution(model: nn.Module, digits: Digits, table: list[tuple]) -> tuple[list[Tensor], list[list[str]]]:
-    """Two rows for each digit, the same noise at every sigma and what the model makes of it, with errors_by_sigma."""
+    """Two rows for each digit, the same noise at every sigma and the model's answer, with errors_by_sigma."""
     noisy, labels = noising_figure(digits)
     below = [f"error {error:.4f}, linear {linear:.4f}" for _, error, linear in table]
     return [row for z in noisy for row in (z, model(z))], [text for row in labels for text in (row, below)]
@@ -115,7 +102,7 @@ def out_of_distribution(model: nn.Module, digits: Digits, table: list[tuple]) ->
 
 @torch.no_grad()
 def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], list[list[str]], float, float]:
-    """The mean digit beside what the network says to eight noises; their rms distance, and the outputs' own spread."""
+    """The mean digit beside the answers to eight noises; their rms distance, and the spread among the answers."""
     mean = train.images.mean(0, keepdim=True)
     z = torch.randn((200, *mean.shape[1:]), generator=generator(mean.device, FIGURE), device=mean.device)
     out = model(z)
@@ -126,61 +113,59 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
 
 
 def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Digits, out: Path, about: dict) -> None:
-    """What is drawn, and printed, of a trained network: out-of-distribution.png, or mean-image.png if sigma is None."""
+    """The figures of a trained network: out-of-distribution.png; mean-image.png if sigma is None."""
     if sigma is None:
         rows, labels, distance, spread = pure_noise_figure(model, train)
-        print(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
+        say(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
         title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
         save_strip(rows, labels, title, out / "mean-image.png", about)
         return
-    judged = training.some(test, TEST_PICTURES)
-    table = errors_by_sigma(model, judged, floors.spectrum(train.images))
+    judged = data.some(test, TEST_DIGITS)
+    table = errors_by_sigma(model, judged, levels.spectrum(train.images))
     for strength, error, linear in table:
         share = f", {error / linear:.0%} of it" if linear > 0 else ""
-        print(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
-    title = f"Trained at sigma {sigma}, asked at others (errors on {len(judged)} test digits)"
+        say(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
+    title = f"Trained at sigma {sigma}, tried at others (errors on {len(judged)} test digits)"
     rows, labels = out_of_distribution(model, test[:3], table)
     save_strip(rows, labels, title, out / "out-of-distribution.png", about)
 
 
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train, draw after every epoch, and draw the figures of the end."""
+    preset, clock, sigma = PRESETS[args.preset], Clock(), None if args.pure_noise else SIGMA
+    plan, model = trainer.plan_of(args, preset.plan), trainer.network(args, "denoiser", preset.unet, device)
+    train, test = trainer.digits(args, device)
+    about, samples = settings(args, "mnist.train_denoiser"), test.of_each_class(4 if args.four else 1)
+
+    def reference() -> dict[str, float]:
+        mean = {"mean image": levels.mean_image_mse(train.images)}
+        return mean if sigma is None else mean | levels.of_task(levels.denoiser(sigma), train)
+
+    def draw(epoch: int) -> None:
+        title = f"epoch {epoch}, " + ("noise alone" if sigma is None else f"sigma {sigma}")
+        path = args.out / "samples" / f"epoch-{epoch:02d}.png"
+        save_strip(*sample_figure(model, samples, sigma), title, path, about)
+
+    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
+    if not args.figures:
+        trainer.check(args, plan, config, len(train))  # before the first figure
+        save_strip(*noising_figure(test[:4]), "z = x + sigma noise", args.out / "noising.png", about)
+        if not trainer.fit(args, model, Denoising(sigma), train, test, plan, config, reference,
+                           range(1, plan.epochs), draw):  # fmt: skip
+            return
+    say("drawing the figures of the end")  # minutes, on a slow machine
+    save_figures(model, sigma, train, test, args.out, about)
+    say(f"wrote {args.out}   ({clock})")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = flags.parser(__doc__, "denoiser", PRESETS)
+    p = trainer.parser(__doc__, "denoiser", PRESETS)
     p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
     p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
-    args = flags.parsed(p, "denoiser", PRESETS, argv)
-    preset, out, clock, device = PRESETS[args.preset], args.out, Clock(), device_of(args.device)
-    plan = flags.chosen(args, preset.plan)
-    trained = None if args.figures is None else load(args.figures, "denoiser", device)
-    model = trained or flags.new_network(args, preset.unet, device)
-    sigma = None if args.pure_noise else SIGMA
-    train, test = flags.pictures(args, device)
-    about = settings(args, "mnist.train_denoiser")
-    shown = test.of_each_class(4 if args.four else 1)
-
-    def after_epoch(epoch: int) -> None:
-        title = f"epoch {epoch}, " + ("noise alone" if sigma is None else f"sigma {sigma}")
-        save_strip(*sample_figure(model, shown, sigma), title, out / "samples" / f"epoch-{epoch:02d}.png", about)
-
-    if args.figures is None:
-
-        def levels() -> dict[str, float]:
-            mean = {"mean image": floors.mean_image_mse(train.images)}
-            if sigma is None:
-                return mean
-            linear = floors.linear_mse(floors.spectrum(train.images), 1, sigma).item()
-            return mean | {"linear optimum": linear, "memorisation": floors.memorised_denoiser_loss(train, sigma)}
-
-        run = Run(model, Denoising(sigma), train, test, plan, out / "training",
-                  what=flags.named(args, "denoiser", len(train)), seed=args.seed, floors=levels,
-                  compiled=args.compile)  # fmt: skip
-        save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
-        config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
-        if not run.complete(out, config, after_epoch):
-            return
-    print("drawing the pictures of the end")  # minutes, on a slow machine
-    save_figures(model, sigma, train, test, out, about)
-    print(f"wrote {out}   ({clock})")
+    args = trainer.parsed(p, "denoiser", argv)
+    with training.processes(args.device) as device:
+        train(args, device)
 
 
 if __name__ == "__main__":

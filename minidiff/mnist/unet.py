@@ -15,10 +15,8 @@ an FCBlock turns each of the two into a vector, a number for each channel, which
     time only      u + t   ("add": the course of 2024)     or     u * t   ("mul": that of 2025)
     with class     c * u + t
 
-Read `mnist/data.py` first. Next: `mnist/networks.py`, where trained ones are kept.
+Read `mnist/data.py` first. Next: `mnist/levels.py`, what such a network can and cannot reach.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -30,9 +28,9 @@ MODULATIONS = ("add", "mul")
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """hidden: channels at 28x28, D in the course.  time: whether it is told the time.
+    """hidden: channels at 28x28, D in the course.  time: whether the time is an input.
 
-    num_classes: 0 for a network that is not told the class.  modulate: how time alone acts, one of MODULATIONS.
+    num_classes: 0 if the class is no input.  modulate: how time alone acts, one of MODULATIONS.
     Raises ValueError if a class comes without a time, or modulate is unknown.
     """
 
@@ -45,7 +43,7 @@ class UNetConfig:
         if self.modulate not in MODULATIONS:
             raise ValueError(f"modulate must be one of {', '.join(MODULATIONS)}, got {self.modulate!r}")
         if self.num_classes and not self.time:
-            raise ValueError("a network that is told the class must be told the time; set time=True")
+            raise ValueError("a network with classes needs the time, too; set time=True")
 
 
 class Conv(nn.Sequential):
@@ -140,7 +138,7 @@ class UNet(nn.Module):
         """
         if (time is not None) != self.config.time or (c is not None) != bool(self.config.num_classes):
             raise ValueError(
-                f"this network is told time: {self.config.time}, classes: {self.config.num_classes}; "
+                f"inputs of this network: time {self.config.time}, classes {self.config.num_classes}; "
                 f"got time: {time is not None}, class: {c is not None}"
             )
         skip28 = self.in_block(x)  # (B, D, 28, 28)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import charts, checkpoint, images, weights
+from minidiff import charts, images, training, weights
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import initial, stages, text, train
 from minidiff.deepfloyd.initial import initialise, pass_through
@@ -82,7 +82,7 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path,
     run(2, pictures, two, 4, "--text-encoder", str(one))
     assert [step for step, _ in losses(one)] == [2] and [step for step, _ in losses(two)] == [2, 4]
     chart = images.load(two / "training" / "loss.png")
-    assert chart.equal(images.from_pil(charts.chart([("", {"mean of 2 steps": losses(two)})], {})))
+    assert chart.equal(images.from_pil(charts.chart([("whole run", {"training": losses(two)})], {})))
     encode = text.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
         loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
@@ -99,25 +99,39 @@ def test_it_learns(pictures, tmp_path):
     assert sum(history[-10:]) < 0.7 * sum(history[:10])  # 20 steps each
 
 
-def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch, capsys):
+    """Step 2 is between two rows of loss.csv, whose mean must not notice."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(1, pictures, whole, 7)
-    average = train.update_average
+    average = training.update_average
 
-    def interrupted(ema, module, step):  # between the optimizer's step and the count of it
+    def interrupted(ema, module, step, decay):  # between the optimizer's step and the count of it
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        average(ema, module, step)
+        average(ema, module, step, decay)
 
-    monkeypatch.setattr(train, "update_average", interrupted)
+    monkeypatch.setattr(training, "update_average", interrupted)
     run(1, pictures, parts, 7)
     assert state(parts)["step"] == 3
-    monkeypatch.setattr(train, "update_average", average)
+    monkeypatch.setattr(training, "update_average", average)
     run(1, pictures, parts, 7)
     a, b = state(whole), state(parts)
-    assert a["step"] == b["step"] == 7
+    assert a["step"] == b["step"] == 7 and losses(whole) == losses(parts)
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
     assert b["optimizer"]["param_groups"][0]["lr"] == train.learning_rate(6, 7, 5e-4)  # of the last step
+    for flag, text in (("--lr", "lr 0.0005, not 0.1"), ("--seed", "seed 0, not 3"), ("--size", "size 64, not 32")):
+        value = text.split()[-1]
+        assert f"checkpoint.pt is of a run with {text}; pass" in fails(capsys, 1, pictures, parts, 7, flag, value)
+
+
+def test_regression_the_losses_of_the_first_steps(pictures, tmp_path, monkeypatch):
+    """Of both stages, as the trainer wrote them when it had a loop of its own."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    run(1, pictures, tmp_path / "one", 4, "--dtype", "float32")
+    run(2, pictures, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))
+    rows = [loss for folder in ("one", "two") for _, loss in losses(tmp_path / folder)]
+    expected = [0.877554, 1.043096, 0.768068, 0.632446, 0.877549, 1.043068, 0.767845, 0.632535]
+    assert rows == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsys):
@@ -126,7 +140,7 @@ def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsy
     run(1, pictures, one, 2)
     run(1, pictures, two, 1, "--start-from", str(one), "--lr", "0")
     for part in ("unet", "text_encoder"):
-        a, b = (checkpoint.Checkpoint(folder, part).tensors() for folder in (one, two))
+        a, b = (weights.Checkpoint(folder, part).tensors() for folder in (one, two))
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
     flags = ["--start-from", str(one), "--text-encoder", str(one)]
@@ -149,11 +163,9 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, mon
 
     monkeypatch.setattr(train.ddpm, "loss", broken)
     message = fails(capsys, 1, pictures, tmp_path / "one", 8)
-    value = r"nan" if which == "loss" else r"[\d.]+"
-    assert re.search(rf"loss is {value}, its gradient's norm nan, at step 4; the last good .*checkpoint\.pt", message)
+    assert re.search(r"loss or its gradient is nan at step 5; the last good .*checkpoint\.pt.*smaller --lr", message)
     after = state(tmp_path / "one")["model"]
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert "there is no checkpoint yet" in fails(capsys, 1, pictures, tmp_path / "two", 8)
 
 
 def test_steps_made_again_are_written_down_once(pictures, tmp_path):
@@ -173,23 +185,24 @@ def test_two_processes_average_their_gradients(pictures, tmp_path):
 import os, torch
 from tests.deepfloyd import test_train as T
 T.train.MINI_1, T.train.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
-noises, forward, average = [], T.train.Trainee.forward, T.train.update_average
+T.initial.CONTRASTIVE_STEPS, T.initial.CONTRASTIVE_BATCH = 2, 4
+noises, forward, step = [], T.train.Trainee.forward, T.training._step
 
-def noted(self, x_start, ids, mask, random, dtype):
+def noted(self, x_start, ids, mask, random):
     noises.append(random["noise"])
-    return forward(self, x_start, ids, mask, random, dtype)
+    return forward(self, x_start, ids, mask, random)
 
-def kept(ema, model, step):
+def kept(model, *args):
+    step(model, *args)
     torch.save((noises, model.state_dict()), r"{tmp_path}/rank-" + os.environ["RANK"] + ".pt")
-    average(ema, model, step)
 
-T.train.Trainee.forward, T.train.update_average = noted, kept
+T.train.Trainee.forward, T.training._step = noted, kept
 T.run(1, r"{pictures}", T.Path(r"{tmp_path / "one"}"), 4)
 """)
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        capture_output=True, text=True, cwd=root, timeout=300,
+        capture_output=True, text=True, cwd=root, timeout=100,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -251,7 +264,7 @@ def test_the_loss_asks_the_network_as_sampling_does_and_weighs_what_it_answers(s
     ids, mask = torch.ones(2, 77, dtype=torch.long), torch.ones(2, 77, dtype=torch.long)
     answer, asked = torch.randn(2, 6, 64, 64, generator=generator), []
     monkeypatch.setattr(model.unet, "forward", lambda *args: asked.append(args) or answer)
-    found = model(x_start, ids, mask, random, torch.float32)
+    found = model(x_start, ids, mask, random)
     (stacked, t, prompt_embeds, labels), expected_input, level = asked[0], [], None
     if stage == 2:
         x_start, low_res, level = model.crop(x_start, random)
@@ -298,26 +311,44 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     )
 
 
-def test_the_average_is_the_closed_form(monkeypatch):
-    """From 0, weights 1, 2, 3: 0.1 * 0 + 0.9 * 1 = 0.9; 2/11 * 0.9 + 9/11 * 2 = 1.8; 0.25 * 1.8 + 0.75 * 3 = 2.7.
-    With a decay of 0 it is the weights themselves."""
-    module = torch.nn.Linear(1, 1, bias=False)
-    ema = {"weight": torch.zeros(1, 1)}
-    for step, (value, expected) in enumerate([(1.0, 0.9), (2.0, 1.8), (3.0, 2.7)]):
-        torch.nn.init.constant_(module.weight, value)
-        train.update_average(ema, module, step)
-        assert ema["weight"].item() == pytest.approx(expected)
-    monkeypatch.setattr(train, "EMA_DECAY", 0.0)
-    train.update_average(ema, module, 1000)
-    assert ema["weight"].item() == 3.0
+def test_blank_lines_and_a_byte_order_mark_are_no_captions(pictures, tmp_path):
+    """Of 5 lines 2 are captions."""
+    (pictures / "red.txt").write_bytes("\ufeffa red square\n\n  \nà rouge\r\n\n".encode())
+    assert Pictures(pictures, 64).captions[1] == ["a red square", "à rouge"]
+    np.save(tmp_path / "images_64.npy", np.zeros((1, 64, 64, 3), np.uint8))
+    (tmp_path / "captions.json").write_bytes("\ufeff".encode() + json.dumps([{"captions": ["a", "", " "]}]).encode())
+    assert set(Pictures(tmp_path, 64).draw(50, torch.Generator(), dropout=0)[1]) == {"a"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_captions_in_another_encoding_are_named_with_their_file(pictures, encoding):
+    text = "a red square\nun carre rouge\n" if encoding == "utf-16-le" else "a red square\nun carré rouge\n"
+    (pictures / "red.txt").write_bytes(text.encode(encoding))
+    where = {"latin-1": "line 2: ", "utf-16": "line 1: "}.get(encoding, "it holds zero bytes")
+    with pytest.raises(ValueError, match=rf"red\.txt is not UTF-8 \({where}.*\); save it in that encoding"):
+        Pictures(pictures, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"), ("{}", "row 0 has no cap"),
+     ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"), ("[3]", "row 0 has no caption"),
+     ('[{"captions": ["a"]}, {"captions": ["b"]}]', "1 images, but captions of 2")],
+)  # fmt: skip
+def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):
+    np.save(tmp_path / "images_64.npy", np.zeros((1, 64, 64, 3), np.uint8))
+    if text is not None:
+        (tmp_path / "captions.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Pictures(tmp_path, 64)
 
 
 def test_bad_input_is_told(tmp_path, pictures, capsys):
     (tmp_path / "empty").mkdir()
     said = fails(capsys, 1, tmp_path / "empty", tmp_path / "one", 4)
-    assert "holds neither images_64.npy nor pictures with a .txt of captions" in said
+    assert "holds neither images_64.npy nor images with a .txt of captions" in said
     for flag in ("--save-every", "--batch-size"):
         assert f"{flag} must be at least 1, got 0" in fails(capsys, 1, pictures, tmp_path / "one", 4, flag, "0")
     (pictures / "red.txt").write_text("")
-    assert "each needs one" in fails(capsys, 1, pictures, tmp_path / "one", 4)
+    assert "red.txt holds no caption; write one a line" in fails(capsys, 1, pictures, tmp_path / "one", 4)
     assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, pictures, tmp_path / "two", 4)

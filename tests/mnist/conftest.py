@@ -1,8 +1,7 @@
-"""Shared by the tests of the small models: real digits, and no seconds spent on measuring."""
+"""Shared by the tests of the small models: real digits."""
 
 import pytest
 
-from minidiff.mnist import training
 from tests.mnist import real
 
 
@@ -20,9 +19,3 @@ def folder(tmp_path_factory):
 def fashion(tmp_path_factory):
     """The same digits where FashionMNIST would lie, so that nothing else can have been read."""
     return real.write_folder(tmp_path_factory.mktemp("clothes"), "FashionMNIST")
-
-
-@pytest.fixture
-def fast(monkeypatch):
-    """Trainers do not measure what is fastest here."""
-    monkeypatch.setattr(training, "measure", lambda *args: ("float32", "contiguous"))

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from minidiff.mnist.data import Digits
@@ -37,3 +38,11 @@ def write_folder(folder: Path, name: str = "MNIST", train: int = 400) -> Path:
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(classes)) + classes.tobytes())
     return folder
+
+
+def fails(capsys, main, *argv) -> str:
+    """A command ends with status 2 and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(a) for a in argv])
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err

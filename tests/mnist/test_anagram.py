@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from minidiff import views
-from minidiff.mnist import anagram, drawing, judge, networks
+from minidiff.mnist import anagram, judge, models
 from minidiff.mnist.unet import UNet, UNetConfig
-from tests.mnist.test_drawing import LABELS, X, net
-from tests.test_commands import fails
+from tests.mnist.real import fails
+from tests.mnist.test_models import LABELS, X, net
 
 TURN = [views.named("identity"), views.named("rotate_180")]
 
 
 def test_it_is_the_mean_of_both_classes_seen_through_their_views():
     """By hand: eps of a 6 as it is, and of a 9 in the turned picture, turned back, each with guidance 5."""
-    unet, t = net(), torch.full((3,), 120)
-    found, _ = anagram.prediction(unet, [6, 9], TURN, 5.0)(X, t)
-    six, _ = drawing.prediction(unet, torch.full_like(LABELS, 6), 5.0)(X, t)
-    nine, _ = drawing.prediction(unet, torch.full_like(LABELS, 9), 5.0)(X.rot90(2, (-2, -1)), t)
+    unet, t = net(), torch.full((3,), 0.4)
+    found, _ = anagram.answer(unet, [6, 9], TURN, 5.0)(X, t)
+    six, _ = models.guided_unet(unet, torch.full_like(LABELS, 6), 5.0)(X, t)
+    nine, _ = models.guided_unet(unet, torch.full_like(LABELS, 9), 5.0)(X.rot90(2, (-2, -1)), t)
     torch.testing.assert_close(found, (six + nine.rot90(2, (-2, -1))) / 2, rtol=0, atol=1e-5)
 
 
@@ -36,9 +36,9 @@ def test_a_success_is_right_in_every_view(monkeypatch):
 def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     unet, judge_of = UNet(UNetConfig(4, time=True, num_classes=10)), judge.Judge()
-    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
+    models.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
     zeros = {"feature_mean": torch.zeros(64), "feature_covariance": torch.eye(64)}
-    networks.write(tmp_path / "judge", judge_of, {"kind": "judge", "accuracy": 0.5, "floors": {}}, zeros)
+    models.write(tmp_path / "judge", judge_of, {"kind": "judge", "accuracy": 0.5, "floors": {}}, zeros)
     flags = ["--model", str(tmp_path / "ddpm"), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "a.png")]
     anagram.main(["6", "9", *flags, "--quick"])
     printed = capsys.readouterr().out
@@ -46,39 +46,38 @@ def test_the_command_draws_and_counts(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "a.png").is_file()
 
     # What is counted: the anagrams first (here all are right), then plain samples of the first digit (none is).
-    asked, plain, anagrams = [], drawing.prediction, anagram.prediction
-    monkeypatch.setattr(drawing, "prediction", lambda u, labels, scale: asked.append(("plain", labels[0], scale)))
-    monkeypatch.setattr(anagram, "prediction", lambda u, digits, seen, scale: asked.append(("both", digits, scale)))
-    monkeypatch.setattr(drawing, "draw_ddpm", lambda *_: torch.full((5, 1, 28, 28), float(asked[-1][0] == "both")))
-    monkeypatch.setattr(anagram, "aligned", lambda net, x, digits, seen: x[:, 0, 0, 0] == 1)
-    anagram.main(["6", "9", *flags, "--quick", "--guidance-scale", "3"])
-    assert asked == [("both", [6, 9], 3.0), ("plain", 6, 3.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "guided_unet", lambda unet, labels, scale: ("plain", labels.tolist(), scale))
+        patch.setattr(anagram, "answer", lambda unet, digits, turned, scale: ("both", digits, scale))
+        walks = []
+        patch.setattr(models, "walk", lambda *args: walks.append(args[0]) or iter([torch.zeros(5, 1, 28, 28)] * 2))
+        patch.setattr(anagram, "aligned", lambda *_: torch.full((5,), len(walks) == 2 and not walks.append(0)))
+        anagram.main(["6", "9", *flags, "--quick", "--guidance-scale", "3"])
+    assert walks[:2] == [("both", [6, 9], 3.0), ("plain", [6], 3.0)]
     assert "5 of 5 are 6 and 9 through identity, rotate_180; of plain samples of 6: 0;" in capsys.readouterr().out
-    monkeypatch.setattr(drawing, "prediction", plain)
-    monkeypatch.setattr(anagram, "prediction", anagrams)
     message = fails(capsys, anagram.main, "6", "9", "8", *flags)
     assert "need one digit 0..9 for each view" in message
     assert "need one digit 0..9" in fails(capsys, anagram.main, "6", "10", *flags)
     for view in ("negate", "white_balance_failure"):
         message = fails(capsys, anagram.main, "6", "9", *flags, "--view", "identity", view)
-        assert f"{view} is for pictures from -1 to 1" in message
-    untold = UNet(UNetConfig(4, time=True))
-    networks.write(tmp_path / "untold", untold, {"kind": "ddpm", "unet": asdict(untold.config)})
-    assert "is not told the digit; pass one of `train_diffusion --preset class`" in fails(
+        assert f"{view} is for images from -1 to 1" in message
+    without = UNet(UNetConfig(4, time=True))
+    models.write(tmp_path / "untold", without, {"kind": "ddpm", "unet": asdict(without.config)})
+    assert "takes no digit; pass one of `train_diffusion --preset class`" in fails(
         capsys, anagram.main, "6", "9", *flags, "--model", tmp_path / "untold"
     )
-    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "fashion", "unet": asdict(unet.config)})
+    models.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "fashion", "unet": asdict(unet.config)})
     assert "draws fashion, " in fails(capsys, anagram.main, "6", "9", *flags)
 
 
 def test_many_are_drawn_in_parts_each_from_its_own_seed(tmp_path, monkeypatch):
     unet = net()
-    networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "unet": asdict(unet.config)})
+    models.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "unet": asdict(unet.config)})
     flags = ["6", "9", "--model", str(tmp_path / "ddpm"), "--out", str(tmp_path / "a.png"), "--quick", "--seed", "3"]
     found = []
     monkeypatch.setattr(anagram, "aligned", lambda _, x, *rest: found.append(x) or torch.ones(len(x), dtype=torch.bool))
     anagram.main(flags)
-    monkeypatch.setattr(drawing, "at_once", lambda device: 2)
+    monkeypatch.setattr(models, "at_once", lambda device: 2)
     anagram.main(flags)
     for whole, parts in zip(found[:2], found[2:]):
         assert len(whole) == 5
@@ -91,7 +90,7 @@ def test_missing_models_say_how_to_train_them(tmp_path, capsys, kind):
     flags = ["--model", tmp_path / "ddpm", "--judge", tmp_path / "judge", "--out", tmp_path / "a.png"]
     if kind == "judge":
         unet = UNet(UNetConfig(4, time=True, num_classes=10))
-        networks.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
+        models.write(tmp_path / "ddpm", unet, {"kind": "ddpm", "dataset": "mnist", "unet": asdict(unet.config)})
     message = fails(capsys, anagram.main, "6", "9", *flags)
     maker = {"ddpm": "train_diffusion", "judge": "judge train"}[kind]
     assert f"no trained {kind} in" in message and f"python -m minidiff.mnist.{maker}" in message

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minidiff.mnist import data, judge, networks
+from minidiff.mnist import data, judge, models
 from minidiff.mnist.judge import Judge
 from minidiff.weights import WEIGHTS
 
@@ -74,15 +74,15 @@ def trained(tmp_path_factory, digits):
     features, verdicts = judge.look(net, digits.images)
     mean, covariance = judge.gaussian(features)
     folder = tmp_path_factory.mktemp("judge")
-    networks.write(folder, net, {"kind": "judge", "accuracy": judge.agreement(verdicts, digits.labels),
+    models.write(folder, net, {"kind": "judge", "accuracy": judge.agreement(verdicts, digits.labels),
                                  "floors": {"100": 0.5}},
                    {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
     return folder
 
 
 def test_the_distances_of_real_digits_are_means_over_shuffled_parts(monkeypatch):
-    """Sorted features, whose first half is nothing like the whole: the floor for half of them is still small."""
-    monkeypatch.setattr(judge, "FLOOR_SIZES", (500, 1000, 2000))
+    """Sorted features, whose first half is nothing like the whole: the level for half of them is still small."""
+    monkeypatch.setattr(judge, "LEVEL_SIZES", (500, 1000, 2000))
     features = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(0).values
     found = judge.real_distances(features, judge.gaussian(features))
     assert list(found) == ["500", "1000"] and abs(found["1000"]) < 1e-9 and found["500"] < 0.05
@@ -112,8 +112,8 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     )
 
 
-def test_training_keeps_weights_accuracy_and_floors(fashion, tmp_path, fast, capsys):
-    """Accuracy and floors are those of the test pictures, which here have all wrong labels; what samples are compared
+def test_training_keeps_weights_accuracy_and_levels(fashion, tmp_path, capsys):
+    """Accuracy and levels are those of the test pictures, which here have all wrong labels; what samples are compared
     with is of the training pictures."""
     shutil.copytree(fashion, tmp_path / "data")
     labels = tmp_path / "data" / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
@@ -185,9 +185,9 @@ def test_bad_input_is_told(tmp_path, trained, capsys):
 
 @pytest.mark.parametrize("lost", ["accuracy", "floors", "feature_mean"])
 def test_a_judge_without_a_part_is_told_when_it_is_loaded(lost, tmp_path):
-    config, tensors = networks.read(judge.EMBEDDED, "judge")
+    config, tensors = models.read(judge.EMBEDDED, "judge")
     kept = {k: v for k, v in tensors.items() if k.startswith("feature") and k != lost}
-    networks.write(tmp_path, judge.Judge(), {k: v for k, v in config.items() if k != lost}, kept)
+    models.write(tmp_path, judge.Judge(), {k: v for k, v in config.items() if k != lost}, kept)
     with pytest.raises(ValueError, match=f"holds only part of a judge .*{lost}"):
         judge.load(tmp_path)
 

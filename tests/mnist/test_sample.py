@@ -9,31 +9,31 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff import ddpm, flow
-from minidiff.mnist import drawing, judge, networks, sample, train_denoiser
+from minidiff.mnist import judge, models, sample, train_denoiser
 from minidiff.mnist.data import generator, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import seeded
 from minidiff.weights import WEIGHTS
-from tests.mnist.test_drawing import net
+from tests.mnist.real import fails
+from tests.mnist.test_models import net
 from tests.mnist.test_trainers import edit_config
-from tests.test_commands import fails
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "heun"])
-def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(solver, monkeypatch):
+def alone(unet, labels, seeds, steps, sampler, scale=5.0):
+    return models.last(models.walk(models.guided_unet(unet, labels, scale), seeded(seeds), CPU, steps, sampler))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++", "heun"])
+def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(sampler, monkeypatch):
     """Six of them, four at a time, from seed 3 on, with guidance 5."""
-    monkeypatch.setattr(drawing, "at_once", lambda device: 4)
+    monkeypatch.setattr(models, "at_once", lambda device: 4)
     unet, labels = net(), torch.tensor([3, 1, 4, 1, 5, 9])
-    found = sample.Row(unet, {}, "n", 5.0, solver, 3).draw(labels, 3, CPU, lambda: False)
+    found = sample.Row(unet, {}, "n", 5.0, sampler, 3).draw(labels, range(3, 9), lambda: False)
     for i in range(6):
-        told, seeds = labels[i : i + 1], seeded(3 + i, 1)
-        if solver == "ddpm":
-            alone = drawing.draw_ddpm(drawing.prediction(unet, told, 5.0), seeds, CPU, 3)
-        else:
-            alone = drawing.draw_flow(drawing.velocity(unet, told, 5.0), seeds, CPU, 3, solver)
-        torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-4, atol=1e-3)
+        expected = alone(unet, labels[i : i + 1], [3 + i], 3, sampler)
+        torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -41,34 +41,37 @@ def test_each_digit_of_a_row_is_what_its_label_seed_and_scale_draw_alone(solver,
     [
         (["--digits", "7-3"], "--digits must be like 0-9, 3,7 or 0-2,9, got '7-3'"),
         (["--digits", "ten"], "got 'ten'"),
-        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--num-images", "0"], "--num-images must be at least 1, and 1 with"),
         (
             ["--model", "nowhere"],
             "no trained ddpm in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
-        (["--solver", "heun"], "--solver is for --kind flow"),
+        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm, ddim, dpm++"),
+        (["--kind", "flow", "--sampler", "ddim"], "--sampler ddim is for another kind of network; of flow: euler, mid"),
+        (["--seed", "1", "2", "--num-images", "2"], "--num-images must be at least 1, and 1 with several seeds, got 2"),
+        (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--kind", "flow", "--solver", "dormand-prince", "--steps", "9"], "chooses its own steps; leave out --steps"),
         (["--steps", "0"], "cannot take 0 steps out of 300; choose 1 to 300"),
         (["--judge", "nowhere", "--quick"], "no trained judge in nowhere"),
         (["--tensors", "digits.pt"], "must end in one of .safetensors"),
     ],
 )
-def test_wrong_flags_are_told_in_one_line(flags, message, tmp_path, capsys):
+def test_wrong_flags_end_in_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         sample.main(["--out", str(tmp_path / "s.png"), *flags])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, capsys):
+def test_a_network_without_classes_gets_no_digit(tmp_path, capsys):
     unet = UNet(UNetConfig(4, time=True))
-    networks.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
+    models.write(tmp_path / "f", unet, {"kind": "flow", "unet": asdict(unet.config)})
     flags = ["--kind", "flow", "--model", str(tmp_path / "f"), "--quick", "--out", str(tmp_path / "s.png")]
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors"), "--digits", "3"])
     assert "labels" not in load_file(tmp_path / "s.safetensors")
     shown = capsys.readouterr()
-    assert "agreement" not in shown.out and "f, not told the digit, euler, 4 steps:" in shown.out
-    assert "is not told the digit: --digits only says how many" in shown.err
+    assert "agreement" not in shown.out and "f, no class, euler, 4 steps:" in shown.out
+    assert "takes no digit: --digits only says how many" in shown.err
     assert "nothing to guide; leave out --guidance-scale" in fails(capsys, sample.main, *flags, "--guidance-scale", 5)
     # Pictures of another kind are not judged, here or later.
     edit_config(tmp_path / "f", dataset="fashion", trained="1 of 9 epochs")
@@ -78,11 +81,11 @@ def test_a_network_that_is_not_told_the_digit_is_not_asked_for_one(tmp_path, cap
     assert "holds samples of fashion" in fails(capsys, judge.main, "score", tmp_path / "s.safetensors")
 
 
-def test_networks_in_folders_of_one_name_are_told_apart(tmp_path, capsys, monkeypatch):
+def test_networks_in_folders_of_one_name_have_two_names(tmp_path, capsys, monkeypatch):
     embedded, own = WEIGHTS / "mnist" / "flow", tmp_path / "flow"
     shutil.copytree(embedded, own)
-    starts, solve = [], flow.solve  # both begin with the same noise
-    monkeypatch.setattr(flow, "solve", lambda v, x_0, *rest: starts.append(x_0) or solve(v, x_0, *rest))
+    starts, walk = [], flow.walk  # both begin with the same noise
+    monkeypatch.setattr(flow, "walk", lambda v, x_0, *rest: starts.append(x_0) or walk(v, x_0, *rest))
     sample.main(["--model", str(embedded), str(own), "--digits", "3", "--quick", "--out", str(tmp_path / "s.png")])
     assert len(starts) == 2 and torch.equal(*starts)
     shown = capsys.readouterr().out
@@ -95,22 +98,20 @@ def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch)
     flags = ["--kind", "flow", "--out", str(tmp_path / "s.png")]
     assert "no trained flow in nowhere" in fails(capsys, sample.main, *flags, "--model", embedded, "nowhere")
     assert "no trained ddpm in" in fails(capsys, sample.main, "--out", tmp_path / "s.png", "--model", __file__)
-    for seed in (-1, 2**63):
-        assert "--seed must lie in 0..2^63 - 1" in fails(capsys, sample.main, *flags, "--seed", seed)
 
 
 def test_ctrl_c_in_a_long_row_keeps_what_is_drawn(tmp_path, capsys, monkeypatch):
     """Three parts of four; it comes during the second. The second row is not begun."""
-    monkeypatch.setattr(drawing, "at_once", lambda device: 4)
-    parts, original = [], drawing.draw_flow
+    monkeypatch.setattr(models, "at_once", lambda device: 4)
+    parts, original = [], models.walk
 
-    def draw(*args):
+    def walk(*args):
         parts.append(args)
         if len(parts) == 2:
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(drawing, "draw_flow", draw)
+    monkeypatch.setattr(models, "walk", walk)
     files = ["--out", str(tmp_path / "s.png"), "--tensors", str(tmp_path / "s.safetensors")]
     sample.main(["--kind", "flow", "--quick", *files, "--guidance-scale", "1", "5"])
     shown, kept = capsys.readouterr().out, load_file(tmp_path / "s.safetensors")
@@ -119,16 +120,16 @@ def test_ctrl_c_in_a_long_row_keeps_what_is_drawn(tmp_path, capsys, monkeypatch)
 
 
 def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monkeypatch):
-    asked, original = [], drawing.draw_flow
+    walks, original = [], models.walk
 
-    def note(v, seeds, device, steps, solver, on_step):
-        asked.append((solver, steps))
-        return original(v, seeds, device, 1, "euler", on_step)
+    def note(answer, seeds, device, steps, sampler):
+        walks.append((sampler, steps))
+        return original(answer, seeds, device, 1, "euler")
 
-    monkeypatch.setattr(drawing, "draw_flow", note)
+    monkeypatch.setattr(models, "walk", note)
     sample.main(["--kind", "flow", "--digits", "3", "--guidance-scale", "0", "5", "--solver", "heun", "dormand-prince",
                  "--steps", "2", "3", "--out", str(tmp_path / "s.png")])  # fmt: skip
-    assert asked == [("heun", 2), ("heun", 3), ("dormand-prince", 2)] * 2
+    assert walks == [("heun", 2), ("heun", 3), ("dormand-prince", 2)] * 2
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flow, ")]
     said = [line.rstrip(":").split(", trained")[0] for line in shown]
     assert said == [f"flow, scale {scale}, {how}" for scale in (0, 5)
@@ -139,7 +140,7 @@ def test_a_solver_that_is_stuck_costs_its_own_row_alone(tmp_path, capsys, monkey
     def stuck(*args):
         raise ValueError("the solver is stuck at time 0.1")
 
-    monkeypatch.setattr(drawing.flow, "dormand_prince", stuck)
+    monkeypatch.setattr(flow, "dormand_prince", stuck)
     flags, tensors = (
         ["--kind", "flow", "--quick", "--out", tmp_path / "s.png"],
         ["--tensors", tmp_path / "s.safetensors"],
@@ -156,11 +157,22 @@ def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
     """Twelve digits of a row are ten and two; what both rows share is the title's."""
     drawn = []
     monkeypatch.setattr(sample.Row, "draw", lambda row, labels, *rest: torch.full((len(labels), 1, 28, 28), row.scale))
-    monkeypatch.setattr(drawing, "save_strip", lambda *args: drawn.append(args))
+    monkeypatch.setattr(models, "save_strip", lambda *args: drawn.append(args))
     sample.main(["--digits", "3", "--num-images", "12", "--guidance-scale", "0", "1", "--out", str(tmp_path / "s.png")])
     pictures, texts, title, *_ = drawn[0]
     assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, 300 steps, seeds 0 to 11"
     assert [(len(x), x.mean().item()) for x in pictures] == [(10, 0), (2, 0), (10, 1), (2, 1)]
+
+
+def test_several_seeds_are_drawn_for_every_digit_each(tmp_path, monkeypatch):
+    """A row for each seed: all digits of it from the same noise."""
+    rows = []
+    monkeypatch.setattr(sample.Row, "draw", lambda row, *args: rows.append(args[:2]) or torch.zeros(6, 1, 28, 28))
+    files = ["--out", str(tmp_path / "s.png"), "--tensors", str(tmp_path / "s.safetensors")]
+    sample.main(["--digits", "3,7", "--seed", "5", "0", "9", *files])
+    assert rows[0][0].tolist() == [3, 7, 3, 7, 3, 7] and rows[0][1] == [5, 5, 0, 0, 9, 9]
+    assert load_file(tmp_path / "s.safetensors")["seed"].tolist() == [5, 0, 9]
+    judge.main(["score", str(tmp_path / "s.safetensors")])
 
 
 def test_digits_are_parsed():
@@ -171,14 +183,12 @@ def test_digits_are_parsed():
 def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
     """Right at guidance 5, by chance at 0, where the digits are as mixed as without a class."""
     judging = judge.load(judge.EMBEDDED)[0]
-    unet = drawing.load(WEIGHTS / "mnist" / kind, kind, CPU)
+    unet, _ = models.load(WEIGHTS / "mnist" / kind, kind, CPU)
     assert not unet.training
 
     def verdicts(labels, scale):
-        seeds = seeded(0, len(labels))
-        if kind == "ddpm":
-            return judge.look(judging, drawing.draw_ddpm(drawing.prediction(unet, labels, scale), seeds, CPU, 30))[1]
-        return judge.look(judging, drawing.draw_flow(drawing.velocity(unet, labels, scale), seeds, CPU, 10))[1]
+        steps, sampler = (30, "ddpm") if kind == "ddpm" else (10, "euler")
+        return judge.look(judging, alone(unet, labels, range(len(labels)), steps, sampler, scale))[1]
 
     labels = torch.arange(10)
     assert judge.agreement(verdicts(labels, 5.0), labels) == 1
@@ -189,20 +199,21 @@ def test_the_embedded_networks_draw_the_digits_they_are_asked_for(kind):
 
 @torch.no_grad()
 def test_the_embedded_denoiser_errs_less_than_the_courses(digits):
-    unet = drawing.load(WEIGHTS / "mnist" / "denoiser", "denoiser", CPU)
+    unet, _ = models.load(WEIGHTS / "mnist" / "denoiser", "denoiser", CPU)
     assert 0.0001 < train_denoiser.Denoising(0.5)(unet, digits[:200], generator("cpu", 0)) < 0.0084
 
 
-@pytest.mark.parametrize(("kind", "floor", "most"), [("ddpm", 0.0036, 0.030), ("flow", 0.031, 0.088)])
+@pytest.mark.parametrize(("kind", "lowest", "highest"), [("ddpm", 0.0036, 0.030), ("flow", 0.031, 0.088)])
 @torch.no_grad()
-def test_the_embedded_networks_have_the_courses_loss(kind, floor, most, digits):
-    """150 digits at times that are spread evenly: no more than the course's staff report, and more than knowing the
-    training set by heart would give (README)."""
-    unet, x, c = drawing.load(WEIGHTS / "mnist" / kind, kind, CPU), digits.images[:150], one_hot(digits.labels[:150])
+def test_the_embedded_networks_have_the_courses_loss(kind, lowest, highest, digits):
+    """150 digits at times that are spread evenly: no more than the course's staff report, and more than the known
+    training set would give (README)."""
+    unet, _ = models.load(WEIGHTS / "mnist" / kind, kind, CPU)
+    x, c = digits.images[:150], one_hot(digits.labels[:150])
     noise, t = torch.randn(x.shape, generator=generator("cpu", 0)), 2 * torch.arange(150) + 1
     if kind == "ddpm":
-        x_t = ddpm.add_noise(x, noise, drawing.course_schedule().alpha_bar(t))
+        x_t = ddpm.add_noise(x, noise, models.course_schedule().alpha_bar(t))
         error = unet(x_t, (t + 1) / 300, c) - noise
     else:
         error = unet(flow.path(noise, x, t / 300), t / 300, c) - (x - noise)
-    assert floor < error.square().mean() < most
+    assert lowest < error.square().mean() < highest

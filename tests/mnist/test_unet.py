@@ -141,11 +141,11 @@ def test_both_places_listen_to_time_and_class():
 
 def test_bad_input_is_told():
     x, time, c = inputs()
-    with pytest.raises(ValueError, match="told time: True, classes: 0; got time: False, class: False"):
+    with pytest.raises(ValueError, match="inputs of this network: time True, classes 0; got time: False, class: False"):
         small(**TIME)(x)
-    with pytest.raises(ValueError, match="told time: True, classes: 10; got time: True, class: False"):
+    with pytest.raises(ValueError, match="inputs of this network: time True, classes 10; got time: True, class: False"):
         small(**CLASS)(x, time)
-    with pytest.raises(ValueError, match="told time: False"):
+    with pytest.raises(ValueError, match="inputs of this network: time False"):
         small()(x, time)
     with pytest.raises(ValueError, match="modulate must be one of add, mul, got 'film'"):
         UNetConfig(4, time=True, modulate="film")

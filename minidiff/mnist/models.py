@@ -1,0 +1,231 @@
+"""Networks of digits: on disk, as predictions and velocities, and in figures.
+
+A trained network is a folder with config.json and model.fp16.safetensors; `write`, `read` and `load` keep it.
+
+`sampling.denoise` wants eps at a time t = 0 to T - 1, the solvers of `flow.py` a velocity at a time from 0 to 1. The
+same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is a prompt of one
+token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draws with either.
+
+Read `mnist/levels.py` first. Next: `mnist/trainer.py`.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minidiff import checkpoint, flow, images
+from minidiff.flow import Velocity
+from minidiff.guidance import Model, guided
+from minidiff.mnist.data import CLASSES, one_hot
+from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import Prediction, denoise, draw_noise
+from minidiff.schedule import Schedule, linear, respaced
+from minidiff.solvers import STEPS
+
+T = 300  # times of the course's schedule
+FLOW_STEPS = 50
+SAMPLERS = {"ddpm": tuple(STEPS), "flow": (*flow.METHODS, "dormand-prince")}  # of each kind, the default first
+Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
+DROPOUT = 0.1  # how often the class is withheld in training, so that the network can draw without one
+GUIDANCE_SCALE = 5.0
+MAKERS = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_diffusion --preset class",
+          "flow": "train_flow --preset class"}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+def write(
+    folder: Path, model: nn.Module, config: Mapping[str, object], more: Mapping[str, Tensor] | None = None
+) -> None:
+    """config.json and model.fp16.safetensors. Matrices become float16; vectors (norms, biases) and `more` do not.
+
+    config: what `load` needs to build the network again, its "kind" first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
+    checkpoint.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.write_json(folder / "config.json", config)
+
+
+def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """The config, and the tensors as float32.
+
+    Raises ValueError naming the command that trains one if there is none, or what is wrong with it.
+    """
+    how = f"train one with `python -m minidiff.mnist.{MAKERS[kind]}"
+    if not (folder / "config.json").is_file():
+        if (folder / "training" / "checkpoint.pt").is_file():
+            raise ValueError(f"there is no network in {folder} yet, only a run that has begun: it is written after the "
+                             "first epoch and on Ctrl-C, a judge at the end; begin it again to go on")  # fmt: skip
+        raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.fp16.safetensors")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be read ({error}); {how}` into another folder") from error
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise ValueError(f"{folder} holds a {found}, not a {kind}; pass another folder, or {how}`")
+    return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors of `read` into the network. Raises ValueError if they do not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: config.json and model.fp16.safetensors do not fit each other ({error})") from error
+
+
+def load(folder: Path, kind: str, device: torch.device) -> tuple[UNet, dict]:
+    """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if the config is of no UNet."""
+    config, tensors = read(folder, kind)
+    try:
+        unet = UNet(UNetConfig(**config["unet"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
+    fill(unet, tensors, folder)
+    if device.type == "cpu":
+        unet.to(memory_format=torch.channels_last)  # there about a fifth faster
+    return unet.to(device).eval(), config
+
+
+# ---------------------------------------------------------------------------------------------- predictions
+
+
+def course_schedule() -> Schedule:
+    """Betas from 1e-4 to 0.02 in T = 300 steps; the course's t = 0 (clean), 1, ..., T are -1, 0, ..., T - 1 here."""
+    return linear(T, 1e-4, 0.02)
+
+
+def dropped(
+    model: nn.Module, labels: Tensor, generator: torch.Generator, probability: float = DROPOUT
+) -> Tensor | None:
+    """Classes (B,) as a network gets them in training: one-hot (B, 10), some rows zero; None if it takes no class."""
+    if not getattr(model, "module", model).config.num_classes:  # .module: within DistributedDataParallel
+        return None
+    keep = torch.rand(len(labels), 1, generator=generator, device=labels.device) >= probability
+    return one_hot(labels) * keep
+
+
+def as_model(unet: UNet) -> Model:
+    """A network with classes as a model of `guidance.py`, whose prompts are classes: (B, 1, 10)."""
+    return lambda x, time, prompt_embeds: (unet(x, time, prompt_embeds[:, 0]), None)
+
+
+def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Answer:
+    """The network, waiting only for x and its time.  labels: (B,), guided towards; None for no class."""
+    if not unet.config.num_classes:
+        return lambda x, time: (unet(x, time), None)
+    nothing = torch.zeros(1, 1, CLASSES)
+    classes = nothing if labels is None else one_hot(labels)[:, None]
+    return guided(as_model(unet), classes, nothing, 1.0 if labels is None else guidance_scale)
+
+
+def prediction(answer: Answer) -> Prediction:
+    """For `sampling.denoise`: the network's time is (t + 1) / T, the course's t / T."""
+    return lambda x_t, t: answer(x_t, (t + 1) / T)
+
+
+def velocity(answer: Answer) -> Velocity:
+    """For `flow.solve`."""
+    return lambda x, time: answer(x, time)[0]
+
+
+def walk(
+    answer: Answer, generators: Sequence[torch.Generator], device: torch.device, steps: int, sampler: str
+) -> Iterator[Tensor]:
+    """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on. Estimates are not clipped.
+
+    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it; dormand-prince chooses its own steps.
+    """
+    x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
+    if sampler in STEPS:
+        yield x
+        times, step = respaced(steps, T), STEPS[sampler]
+        for state in denoise(prediction(answer), x, times, course_schedule(), generators, step=step):
+            yield state.x_prev
+    elif sampler == "dormand-prince":
+        yield x
+        yield flow.dormand_prince(velocity(answer), x)[0]
+    else:
+        yield from flow.walk(velocity(answer), x, flow.grid(steps), sampler)
+
+
+def last(states: Iterator[Tensor], on_step: Callable[[], object] = lambda: None) -> Tensor:
+    """The end of a walk, on the CPU.  on_step() is called after every step."""
+    x = next(states)
+    for state in states:
+        on_step()
+        x = state
+    return x.cpu()
+
+
+def scale_of(guidance_scale: float | None, unet: UNet, where: object = "this network") -> float | None:
+    """The guidance scale to draw with: GUIDANCE_SCALE by default, None if the network takes no class.
+
+    Raises ValueError if there is nothing to guide.
+    """
+    if unet.config.num_classes:
+        return GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    if guidance_scale is not None:
+        raise ValueError(f"{where} takes no digit, so there is nothing to guide; leave out --guidance-scale")
+    return None
+
+
+def at_once(device: torch.device) -> int:
+    """How many digits are best drawn together: few on a CPU, where the activations of many fit no cache."""
+    return 50 if device.type == "cpu" else 250
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def save_strip(
+    rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
+) -> None:
+    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit.
+
+    What is not a number is drawn grey, with a warning: no training shall end over a figure.
+    """
+    bad = sum(int((~row.isfinite()).flatten(1).any(1).sum()) for row in rows)
+    if bad:
+        warnings.warn(f"{bad} of the digits in {path} hold values that are not finite", stacklevel=2)
+    texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
+    images.save(images.sheet([_scaled(row) for row in rows], texts, title), path, metadata)
+
+
+def save_animation(states: Iterator[Tensor], path: Path) -> None:
+    """A walk as a GIF of at most 31 images, five digits in a row, from the noise to the result, on which it rests."""
+    *way, end = states
+    frames = [*way[:: -(-len(way) // 30)], end]
+    rows = [[_scaled(row) for row in x.split(5)] for x in frames]
+    pages = [images.sheet(page, [[""] * len(row) for row in page]) for page in rows]
+    images.save_gif(pages + [pages[-1]] * 10, path)
+
+
+def save_samples(
+    x: Tensor, kind: str, guidance_scale: float | None, epoch: int, out: Path, metadata: dict
+) -> None:
+    """Samples (B, 1, 28, 28) of an epoch, ten in a row, as OUT/samples/epoch-NN.png."""
+    rows, path = x.split(CLASSES), out / "samples" / f"epoch-{epoch:02d}.png"
+    how = "no class" if guidance_scale is None else f"guidance {guidance_scale:g}"
+    save_strip(rows, [""] * len(rows), f"{kind} after epoch {epoch}, {how}", path, metadata)
+
+
+def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) -> None:
+    """The digits 0 to 9 at several scales, the same noise in each, as OUT/guidance.png.  draw(scale) makes them."""
+    scales = (0.0, 1.0, 5.0, 10.0)
+    save_strip([draw(s) for s in scales], [f"scale {s:g}" for s in scales],
+               "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", metadata)  # fmt: skip
+
+
+def _scaled(row: Tensor) -> list[Tensor]:
+    """[0, 1] to the [-1, 1] of images.py; what is not a number becomes grey."""
+    return list((2 * row.cpu() - 1).nan_to_num(nan=0.0))
