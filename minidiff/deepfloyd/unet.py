@@ -115,19 +115,24 @@ class UNetConfig:
             raise ValueError(
                 "unet/config.json: block_out_channels, layers_per_block, down_block_types differ in length"
             )
-        widths = known["block_out_channels"]
-        attended = [c for c, kind in zip(widths, known["down_block_types"]) if WITH_ATTENTION[kind]]
-        for c in [*attended, widths[-1]]:  # the middle attends too
-            if c % known.get("attention_head_dim", 64):
-                raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
         made = cls(**known)
-        if made.encoder_hid_dim % made.addition_embed_type_num_heads:
-            heads = f"{made.addition_embed_type_num_heads} heads of addition_embed_type_num_heads"
-            raise ValueError(f"unet/config.json: encoder_hid_dim {made.encoder_hid_dim} does not split into {heads}")
-        for key, largest in (("sample_size", 1024), ("layers_per_block", (100,) * len(levels)), ("norm_eps", 1)):
-            if getattr(made, key) > largest:
-                raise ValueError(f"unet/config.json: {key} is {getattr(made, key)!r}, but at most {largest} is built")
+        made.check_sizes()
         return made
+
+    def check_sizes(self) -> None:
+        """Raises ValueError if heads do not divide widths, or a number is larger than any image or network needs."""
+        levels = zip(self.block_out_channels, self.down_block_types)
+        for c in [*(c for c, kind in levels if WITH_ATTENTION[kind]), self.block_out_channels[-1]]:  # the last: middle
+            if c % self.attention_head_dim:
+                raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
+        if self.encoder_hid_dim % self.addition_embed_type_num_heads:
+            heads = f"{self.addition_embed_type_num_heads} heads of addition_embed_type_num_heads"
+            raise ValueError(f"unet/config.json: encoder_hid_dim {self.encoder_hid_dim} does not split into {heads}")
+        layers = max(self.layers_per_block)
+        for key, value, limit in (("sample_size", self.sample_size, 1024), ("layers_per_block", layers, 100),
+                                 ("norm_eps", self.norm_eps, 1)):  # fmt: skip
+            if value > limit:
+                raise ValueError(f"unet/config.json: {key} is {value}, but at most {limit} is built")
 
     @property
     def time_dim(self) -> int:
