@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -112,6 +113,16 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
     return device
+
+
+def settings(args: argparse.Namespace, name: str) -> dict[str, object]:
+    """What goes into the image's metadata: the command, its version and every flag that was given."""
+    try:
+        number = version("minidiff")
+    except PackageNotFoundError:  # run from the folder, not installed
+        number = "(not installed)"
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    return {"Software": f"minidiff {number}", "command": f"python -m minidiff.{name}", **flags}
 
 
 def cost() -> str:

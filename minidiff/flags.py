@@ -6,7 +6,6 @@ Read `cascade.py` first. Next: `generate.py`, the first command that draws.
 import argparse
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -208,32 +207,26 @@ def inputs_shown(
     return [original, (2 * region - 1).expand_as(original), hole], ["original", "mask", "hole"]
 
 
-def settings(args: argparse.Namespace, name: str, cascade: Cascade | None = None) -> dict[str, object]:
-    """What goes into the image's metadata: the command, its version and every flag, as it was used.
+def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str, object]:
+    """What goes into the image's metadata: `cli.settings`, with the settings that the cascade really used.
 
     Of several --steps or scales that were compared, all; of a stage that there is not, nothing.
     """
-    used = {key: value for key, value in vars(args).items() if value is not None}
-    if cascade is not None:
-        stages = [("", cascade.settings[0])] * (args.model != "none")
-        stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
-        for prefix, stage in stages:
-            for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
-                is_compared = isinstance(used.get(prefix + key), list) and len(used[prefix + key]) > 1
-                used |= {} if is_compared else {prefix + key: value}
-        used["sampler"] = stages[0][1].sampler
-        used |= {} if cascade.has_upper else {"stage2": "none"}
-        used = {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}
-    try:
-        number = version("minidiff")
-    except PackageNotFoundError:  # run from the folder, not installed
-        number = "(not installed)"
-    return {"Software": f"minidiff {number}", "command": f"python -m minidiff.{name}", **used}
+    used = cli.settings(args, name)
+    stages = [("", cascade.settings[0])] * (args.model != "none")
+    stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
+    for prefix, stage in stages:
+        for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
+            is_compared = isinstance(used.get(prefix + key), list) and len(used[prefix + key]) > 1
+            used |= {} if is_compared else {prefix + key: value}
+    used["sampler"] = stages[0][1].sampler
+    used |= {} if cascade.has_upper else {"stage2": "none"}
+    return {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}
 
 
 def finish(
     args: argparse.Namespace, name: str, results: Sequence[Tensor], rows: list[list[Tensor]], labels: list[list[str]],
-    title: str, cascade: Cascade | None = None,
+    title: str, cascade: Cascade,
 ) -> None:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 

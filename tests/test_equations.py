@@ -750,7 +750,7 @@ def test_progressive_distillation_sec4_weight():
     zeros, t = torch.zeros(1, 3, 8, 8), torch.tensor([700])
     random = {"noise": zeros, "t": t}
     bound = ddpm.bound(COSINE, zeros, zeros, t, answer[:, :3], answer[:, 3:])
-    found = model(zeros, torch.zeros(1, 1), torch.zeros(1, 1), random, torch.float32) - bound
+    found = model(zeros, torch.zeros(1, 1), torch.zeros(1, 1), random) - bound
     assert found.item() == pytest.approx((snr + 1) * error_of_x_start**2, rel=1e-4)
     assert found.item() == pytest.approx(e**2 / alpha_bar, rel=1e-4)
 

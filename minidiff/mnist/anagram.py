@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import images, views
-from minidiff.cli import Clock, command, device_of, file_path, finite, settings
+from minidiff.cli import command, cost, device_of, file_path, finite, settings
 from minidiff.factorized import Part, averaged, factorized
 from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES, one_hot
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.steps, args.num_images = 4, 5
     images.check_output(args.out)
-    clock, device, turned = Clock(), device_of(args.device), checked_views(args)
+    device, turned = device_of(args.device), checked_views(args)
     unet, judge_of = load(args, device)
     both = answer(unet, args.digits, turned, args.guidance_scale)
     plain = models.guided_unet(unet, torch.tensor(args.digits[:1]), args.guidance_scale)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = [[name] + [""] * (len(row) - 1) for name, row in zip(names, rows)]
     title = f"{int(good.sum())} of {len(x)} succeed in the judge's eyes"
     models.save_strip(rows, labels, title, args.out, settings(args, "mnist.anagram"))
-    print(f"wrote {args.out}   ({clock})")
+    print(f"wrote {args.out}   ({cost()})")
 
 
 def checked_views(args: argparse.Namespace) -> list[views.View]:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minidiff import training
-from minidiff.cli import Clock, command, file_path
+from minidiff.cli import command, cost, file_path
 from minidiff.mnist import models, trainer
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.trainer import Plan, Preset, say
@@ -173,7 +173,7 @@ def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train the judge, and keep with it what `score` compares with."""
-    clock, (digits, test) = Clock(), trainer.digits(args, device)
+    digits, test = trainer.digits(args, device)
     torch.manual_seed(args.seed)
     judge, plan = Judge().to(device), trainer.plan_of(args, PRESETS[args.preset].plan)
     config = {"kind": "judge", "dataset": args.dataset}
@@ -187,7 +187,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                  {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
     say(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
         + ", ".join(f"{value:.3f} for {n}" for n, value in distances.items()))  # fmt: skip
-    say(f"wrote {args.out}   ({clock})")
+    say(f"wrote {args.out}   ({cost()})")
 
 
 def score(path: Path, folder: Path) -> None:

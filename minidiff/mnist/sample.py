@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from minidiff import checkpoint, flow, images
 from minidiff.checkpoint import WeightsError, read_config
-from minidiff.cli import Clock, command, device_of, file_path, finite, settings, stopped_between_steps
+from minidiff.cli import command, cost, device_of, file_path, finite, settings, stopped_between_steps
 from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.models import FLOW_STEPS, SAMPLERS, T
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.check_output(args.out)
     if args.tensors:
         images.check_output(args.tensors, (".safetensors",))
-    judging, device, clock = judge.load(args.judge), device_of(args.device), Clock()
+    judging, device = judge.load(args.judge), device_of(args.device)
     digits = parse_digits(args.digits or "0-9")
     labels = torch.tensor(digits).repeat(args.num_images * len(args.seed))
     first = args.seed[0]
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = [word for word in rows[0].words() if all(word in row.words() for row in rows)]
     from_seeds = f"seeds {first} to {first + len(labels) - 1}" if len(args.seed) == 1 else f"seeds {args.seed}"
     models.save_strip(tens, texts, ", ".join([*common, from_seeds]), args.out, settings(args, "mnist.sample"))
-    print(f"wrote {args.out}   ({clock})")
+    print(f"wrote {args.out}   ({cost()})")
 
 
 if __name__ == "__main__":

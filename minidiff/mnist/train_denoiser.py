@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import training
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import command, cost, settings
 from minidiff.mnist import data, levels, trainer
 from minidiff.mnist.data import FIGURE, Digits, generator
 from minidiff.mnist.models import save_strip
@@ -132,7 +132,7 @@ def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Dig
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train, draw after every epoch, and draw the figures of the end."""
-    preset, clock, sigma = PRESETS[args.preset], Clock(), None if args.pure_noise else SIGMA
+    preset, sigma = PRESETS[args.preset], None if args.pure_noise else SIGMA
     plan, model = trainer.plan_of(args, preset.plan), trainer.network(args, "denoiser", preset.unet, device)
     train, test = trainer.digits(args, device)
     about, samples = settings(args, "mnist.train_denoiser"), test.of_each_class(4 if args.four else 1)
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             return
     say("drawing the figures of the end")  # minutes, on a slow machine
     save_figures(model, sigma, train, test, args.out, about)
-    say(f"wrote {args.out}   ({clock})")
+    say(f"wrote {args.out}   ({cost()})")
 
 
 @command

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import ddpm, training
-from minidiff.cli import Clock, command, settings
+from minidiff.cli import command, cost, settings
 from minidiff.mnist import levels, models, trainer
 from minidiff.mnist.data import CLASSES, Digits
 from minidiff.mnist.models import DROPOUT, T, course_schedule, dropped
@@ -80,7 +80,7 @@ def cleaned(
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train, draw on the way, and draw the figures of the end."""
-    preset, clock, schedule = PRESETS[args.preset], Clock(), course_schedule()
+    preset, schedule = PRESETS[args.preset], course_schedule()
     plan, model = trainer.plan_of(args, preset.plan), trainer.network(args, "ddpm", preset.unet, device)
     has_classes, scale = bool(model.config.num_classes), models.scale_of(args.guidance_scale, model)
     train, test = trainer.digits(args, device)
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                    test.of_each_class(1), (4, 8) if args.quick else (60, 120, 200))  # fmt: skip
     title = "Noisy test digits, cleaned by the rest of the walk"
     models.save_strip(*rows, title, args.out / "cleaned.png", about)
-    say(f"wrote {args.out}   ({clock})")
+    say(f"wrote {args.out}   ({cost()})")
 
 
 @command

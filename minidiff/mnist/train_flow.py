@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import checkpoint, flow, training
-from minidiff.cli import Clock, command, file_path, settings
+from minidiff.cli import command, cost, file_path, settings
 from minidiff.flow import Velocity
 from minidiff.mnist import data, levels, models, trainer
 from minidiff.mnist.data import CLASSES, Digits, generator
@@ -198,7 +198,7 @@ def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train, draw on the way, and draw the figures of the end."""
-    preset, clock, teacher = PRESETS[args.preset], Clock(), teacher_of(args, device)
+    preset, teacher = PRESETS[args.preset], teacher_of(args, device)
     plan, learner = trainer.plan_of(args, preset.plan), None if args.figures else copy.deepcopy(teacher)
     model = learner or trainer.network(args, "flow", preset.unet, device)
     scale, (steps, count) = models.scale_of(args.guidance_scale, model), (3, 1) if args.quick else (FLOW_STEPS, 4)
@@ -220,7 +220,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     both = {"this model": model} if teacher is None else {"the teacher": teacher, "this model": model}
     x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(seeds)).to(device)
     save_comparisons(both, labels, x_0, scale, steps, args.out, about)
-    say(f"wrote {args.out}   ({clock})")
+    say(f"wrote {args.out}   ({cost()})")
 
 
 def fit(
