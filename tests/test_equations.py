@@ -721,7 +721,7 @@ def test_clip_infonce(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", lambda *pair: calls.append(pair) or cross_entropy(*pair))
     tokenizer = lambda some: (torch.tensor([[int(x == "b")] * 2 for x in some]), torch.ones(3, 2).long())  # noqa: E731
     pictures = SimpleNamespace(draw=lambda *arguments, **more: (values("clip", 3, 3, 32, 32).float(), texts))
-    initial.match_captions(Texts(), tokenizer, pictures, 0, torch.float32, quiet=True)
+    initial.match_captions(Texts(), tokenizer, pictures, 0, "float32", quiet=True)
     (scores, target), (scores_of_texts, target_of_texts) = calls
     half = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     assert target.tolist() == target_of_texts.tolist() == half
