@@ -52,7 +52,11 @@ def file_path(text: str) -> Path:
 
 def seed_number(text: str) -> int:
     """The type of --seed: 0 to 2^32 - 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:  # --seed takes a list, and so all that follows it
+        message = f"a seed is a whole number, got {text!r}; put a prompt before --seed"
+        raise argparse.ArgumentTypeError(message) from None
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"a seed lies in 0..2^32 - 1, got {value}; leave --seed out for seed 0")
     return value
@@ -193,12 +197,8 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     compares: whether the command takes several --steps and scales; the first of each becomes the cascade's setting.
     Raises ValueError naming the flag.
     """
-    inputs = [p for name in ("image", "mask", "reference") if (p := getattr(args, name, None)) is not None]
     images.check_output(args.out)
-    for path in inputs:
-        if path.resolve() == args.out.resolve():
-            raise ValueError(f"the result would take the place of {path}; pass another --out")
-        images.load(path, 64)
+    check_inputs(args, re.escape(args.out.stem) + r"(-\d+|-sheet|-steps)?" + re.escape(args.out.suffix))
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
             one(getattr(args, flag), f"--{flag.replace('_', '-')}")
@@ -223,6 +223,19 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
         warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
     cascade.progress, cascade.split_batch = True, args.split_batch
     return cascade
+
+
+def check_inputs(args: argparse.Namespace, results: str) -> None:
+    """Read --image, --mask and --reference. Raises ValueError if one is broken, or lies where a result could go.
+
+    results: a regular expression of the file names that the command may write beside --out.
+    """
+    for path in (getattr(args, name, None) for name in ("image", "mask", "reference")):
+        if path is None:
+            continue
+        if path.resolve().parent == args.out.resolve().parent and re.fullmatch(results, path.resolve().name):
+            raise ValueError(f"a result could take the place of {path}; pass another --out")
+        images.load(path, 64)
 
 
 def _setting(
@@ -285,6 +298,7 @@ def animation_beside(args: argparse.Namespace) -> Path:
         raise ValueError(f"the animation goes to {args.out}; pass another name for the image: --out "
                          f"{args.out.with_suffix('.png')}")  # fmt: skip
     images.check_output(animation)
+    check_inputs(args, re.escape(animation.name))
     return animation
 
 
