@@ -99,9 +99,9 @@ def test_the_metadata_are_the_settings_really_used(cascade, tmp_path):
     assert settings_of(out) == {"steps": "4", "guidance_scale": "3.0", "sampler": "ddpm", "stage2": "none"}
     make(cascade, tmp_path / "s.png", "--guidance-scale", 1, 3, stage2=False)
     assert settings_of(tmp_path / "s-0.png")["guidance_scale"] == "[1.0, 3.0]"
-    upscale.main([str(out), PROMPT, "--model", two, "--text-model", one, "--steps", "2",
+    upscale.main([str(out), PROMPT, "--model", two, "--text-model", one, "--steps", "9", "--quick",
                   "--out", str(tmp_path / "u.png")])  # fmt: skip
-    assert settings_of(tmp_path / "u.png") == {"stage2": two, "stage2_steps": "2", "stage2_guidance_scale": "4.0",
+    assert settings_of(tmp_path / "u.png") == {"stage2": two, "stage2_steps": "4", "stage2_guidance_scale": "4.0",
                                                "sampler": "ddpm", "noise_level": "250"}  # fmt: skip
 
 
