@@ -231,13 +231,13 @@ def test_inpaint_shows_the_hole_and_every_method(cascade, photo, tmp_path, sheet
 
 def test_anagram_shows_every_view_of_one_image_and_an_animation(cascade, tmp_path, sheets):
     run(anagram.main, cascade, tmp_path / "a.png", PROMPT, "a dog", "a photo", "--view", "identity", "rotate_cw",
-        "negate", "--quick")  # fmt: skip
+        "negate", "--quick", stage2=False)  # fmt: skip
     (row,), (labels,) = sheets[0]
     assert labels[1] == "rotate_cw: a dog, seed 0"
     assert torch.equal(row[1], row[0].rot90(-1, (-2, -1))) and torch.equal(row[2], -row[0])
     assert (images.load(tmp_path / "a.png")[0] - row[0]).abs().max() < 1 / 255 + 1e-6
     with Image.open(tmp_path / "a.gif") as animation:
-        assert animation.n_frames > 20 and animation.size == (384, 384)
+        assert animation.n_frames > 20 and animation.width == animation.height
 
 
 @pytest.mark.parametrize("name", ["rotate_180", "flip", "jigsaw", "skew", "square_hinge", "negate"])
