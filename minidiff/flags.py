@@ -4,6 +4,7 @@ Read `cascade.py` first. Next: `generate.py`, the first command that draws.
 """
 
 import argparse
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,11 @@ NEUTRAL = "a high quality photo"  # what to say of any image, in the course and 
 
 def seed_number(text: str) -> int:
     """The type of --seed: 0 to 2^32 - 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:  # --seed takes a list, and so all that follows it
+        message = f"a seed is a whole number, got {text!r}; put a prompt before --seed"
+        raise argparse.ArgumentTypeError(message) from None
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"a seed lies in 0..2^32 - 1, got {value}; leave --seed out for seed 0")
     return value
@@ -93,13 +98,9 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     compares: whether the command takes several --steps and scales; the first of each becomes the cascade's setting.
     Raises ValueError naming the flag.
     """
-    inputs = [p for name in ("image", "mask", "reference") if (p := getattr(args, name, None)) is not None]
-    outputs = images.output_paths(args.out, 2) + [args.out]
     images.check_output(args.out, count=2)
-    for path in inputs:
-        if path.resolve() in [output.resolve() for output in outputs]:
-            raise ValueError(f"the result would take the place of {path}; pass another --out")
-        images.load(path, 64)
+    stem = re.escape(args.out.stem)
+    check_inputs(args, rf"{stem}(-\d+)?{re.escape(args.out.suffix)}|{stem}-(sheet|steps)\.png")
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
             one(getattr(args, flag), f"--{flag.replace('_', '-')}")
@@ -124,6 +125,19 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
         warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
     cascade.progress, cascade.split_batch = True, args.split_batch
     return cascade
+
+
+def check_inputs(args: argparse.Namespace, results: str) -> None:
+    """Read --image, --mask and --reference. Raises ValueError if one is broken, or lies where a result could go.
+
+    results: a regular expression of the file names that the command may write beside --out.
+    """
+    for path in (getattr(args, name, None) for name in ("image", "mask", "reference")):
+        if path is None:
+            continue
+        if path.resolve().parent == args.out.resolve().parent and re.fullmatch(results, path.resolve().name):
+            raise ValueError(f"a result could take the place of {path}; pass another --out")
+        images.load(path, 64)
 
 
 def _setting(
@@ -181,6 +195,7 @@ def animation_beside(args: argparse.Namespace) -> Path:
     if args.out.suffix.lower() == ".gif":
         raise ValueError(f"the animation goes to {args.out}; pass another name for the image: --out "
                          f"{args.out.with_suffix('.png')}")  # fmt: skip
+    check_inputs(args, re.escape(animation.name))
     images.check_output(animation)
     return animation
 

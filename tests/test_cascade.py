@@ -133,6 +133,9 @@ def test_an_image_depends_on_its_seed_only():
     alone = [cascade.draw(parts_of(cascade, f"prompt {i}"), [5 + i], steps=FEW) for i in (0, 1)]
     assert relative_l2(x, torch.cat(alone)) <= 2e-5
     assert torch.equal(cascade.draw(parts_of(cascade, "prompt 0"), seeded([5]), steps=FEW), alone[0])
+    x = cascade.enlarge(LOW_RES, both, [7, 8], steps=FEW)
+    alone = [cascade.enlarge(LOW_RES[i : i + 1], parts_of(cascade, f"prompt {i}"), [7 + i], steps=FEW) for i in (0, 1)]
+    assert relative_l2(x, torch.cat(alone)) <= 2e-5
 
 
 def test_splitting_the_batch_changes_nothing(cascade):
