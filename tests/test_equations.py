@@ -87,11 +87,12 @@ def test_ddpm_sec4_linear_betas():
 def test_iddpm_sec4_respaced():
     """iDDPM Sec. 4: t_k = begin + round(k (n - 1) / (m - 1)). Ten times in two sections of 5: three steps at 0, 2, 4
     and two at 5, 9. 10 / 3 leaves one over, which the first section gets: 0..3, 4..6, 7..9. Three steps in 0..5 fall
-    on 0, 2.5 and 5, and 2.5 rounds to the even 2."""
+    on 0, 2.5 and 5, and 2.5 rounds to the even 2; four in 0..8 on 0, 2.67, 5.33 and 8."""
     assert schedule.respaced("3,2", 10).tolist() == [9, 5, 4, 2, 0]
     assert schedule.respaced("2,1,2", 10).tolist() == [9, 7, 4, 3, 0]
     assert schedule.respaced(4, 10).tolist() == [9, 6, 3, 0]
     assert schedule.respaced(3, 6).tolist() == [5, 2, 0]
+    assert schedule.respaced(4, 9).tolist() == [8, 5, 3, 0]
     assert schedule.respaced(1, 10).tolist() == [9]
 
 
@@ -427,11 +428,14 @@ def test_dormand_prince():
 
 
 def test_rectified_flow_sec22_straightness():
-    """Rectified Flow Sec. 2.2: S = mean |(x_1 - x_0) - v|^2. It is 0 on lines at constant speed. Round a quarter circle
+    """Rectified Flow Sec. 2.2: S = mean |(x_1 - x_0) - v|^2. It is 0 on lines at constant speed. In two steps at the
+    speeds 1 and 3, x_1 - x_0 = 2: the mean of (2 - 1)^2 and (2 - 3)^2 is 1. Round a quarter circle
     v = pi/2 (-sin, cos)(pi t / 2): the mean of |v|^2 is pi^2 / 4, of which the chord's 2 is not counted, for 2 values:
     (pi^2 / 4 - 2) / 2 = 0.2337."""
     x_0, x_1 = values("x_0"), values("x_1")
     assert flow.straightness(lambda x, time: x_1 - x_0, x_0).max() < 1e-12
+    speeds = lambda x, time: (1 + 4 * time).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
+    close(flow.straightness(speeds, column(0.0), steps=2), [1.0])
 
     def circle(x, time):
         angle = math.pi / 2 * time
