@@ -87,11 +87,12 @@ def test_ddpm_sec4_linear_betas():
 def test_iddpm_sec4_respaced():
     """iDDPM Sec. 4: t_k = begin + round(k (n - 1) / (m - 1)). Ten times in two sections of 5: three steps at 0, 2, 4
     and two at 5, 9. 10 / 3 leaves one over, which the first section gets: 0..3, 4..6, 7..9. Three steps in 0..5 fall
-    on 0, 2.5 and 5, and 2.5 rounds to the even 2."""
+    on 0, 2.5 and 5, and 2.5 rounds to the even 2; four in 0..8 on 0, 2.67, 5.33 and 8."""
     assert schedule.respaced("3,2", 10).tolist() == [9, 5, 4, 2, 0]
     assert schedule.respaced("2,1,2", 10).tolist() == [9, 7, 4, 3, 0]
     assert schedule.respaced(4, 10).tolist() == [9, 6, 3, 0]
     assert schedule.respaced(3, 6).tolist() == [5, 2, 0]
+    assert schedule.respaced(4, 9).tolist() == [8, 5, 3, 0]
     assert schedule.respaced(1, 10).tolist() == [9]
 
 
@@ -427,11 +428,14 @@ def test_dormand_prince():
 
 
 def test_rectified_flow_sec22_straightness():
-    """Rectified Flow Sec. 2.2: S = mean |(x_1 - x_0) - v|^2. It is 0 on lines at constant speed. Round a quarter circle
+    """Rectified Flow Sec. 2.2: S = mean |(x_1 - x_0) - v|^2. It is 0 on lines at constant speed. In two steps at the
+    speeds 1 and 3, x_1 - x_0 = 2: the mean of (2 - 1)^2 and (2 - 3)^2 is 1. Round a quarter circle
     v = pi/2 (-sin, cos)(pi t / 2): the mean of |v|^2 is pi^2 / 4, of which the chord's 2 is not counted, for 2 values:
     (pi^2 / 4 - 2) / 2 = 0.2337."""
     x_0, x_1 = values("x_0"), values("x_1")
     assert flow.straightness(lambda x, time: x_1 - x_0, x_0).max() < 1e-12
+    speeds = lambda x, time: (1 + 4 * time).view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
+    close(flow.straightness(speeds, column(0.0), steps=2), [1.0])
 
     def circle(x, time):
         angle = math.pi / 2 * time
@@ -729,16 +733,6 @@ def test_clip_infonce(monkeypatch):
     assert 0 < (scores.abs().max().item()) <= math.exp(2.7) * 1.00001
 
 
-def test_min_snr_sec34_times():
-    """Min-SNR Sec. 3.4: times are drawn in proportion to min(1, 5 / SNR), SNR = alpha_bar / (1 - alpha_bar), but at
-    least 0.4. Of 40,000, those of 0..49 (share 0.4), 170..219 and 500..549 (share 1), to 5 standard errors."""
-    t = train.random_numbers(1, 40_000, 1, COSINE, torch.Generator().manual_seed(0))["t"]
-    share = (5 * (1 - COSINE.alphas_cumprod) / COSINE.alphas_cumprod).clamp(0.4, 1)
-    for start in (0, 170, 500):
-        expected = 40_000 * (share[start : start + 50].sum() / share.sum()).item()
-        assert abs(((t >= start) & (t < start + 50)).sum().item() - expected) < 5 * expected**0.5
-
-
 def test_progressive_distillation_sec4_weight():
     """Progressive Distillation Sec. 4: the loss of x_start weighed by SNR + 1 is the loss of v = sqrt(alpha_bar) eps -
     sqrt(1 - alpha_bar) x_start. An error e in eps is sqrt(1 - alpha_bar) / sqrt(alpha_bar) e in x_start, and
@@ -753,6 +747,31 @@ def test_progressive_distillation_sec4_weight():
     found = model(zeros, torch.zeros(1, 1), torch.zeros(1, 1), random) - bound
     assert found.item() == pytest.approx((snr + 1) * error_of_x_start**2, rel=1e-4)
     assert found.item() == pytest.approx(e**2 / alpha_bar, rel=1e-4)
+
+
+def test_min_snr_sec34_times():
+    """Min-SNR Sec. 3.4: times are drawn in proportion to min(1, 5 / SNR), SNR = alpha_bar / (1 - alpha_bar), but at
+    least 0.4. Of 40,000, those of 0..49 (share 0.4), 170..219 and 500..549 (share 1), to 5 standard errors."""
+    t = train.random_numbers(1, 40_000, 1, COSINE, torch.Generator().manual_seed(0))["t"]
+    share = (5 * (1 - COSINE.alphas_cumprod) / COSINE.alphas_cumprod).clamp(0.4, 1)
+    for start in (0, 170, 500):
+        expected = 40_000 * (share[start : start + 50].sum() / share.sum()).item()
+        assert abs(((t >= start) & (t < start + 50)).sum().item() - expected) < 5 * expected**0.5
+
+
+def test_frechet_distance():
+    """Frechet distance: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)). One dimension: (3 - 1)^2 +
+    (2 - 5)^2 = 13 for deviations 2 and 5. Variances (4, 9) against (1, 1): (2 - 1)^2 + (3 - 1)^2 = 5. Turned by 45
+    degrees, C1 = (2.5, 1.5; 1.5, 2.5) has the variances 4 and 1: against 1 it is 1."""
+    from minidiff.mnist import judge
+
+    def gaussian(mean: list[float], covariance: list[list[float]]) -> tuple[Tensor, Tensor]:
+        return torch.tensor(mean, dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64)
+
+    one = gaussian([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
+    assert judge.frechet(gaussian([3.0], [[4.0]]), gaussian([1.0], [[25.0]])) == pytest.approx(13, abs=1e-10)
+    assert judge.frechet(gaussian([0.0, 1.0], [[4.0, 0.0], [0.0, 9.0]]), one) == pytest.approx(5, abs=1e-10)
+    assert judge.frechet(gaussian([0.0, 1.0], [[2.5, 1.5], [1.5, 2.5]]), one) == pytest.approx(1, abs=1e-10)
 
 
 class Teacher:
@@ -785,21 +804,6 @@ def test_rectified_flow_sec21_reflow():
     close(flow.loss(x_0, exact, student(flow.path(x_0, exact, time), time)), [0.0, 0.0])
     close(flow.solve(student, x_0, flow.grid(1)), exact)
     assert flow.straightness(student, x_0).max() < 1e-12 and flow.straightness(of_gaussian, x_0).min() > 1e-3
-
-
-def test_frechet_distance():
-    """Frechet distance: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)). One dimension: (3 - 1)^2 +
-    (2 - 5)^2 = 13 for deviations 2 and 5. Variances (4, 9) against (1, 1): (2 - 1)^2 + (3 - 1)^2 = 5. Turned by 45
-    degrees, C1 = (2.5, 1.5; 1.5, 2.5) has the variances 4 and 1: against 1 it is 1."""
-    from minidiff.mnist import judge
-
-    def gaussian(mean: list[float], covariance: list[list[float]]) -> tuple[Tensor, Tensor]:
-        return torch.tensor(mean, dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64)
-
-    one = gaussian([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
-    assert judge.frechet(gaussian([3.0], [[4.0]]), gaussian([1.0], [[25.0]])) == pytest.approx(13, abs=1e-10)
-    assert judge.frechet(gaussian([0.0, 1.0], [[4.0, 0.0], [0.0, 9.0]]), one) == pytest.approx(5, abs=1e-10)
-    assert judge.frechet(gaussian([0.0, 1.0], [[2.5, 1.5], [1.5, 2.5]]), one) == pytest.approx(1, abs=1e-10)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
