@@ -8,7 +8,20 @@ import torch
 from PIL import Image
 
 import minidiff.cascade
-from minidiff import anagram, cli, components, denoise, generate, hub, hybrid, images, inpaint, sdedit, upscale, views
+from minidiff import (
+    anagram,
+    cli,
+    components,
+    denoise,
+    generate,
+    hybrid,
+    images,
+    inpaint,
+    sdedit,
+    upscale,
+    views,
+    weights,
+)
 from minidiff.cascade import Cascade, Settings
 from minidiff.factorized import Part
 from minidiff.schedule import squaredcos_cap_v2
@@ -133,7 +146,7 @@ def test_denoise_noises_blurs_and_estimates(small, photo):
     from_noise = Part(*small.encode(PROMPT))
     record = []
     small.draw([from_noise], [7], steps=torch.tensor([300]), image=image, guidance_scale=5.0,
-               through=lambda steps: cli.noted(steps, record))  # fmt: skip
+               through=lambda steps: flags.noted(steps, record))  # fmt: skip
     torch.testing.assert_close(record[0].x_t, each.noisy)
     estimate = (each.noisy - (1 - a).sqrt() * record[0].eps) / a.sqrt()
     torch.testing.assert_close(each.estimate, estimate, rtol=0, atol=1e-4)
@@ -185,7 +198,7 @@ def test_sigma_on_the_steps_sheet_is_the_largest_deviation_of_the_step(small):
     """sqrt(1 - alpha_bar_t / alpha_bar_prev), by hand from the table; 0 for the step to clean."""
     record = []
     small.draw([Part(*small.encode(PROMPT))], [0], steps=torch.tensor([600, 400]),
-               through=lambda steps: cli.noted(steps, record))  # fmt: skip
+               through=lambda steps: flags.noted(steps, record))  # fmt: skip
     rows, labels = generate.steps_sheet(record, SCHEDULE)
     a, b = (SCHEDULE.alphas_cumprod[t].item() for t in (600, 400))
     assert labels[2] == [f"eps / 3, then sigma <= {(1 - a / b) ** 0.5:.2f}", "eps / 3, then sigma <= 0.00"]
@@ -453,7 +466,7 @@ def test_an_animation_that_cannot_be_fails_before_the_work(cascade, tmp_path, ca
 def test_one_model_has_one_name():
     for name, stage, short in (("mini-IF-I", 1, "mini"), ("mini-IF-II", 2, "mini"), ("mini-IF-II", 1, "mini-IF-II"),
                                ("DeepFloyd/IF-I-M-v1.0", 1, "IF-I-M-v1.0"), ("here/mine", 1, "here/mine")):  # fmt: skip
-        assert hub.short_name(name, stage) == short
+        assert weights.short_name(name, stage) == short
 
 
 def test_a_broken_image_is_named(cascade, tmp_path, capsys):
