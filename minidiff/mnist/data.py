@@ -70,8 +70,8 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
     images, labels = (_read(path) for path in paths)
     fits = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1] and labels.numel()
     if not fits or labels.max() >= CLASSES:
-        raise ValueError(f"{paths[0]} of {tuple(images.shape)} and {paths[1]} of {tuple(labels.shape)} are not N "
-                         "digits of 28x28 and N labels 0 to 9; delete both, so that they are downloaded anew")  # fmt: skip
+        raise ValueError(f"{paths[0]} of {tuple(images.shape)} and {paths[1]} of {tuple(labels.shape)} are not "
+                         "N digits of 28x28 and N labels 0 to 9; delete both to download them anew")  # fmt: skip
     return Digits(images[:, None].float() / 255, labels.long())
 
 

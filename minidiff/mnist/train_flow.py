@@ -18,8 +18,8 @@ lines hardly cross, so the paths become straighter, and one or two steps suffice
 before and after, and both straightnesses are printed.
 
 Figures in the folder: samples/ and training/loss.png; at the end solvers.png (Euler, midpoint, Heun and
-Dormand-Prince, with the evaluations of each), sampling.gif and, with the digit, guidance.png. Those of the end can be
-had of any trained network: `--figures weights/mnist/flow`.
+Dormand-Prince, with the evaluations of each), sampling.gif and, with the digit, guidance.png.
+`--figures weights/mnist/flow` draws the figures of the end with a trained network.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
 """
