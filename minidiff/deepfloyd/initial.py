@@ -5,7 +5,7 @@ Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/train.py`
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from minidiff.deepfloyd.pictures import Pictures

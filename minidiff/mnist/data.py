@@ -78,7 +78,8 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
 def _find(root: Path, name: str, first: str, last: str) -> Path | None:
     """A file of the set, wherever it lies, whatever stands between its names: "-" or "."."""
     names = [f"{first}{between}{last}{packed}" for packed in ("", ".gz") for between in "-."]
-    places = (root / name / "raw", root / name, root)
+    of_another = set(root.absolute().parts[-2:]) & (set(DATASETS.values()) - {name})
+    places = (root / name / "raw", root / name, *(() if of_another else (root,)))
     return next((place / file for place in places for file in names if (place / file).is_file()), None)
 
 

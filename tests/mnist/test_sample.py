@@ -14,8 +14,8 @@ from minidiff.mnist import judge, models, sample, train_denoiser
 from minidiff.mnist.data import generator, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import seeded
-from tests.mnist.test_models import net
 from tests.mnist.real import fails
+from tests.mnist.test_models import net
 from tests.mnist.test_trainers import edit_config
 
 CPU = torch.device("cpu")
