@@ -106,7 +106,7 @@ def walk(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") ->
 
 def solve(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -> Tensor:
     """Where the `walk` ends: x at the last time."""
-    return deque(walk(velocity, x, times, method), maxlen=1)[0]
+    return deque(walk(velocity, x, times, method), maxlen=1).pop()
 
 
 def grid(steps: int) -> Tensor:

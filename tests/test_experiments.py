@@ -10,7 +10,6 @@ from PIL import Image
 import minidiff.cascade
 from minidiff import (
     anagram,
-    cli,
     components,
     denoise,
     generate,

@@ -71,7 +71,12 @@ PREVIEW = (
 
 
 class Trainee(nn.Module):
-    """What is optimised: a UNet, and in stage 1 its text encoder. forward is the loss, so that DDP can wrap it."""
+    """What is optimised: a UNet, and in stage 1 its text encoder. forward is the loss, so that DDP can wrap it.
+
+        weight = min(1 / alpha_bar_t, MAX_WEIGHT) on L_simple: SNR + 1 on the error of x_start
+
+    Source: Progressive Distillation Sec. 4.
+    """
 
     def __init__(self, stage: int, unet: UNet, text_encoder: T5Encoder, schedule: Schedule):
         super().__init__()
@@ -125,9 +130,11 @@ def random_numbers(
 ) -> dict[str, Tensor]:
     """Every random choice of one step except the images, drawn on the CPU.
 
-    t is drawn in proportion to min(1, MIN_SNR_GAMMA / SNR(t)), but at least MIN_SHARE: where an image is nearly clean
-    there is less left to learn, yet every walk ends there, and noise that is left there stays in the image. Drawing by
-    a weight is the same in the mean as multiplying the loss by it.
+        P(t) ~ max(MIN_SHARE, min(1, MIN_SNR_GAMMA / SNR_t)),    SNR_t = alpha_bar_t / (1 - alpha_bar_t)
+
+    Where an image is nearly clean there is less left to learn, yet every walk ends there, and noise that is left there
+    stays in the image. Drawing by a weight is the same in the mean as multiplying the loss by it.
+    Source: Min-SNR Sec. 3.4.
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)

@@ -70,15 +70,16 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
     images, labels = (_read(path) for path in paths)
     fits = images.shape[1:] == (28, 28) and labels.shape == images.shape[:1] and labels.numel()
     if not fits or labels.max() >= CLASSES:
-        raise ValueError(f"{paths[0]} of {tuple(images.shape)} and {paths[1]} of {tuple(labels.shape)} are not N "
-                         "digits of 28x28 and N labels 0 to 9; delete both, so that they are downloaded anew")  # fmt: skip
+        raise ValueError(f"{paths[0]} of {tuple(images.shape)} and {paths[1]} of {tuple(labels.shape)} are not "
+                         "N digits of 28x28 and N labels 0 to 9; delete both to download them anew")  # fmt: skip
     return Digits(images[:, None].float() / 255, labels.long())
 
 
 def _find(root: Path, name: str, first: str, last: str) -> Path | None:
     """A file of the set, wherever it lies, whatever stands between its names: "-" or "."."""
     names = [f"{first}{between}{last}{packed}" for packed in ("", ".gz") for between in "-."]
-    places = (root / name / "raw", root / name, root)
+    of_another = set(root.absolute().parts[-2:]) & (set(DATASETS.values()) - {name})
+    places = (root / name / "raw", root / name, *(() if of_another else (root,)))
     return next((place / file for place in places for file in names if (place / file).is_file()), None)
 
 

@@ -1,4 +1,4 @@
-"""A small classifier that judges samples: are they the digits asked for, and as varied as real ones?
+"""A small classifier that judges samples: are they the right digits, and as varied as real ones?
 
     python -m minidiff.mnist.judge train
     python -m minidiff.mnist.judge score out/digits.safetensors

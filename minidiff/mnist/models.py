@@ -160,11 +160,11 @@ def walk(
 
 def last(states: Iterator[Tensor], on_step: Callable[[], object] = lambda: None) -> Tensor:
     """The end of a walk, on the CPU.  on_step() is called after every step."""
-    x = next(states)
+    end = next(states)
     for state in states:
+        end = state
         on_step()
-        x = state
-    return x.cpu()
+    return end.cpu()
 
 
 def scale_of(guidance_scale: float | None, unet: UNet, where: object = "this network") -> float | None:

@@ -11,7 +11,7 @@ fast half precision, and at that higher rate reaches 0.0079 all the same.
 
 Figures in the folder: noising.png, samples/ after every epoch, training/loss.png; at the end out-of-distribution.png:
 the same digits and the same noise at strengths that are new to the network, with the test error beside that of the best
-linear denoiser. (Those of the end of a run that was stopped: `--figures` and its folder.)
+linear denoiser. `--figures FOLDER` draws the figures of the end with the network in FOLDER.
 
 `--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
 made by the same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below

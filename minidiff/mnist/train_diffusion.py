@@ -15,8 +15,8 @@ small beside the noise, and digits come out; the price is a little of the right 
 `better` is larger and trains longer; `small` is for a machine without fast half precision.
 
 Figures in the folder: samples/ and training/loss.png; at the end sampling.gif, cleaned.png (noisy test digits made
-clean by the last part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (no class
-given). Those of the end can be had of any trained network: `--figures weights/mnist/ddpm`.
+clean by the last part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (without
+a class). `--figures weights/mnist/ddpm` draws the figures of the end with a trained network.
 
 Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/trainer.py` first. Next: `mnist/train_flow.py`.
 Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes dropped with probability 0.1.

@@ -18,8 +18,8 @@ lines hardly cross, so the paths become straighter, and one or two steps suffice
 before and after, and both straightnesses are printed.
 
 Figures in the folder: samples/ and training/loss.png; at the end solvers.png (Euler, midpoint, Heun and
-Dormand-Prince, with the evaluations of each), sampling.gif and, with the digit, guidance.png. Those of the end can be
-had of any trained network: `--figures weights/mnist/flow`.
+Dormand-Prince, with the evaluations of each), sampling.gif and, with the digit, guidance.png.
+`--figures weights/mnist/flow` draws the figures of the end with a trained network.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
 """
@@ -76,6 +76,8 @@ def matching(model: nn.Module, batch: Digits, generator: torch.Generator) -> Ten
 
 def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits:
     """Digits of the teacher in channel 0, the noises x_0 they came from in channel 1, and their classes.
+
+        (x_0, x_1),    x_1 = x_0 + integral from 0 to 1 of velocity(x_t, t) dt, by the teacher
 
     labels: (B,).  x_0: (B, 1, 28, 28). Paths of one velocity field never cross, so neither, nearly, do the lines from
     start to end.

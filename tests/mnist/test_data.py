@@ -88,8 +88,20 @@ def test_the_inner_folder_is_recognised(folder, digits, deep, offline, monkeypat
     assert torch.equal(data.load(f"{folder}/{deep}").images, digits.images[:400])
     monkeypatch.chdir(folder / "MNIST")
     assert torch.equal(data.load("raw").images, digits.images[:400]) and len(data.load(".")) == 400
-    with pytest.raises(ValueError, match="no FashionMNIST in"):
-        data.load(folder, "fashion")
+    for wrong in (folder, folder / deep):  # the digits are not taken for clothes
+        with pytest.raises(ValueError, match="no FashionMNIST in"):
+            data.load(wrong, "fashion")
+
+
+@pytest.mark.parametrize("deep", ["", "MNIST", "MNIST/raw"])
+def test_a_download_goes_where_the_files_are_looked_for(tmp_path, monkeypatch, deep):
+    import torchvision.datasets
+
+    roots = []
+    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda root, download: roots.append(root) or 1 / 0)
+    with pytest.raises(ValueError, match="none to be had"):
+        data.load(tmp_path / deep)
+    assert roots == [str(tmp_path)]
 
 
 def test_broken_and_unequal_files_are_named_and_no_other_is_to_be_deleted(folder, tmp_path, offline):

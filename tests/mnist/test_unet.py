@@ -149,5 +149,5 @@ def test_bad_input_is_told():
         small()(x, time)
     with pytest.raises(ValueError, match="modulate must be one of add, mul, got 'film'"):
         UNetConfig(4, time=True, modulate="film")
-    with pytest.raises(ValueError, match="a network with classes needs the time, too; set time=True"):
+    with pytest.raises(ValueError, match="a network with classes needs the time, too"):
         UNetConfig(4, num_classes=10)
