@@ -29,7 +29,7 @@ def cascade():
 
 
 def draw(cascade, **options):
-    """Stage 1 with the random numbers of seed 5 itself, as recorded: an edit moves to a stream, so we begin before it."""
+    """Stage 1 with the random numbers of seed 5 itself, as recorded: an edit moves on to a stream, from one before."""
     is_edit = {"image", "keep"} & set(options)
     generators = other_stream(seeded([5]), -EDIT_SMALL if is_edit else 0)
     return cascade.draw([Part(*cascade.encode("prompt 0"))], generators, **options)
@@ -111,7 +111,8 @@ def test_the_known_region_has_random_numbers_of_its_stream(cascade):
     known = noised(IMAGE, 900, SCHEDULE, [generator])  # the walk of one step: kept at its start, then after it
     inputs = []
     hook = cascade.stage(1).unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    cascade.draw([Part(*cascade.encode("prompt 0"))], [5], steps=torch.tensor([900]), keep=editing.renoise(IMAGE, ZEROS))
+    parts, keep = [Part(*cascade.encode("prompt 0"))], editing.renoise(IMAGE, ZEROS)
+    cascade.draw(parts, [5], steps=torch.tensor([900]), keep=keep)
     hook.remove()
     assert torch.equal(inputs[0][:1], known)
 
