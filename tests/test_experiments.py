@@ -12,6 +12,7 @@ from minidiff import (
     anagram,
     components,
     denoise,
+    flags,
     generate,
     hybrid,
     images,
@@ -106,9 +107,9 @@ def test_a_mask_of_everything_changes_nothing(small, photo):
 def test_components_of_one_prompt_are_plain_generation(small):
     parts = [Part(*small.encode(PROMPT))]
     plain, other = small.draw(parts, [4]), small.draw(parts, [5])
-    for kind, prompts, weights in (("frequency", 2, None), ("triple", 3, None), ("color", 2, None), ("motion", 2, None),
+    for kind, prompts, shares in (("frequency", 2, None), ("triple", 3, None), ("color", 2, None), ("motion", 2, None),
                                    ("scale", 2, [1.5, -0.5])):  # fmt: skip
-        x, _ = hybrid.hybrid(small, [PROMPT] * prompts, kind, [4], weights=weights)
+        x, _ = hybrid.hybrid(small, [PROMPT] * prompts, kind, [4], weights=shares)
         same(x, plain, other)
 
 
@@ -414,10 +415,10 @@ def test_images_are_read_before_the_prompt_is_encoded(cascade, photo, tmp_path, 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "much"])
 def test_numbers_that_are_none(photo, capsys, value):
-    for main, flags in ((generate.main, ["a", "--guidance-scale", value]), (sdedit.main, [photo, "--feather", value]),
+    for main, extra in ((generate.main, ["a", "--guidance-scale", value]), (sdedit.main, [photo, "--feather", value]),
                         (hybrid.main, ["a", "b", "--sigma", value]), (denoise.main, [photo, "--blur-sigma", value]),
                         (upscale.main, [photo, "--guidance-scale", value])):  # fmt: skip
-        assert f"invalid finite value: '{value}'" in fails(capsys, main, *flags)
+        assert f"invalid finite value: '{value}'" in fails(capsys, main, *extra)
 
 
 def test_an_image_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, photo, tmp_path, capsys):
@@ -426,9 +427,9 @@ def test_an_image_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, p
     message = fails(capsys, sdedit.main, photo, PROMPT, *model, "--out", photo)
     assert "a result could take the place of" in message and photo.read_bytes() == before
     Image.new("L", (90, 70)).save(tmp_path / "p-1.png")
-    for name, flags in (("photo-0.png", []), ("p.png", ["--mask", tmp_path / "p-1.png"])):  # where an image would go
+    for name, extra in (("photo-0.png", []), ("p.png", ["--mask", tmp_path / "p-1.png"])):  # where an image would go
         photo.with_name("photo-0.png").write_bytes(before)
-        argv = [photo.with_name("photo-0.png"), PROMPT, *flags, *model]
+        argv = [photo.with_name("photo-0.png"), PROMPT, *extra, *model]
         message = fails(capsys, sdedit.main, *argv, "--out", tmp_path / name.replace("-0", ""))
         assert "a result could take the place of" in message
     moving = tmp_path / "moving.gif"  # where the animation would go

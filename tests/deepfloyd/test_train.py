@@ -119,9 +119,9 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch, capsys):
     assert a["step"] == b["step"] == 7 and losses(whole) == losses(parts)
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
     assert b["optimizer"]["param_groups"][0]["lr"] == train.learning_rate(6, 7, 5e-4)  # of the last step
-    for flag, text in (("--lr", "lr 0.0005, not 0.1"), ("--seed", "seed 0, not 3"), ("--size", "size 64, not 32")):
-        value = text.split()[-1]
-        assert f"checkpoint.pt is of a run with {text}; pass" in fails(capsys, 1, pictures, parts, 7, flag, value)
+    for flag, words in (("--lr", "lr 0.0005, not 0.1"), ("--seed", "seed 0, not 3"), ("--size", "size 64, not 32")):
+        value = words.split()[-1]
+        assert f"checkpoint.pt is of a run with {words}; pass" in fails(capsys, 1, pictures, parts, 7, flag, value)
 
 
 def test_regression_the_losses_of_the_first_steps(pictures, tmp_path, monkeypatch):
