@@ -3,12 +3,10 @@
     python -m tests.benchmarks unet IF-I-M --dtype float32 --batch 2     one forward, random weights at released size
     python -m tests.benchmarks t5 --layers 24                            T5-XXL streamed from a random file
     python -m tests.benchmarks digits --hidden 128                       training the denoiser against the plain loop
-    python -m tests.benchmarks picture                                   the README's picture, cold, in its own process
+    python -m tests.benchmarks image                                     the README's image, cold, in its own process
 
 Weights are random, so only time and memory mean anything. Run on an idle machine; compare only numbers of one run.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -22,15 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from minidiff import checkpoint
+from minidiff import checkpoint, training
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.unet import UNet, UNetConfig
-from minidiff.mnist import training
-from minidiff.mnist.data import Digits
-from minidiff.mnist.train_denoiser import Denoising
-from minidiff.mnist.training import Plan
 from minidiff.mnist.unet import UNet as UNetOfDigits
 from minidiff.mnist.unet import UNetConfig as UNetConfigOfDigits
 from tests.deepfloyd.test_unet import RELEASED
@@ -94,36 +87,33 @@ def t5(layers: int) -> None:
         subprocess.run([sys.executable, "-c", script, folder], check=True)
 
 
-def digits(hidden: int, batch: int) -> None:
-    """Pictures a second of `mnist.training` and of the plain loop in float32, in turns, and the share of a conv's."""
+def digits(hidden: int, batch: int, steps: int = 8) -> None:
+    """Images a second of `training.run` and of the plain loop in float32, in turns."""
     images = torch.rand(batch, 1, 28, 28)
-    both = {"plain": UNetOfDigits(UNetConfigOfDigits(hidden)).train(), "ours": UNetOfDigits(UNetConfigOfDigits(hidden))}
-    optimizer = torch.optim.Adam(both["plain"].parameters(), lr=1e-4)
+
+    def loss(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(network(x + 0.5 * torch.randn_like(x)), x)
 
     def plain() -> None:
-        loss = F.mse_loss(both["plain"](images + 0.5 * torch.randn_like(images)), images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
+        network = UNetOfDigits(UNetConfigOfDigits(hidden)).train()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            value = loss(network, images)
+            value.backward()
+            optimizer.step()
+            value.item()
 
-    with FlopCounterMode(display=False) as counter:
-        plain()
-    with tempfile.TemporaryDirectory() as folder:
-        some = Digits(images, torch.zeros(batch, dtype=torch.int64))
-        run = training.Run(both["ours"], Denoising(0.5), some, some, Plan(1, batch, 1e-4), Path(folder) / "run")
-        both["ours"].train()
-        steps = {"plain": plain, "ours": lambda: run.one_step(some, 0).item()}
-        found = {name: min(times) for name, times in in_turns(steps).items()}
-    x = torch.rand(batch, hidden, 28, 28, dtype=run.dtype)
-    weight = torch.rand(hidden, hidden, 3, 3, dtype=run.dtype)
-    layouts = [(x.to(memory_format=m), weight.to(memory_format=m)) for m in training.LAYOUTS.values()]
-    times = in_turns({str(i): lambda xw=xw: F.conv2d(*xw, padding=1) for i, xw in enumerate(layouts)})
-    best = 2 * 9 * hidden * x.numel() / min(t for ts in times.values() for t in ts)
-    share, speeds = counter.get_total_flops() / found["ours"] / best, {k: batch / t for k, t in found.items()}
-    print(f"D = {hidden}, batch {batch}: plain {speeds['plain']:.1f}, ours {speeds['ours']:.1f} pictures/s, "
-          f"ratio {speeds['ours'] / speeds['plain']:.2f}; "
-          f"{share:.0%} of a lone convolution's {best / 1e9:.0f} GFLOP/s")  # fmt: skip
+    def ours() -> None:
+        network, plan = UNetOfDigits(UNetConfigOfDigits(hidden)), training.Plan(steps, steps, lambda step: 1e-4)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in training.run(network, loss, lambda step: images, optimizer, plan, Path(folder) / "run", {}):
+                pass
+
+    best = {name: batch * steps / min(times) for name, times in in_turns({"plain": plain, "ours": ours}).items()}
+    print(f"D = {hidden}, batch {batch}: plain {best['plain']:.1f}, ours {best['ours']:.1f} images/s, "
+          f"ratio {best['ours'] / best['plain']:.2f}")  # fmt: skip
 
 
 def in_turns(jobs: dict[str, Callable[[], object]], repetitions: int = 4) -> dict[str, list[float]]:
@@ -138,7 +128,7 @@ def in_turns(jobs: dict[str, Callable[[], object]], repetitions: int = 4) -> dic
     return found
 
 
-def picture() -> None:
+def image() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "minidiff.generate", "a snowy mountain village", "--out", f"{folder}/p.png"]
         start = time.perf_counter()
@@ -157,7 +147,7 @@ def main() -> None:
     two = parts.add_parser("digits")
     two.add_argument("--hidden", type=int, default=128)
     two.add_argument("--batch", type=int, default=256)
-    parts.add_parser("picture")
+    parts.add_parser("image")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if args.part == "unet":
@@ -167,7 +157,7 @@ def main() -> None:
     elif args.part == "digits":
         digits(args.hidden, args.batch)
     else:
-        picture()
+        image()
 
 
 if __name__ == "__main__":

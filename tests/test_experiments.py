@@ -435,10 +435,10 @@ def test_an_image_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, p
     moving = tmp_path / "moving.gif"  # where the animation would go
     Image.open(photo).save(moving)
     before = moving.read_bytes()
-    for main, flags in ((anagram.main, ["--image", moving, "--box", 16, 16, 48, 48]),
+    for main, extra in ((anagram.main, ["--image", moving, "--box", 16, 16, 48, 48]),
                         (hybrid.main, ["--reference", moving])):  # fmt: skip
         texts = ["a"] if main is hybrid.main else ["a", "b"]
-        message = fails(capsys, main, *texts, *flags, *model, "--out", moving.with_suffix(".png"))
+        message = fails(capsys, main, *texts, *extra, *model, "--out", moving.with_suffix(".png"))
         assert "a result could take the place of" in message and moving.read_bytes() == before
     Image.new("L", (128, 64), 255).save(tmp_path / "wide.png")
     message = fails(capsys, inpaint.main, photo, tmp_path / "wide.png", PROMPT, *model, "--out", tmp_path / "o.png")
