@@ -70,7 +70,7 @@ def listing(vocabulary: Mapping) -> str:
         nouns.setdefault(noun, []).extend([kind] if kind else [])
     grouped = [f"{noun} ({', '.join(kinds)})" if kinds else noun for noun, kinds in sorted(nouns.items())]
     lines = ["things", *_columns(vocabulary["things"])]
-    for kind in ("people", "attributes", "places", "scenes", "styles"):
+    for kind in filter(vocabulary.get, ("people", "attributes", "places", "scenes", "styles")):
         text = f"{kind}: " + ", ".join(grouped if kind == "attributes" else vocabulary[kind])
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
