@@ -21,6 +21,7 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from minidiff import checkpoint, cli, ddpm, images, training
 from minidiff.cascade import Cascade
-from minidiff.deepfloyd import stages
+from minidiff.deepfloyd import stages, vocabulary
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
@@ -239,6 +240,13 @@ def tokenizer_of(args: argparse.Namespace, pictures: Pictures) -> Tokenizer:
     return Tokenizer(spiece)
 
 
+def write_vocabulary(captions: Path, out: Path) -> None:
+    """out/vocabulary.json from a packed set whose rows name "kind", "concept" and "style"; nothing from any other."""
+    rows = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else []
+    if rows and all({"kind", "concept", "style"} <= row.keys() for row in rows):
+        vocabulary.write(rows, out / "vocabulary.json")
+
+
 def first_weights(args: argparse.Namespace, tokenizer: Tokenizer, pictures: Pictures, device: torch.device) -> Trainee:
     """The networks as a run begins with them: of --start-from, or new, with a text encoder that matches captions."""
     torch.manual_seed(args.seed)
@@ -270,6 +278,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size")}
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, pictures)
+    if args.stage == 1 and training.rank() == 0:
+        write_vocabulary(args.pictures / "captions.json", args.out)
     model = first_weights(args, tokenizer, pictures, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,

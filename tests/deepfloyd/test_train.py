@@ -17,12 +17,12 @@ from PIL import Image
 
 from minidiff import charts, images, training, weights
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, stages, text, train
+from minidiff.deepfloyd import initial, stages, text, train, vocabulary
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
-from minidiff.schedule import respaced, squaredcos_cap_v2
+from minidiff.schedule import squaredcos_cap_v2
 from tests.tiny import CONFIGS, T5
 
 PREVIEW = train.preview
@@ -76,7 +76,6 @@ def state(out):
 
 def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "preview", PREVIEW)
-    monkeypatch.setattr(train, "respaced", lambda _: respaced(2))
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, pictures, one, 3)
     run(2, pictures, two, 4, "--text-encoder", str(one))
@@ -352,3 +351,16 @@ def test_bad_input_is_told(tmp_path, pictures, capsys):
     (pictures / "red.txt").write_text("")
     assert "red.txt holds no caption; write one a line" in fails(capsys, 1, pictures, tmp_path / "one", 4)
     assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, pictures, tmp_path / "two", 4)
+
+
+def test_the_vocabulary_of_a_packed_set_is_written_beside_the_weights(tmp_path):
+    """A set without kinds, and a folder of files, have none."""
+    row = {"kind": "sprite", "concept": "dog", "style": "noto", "captions": ["an emoji of a dog"]}
+    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
+    (tmp_path / "captions.json").write_text(json.dumps([row, {"captions": ["a cat"]}]))
+    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
+    assert not (tmp_path / "vocabulary.json").exists()
+    (tmp_path / "captions.json").write_text(json.dumps([row]))
+    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
+    known = vocabulary.read(tmp_path)
+    assert known["things"] == ["dog"] and {"emoji", "dog"} <= set(known["words"])
