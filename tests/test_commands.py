@@ -235,7 +235,7 @@ def test_weights_readme_names_every_file_with_its_size_and_sha256():
     rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
     on_disk = {
         p.relative_to(weights.WEIGHTS).as_posix(): p
-        for name in (*weights.MINI.values(), "mnist")
+        for name in (*weights.MINI.values(), "mnist", "judge")
         for p in (weights.WEIGHTS / name).rglob("*")
         if p.is_file() and "training" not in p.parts
     }
