@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -393,3 +394,14 @@ def test_ctrl_c_while_a_command_starts_leaves_no_traceback(tmp_path):
         assert run.stdout.readline() == "importing\n"
         run.send_signal(signal.SIGINT)
         assert run.wait(20) == 130 and run.stderr.read() == ""
+
+
+def test_the_seconds_of_a_command_include_its_imports():
+    """A process that sleeps before it imports anything: the sleep is in the seconds, too (where the system tells)."""
+    code = "import time; time.sleep(1.5); from minidiff import cli; print(cli.seconds_of_process(), cli.cost())"
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, printed = float(run.stdout.split()[0]), float(run.stdout.split()[1])
+    assert printed == pytest.approx(seconds, abs=0.3)
+    if Path("/proc/self/stat").is_file():
+        assert 1.5 < seconds < time.perf_counter() - start + 0.2

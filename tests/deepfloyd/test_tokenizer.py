@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.deepfloyd.tokenizer import EOS, MAX_TOKENS, PAD, Tokenizer, clean
+from minidiff.deepfloyd.tokenizer import EOS, MAX_TOKENS, PAD, UNKNOWN, Tokenizer, clean
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -44,6 +44,16 @@ def test_a_long_prompt_keeps_its_end_mark_and_the_warning_shows_the_lost_words(t
     with pytest.warns(UserWarning, match=r"IF reads 76 and an end mark; lost: '.*volcano volcano'"):
         ids, mask = tokenizer([" ".join(words)])
     assert ids.shape == (1, MAX_TOKENS) and ids[0, -1] == EOS and mask.all()
+
+
+def test_a_prompt_of_unknown_pieces_is_named(tokenizer):
+    """Chinese is in no piece of the reference tokenizer: the ids are the mark of the unknown, and a warning says so."""
+    with pytest.warns(UserWarning, match="the tokenizer has no piece for .*中文"):
+        ids = tokenizer.encode("中文")
+    assert UNKNOWN in ids and ids[-1] == EOS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert UNKNOWN not in tokenizer.encode("a castle")
 
 
 def test_a_missing_or_wrong_file_is_told(tmp_path):
