@@ -425,6 +425,7 @@ def test_a_wheel_has_every_package_and_every_embedded_file():
     assert set(settings["packages"]) == packages | {"minidiff.weights_data"}
     folder = root / settings["package-dir"]["minidiff.weights_data"]
     packed = {p for pattern in settings["package-data"]["minidiff.weights_data"] for p in folder.glob(pattern)}
-    kept = [p for name in ("judge", "mini-IF-I", "mini-IF-II", "mnist") for p in (folder / name).rglob("*") if p.is_file()]
+    names = ("judge", "mini-IF-I", "mini-IF-II", "mnist")
+    kept = [p for name in names for p in (folder / name).rglob("*") if p.is_file()]
     assert packed == {folder / "NOTICE", folder / "README.md", *(p for p in kept if "training" not in p.parts)}
     assert weights.WEIGHTS == folder
