@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results += list(small if large is None else large)
         labels += [f"{method}, seed {seed}" for seed in seeds]
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
-    title = f"{args.image.name}: {args.prompt}   [{', '.join(args.method)}]"
+    title = f"{args.image.name}: {args.prompt or '(empty prompt)'}   [{', '.join(args.method)}]"
     flags.finish(args, "inpaint", results, [[*inputs, *results]], [[*names, *labels]], title, cascade)
 
 
@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"{words[0]} is an image, but --mask or --box says where to paint already; leave one out")
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
-    args.prompt = words[0] if words else flags.NEUTRAL
+    args.prompt = words[0] if words else flags.neutral_prompt(args.model)
     del args.words
     return args
 

@@ -56,17 +56,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [x for row in rows for x in row]
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
     rows, labels = [[*row, *inputs] for row in rows], [[*row, *names] for row in labels]
-    flags.finish(args, "sdedit", results, rows, labels, f"{args.image.name}: {args.prompt}", cascade)
+    title = f"{args.image.name}: {args.prompt or '(empty prompt)'}"
+    flags.finish(args, "sdedit", results, rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/sdedit.png")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what the image becomes (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", help="what the image becomes (default: a high quality photo; mini: nothing)")
     p.add_argument("--i-start", type=int, nargs="+", help=f"where on the steps to begin (default {STARTS})")
     flags.add_edit_flags(p, image=False)
     flags.add_cascade_flags(p, steps="course", stage2="none")
-    return p.parse_intermixed_args(argv)
+    args = p.parse_intermixed_args(argv)
+    args.prompt = flags.neutral_prompt(args.model) if args.prompt is None else args.prompt
+    return args
 
 
 if __name__ == "__main__":

@@ -482,3 +482,11 @@ def test_the_linter_as_a_command(capsys):
         assert exit_info.value.code == status
     printed = capsys.readouterr().out
     assert "good: linear, orthogonal" in printed and "bad: noise of strength 1 becomes 1.49" in printed
+
+
+def test_without_a_prompt_mini_hears_nothing_and_others_the_courses_neutral_one(photo):
+    """The embedded model has never seen a photo, and would take the word for one that it knows."""
+    for parse in (sdedit._parse, denoise._parse):
+        assert parse([str(photo)]).prompt == "" and parse([str(photo), "a dog"]).prompt == "a dog"
+        assert parse([str(photo), "--model", "IF-I-M-v1.0"]).prompt == "a high quality photo"
+    assert inpaint._parse([str(photo), "--box", "0", "0", "9", "9"]).prompt == ""
