@@ -116,12 +116,18 @@ def device_of(name: str) -> torch.device:
 
 
 def settings(args: argparse.Namespace, name: str) -> dict[str, object]:
-    """What goes into the image's metadata: the command, its version and every flag that was given."""
+    """What goes into the image's metadata: the command, its version and every flag that was given.
+
+    A list of one is written as what is in it: seed 5, prompt "a castle".
+    """
     try:
         number = version("minidiff")
     except PackageNotFoundError:  # run from the folder, not installed
         number = "(not installed)"
-    flags = {key: value for key, value in vars(args).items() if value is not None}
+    flags = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    flags = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in flags.items()}
+    if isinstance(flags.get("prompts"), str):
+        flags["prompt"] = flags.pop("prompts")
     return {"Software": f"minidiff {number}", "command": f"python -m minidiff.{name}", **flags}
 
 

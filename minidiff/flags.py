@@ -237,8 +237,8 @@ def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str,
     stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
     for prefix, stage in stages:
         for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
-            is_compared = isinstance(used.get(prefix + key), list) and len(used[prefix + key]) > 1
-            used |= {} if is_compared else {prefix + key: value}
+            if not isinstance(used.get(prefix + key), list):
+                used[prefix + key] = value
     used["sampler"] = stages[0][1].sampler
     used |= {} if cascade.has_upper else {"stage2": "none"}
     return {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}

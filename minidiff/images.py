@@ -127,7 +127,8 @@ def to_pil(x: Tensor) -> Image.Image:
 def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
     """An image file as Pillow reads it, turned upright, and the text in it."""
     if re.match("https?:/", str(path)):
-        raise ValueError(f"{path} is a web address; download it first and pass the file")
+        address = re.sub("^(https?):/+", r"\1://", str(path))  # a Path has one slash
+        raise ValueError(f"{address} is a web address; download it first and pass the file")
     try:
         with open(os.path.expanduser(path), "rb") as stream, Image.open(stream) as file:
             scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile else None

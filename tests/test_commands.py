@@ -79,7 +79,7 @@ def test_generate_writes_the_bare_image_a_sheet_and_its_settings(cascade, tmp_pa
         assert sheet.width > 2 * 256
     for name in ("g.png", "g-sheet.png"):
         written = images.read_metadata(tmp_path / name)
-        assert written["prompts"] == f"['{PROMPT}']" and written["seed"] == "[5]" and written["sampler"] == "ddim"
+        assert written["prompt"] == PROMPT and written["seed"] == "5" and written["sampler"] == "ddim"
         assert written["Software"].startswith("minidiff ") and written["command"] == "python -m minidiff.generate"
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'g.png'}\nwrote {tmp_path / 'g-sheet.png'}\n" in printed
@@ -195,7 +195,7 @@ def test_a_long_prompt_warns_and_still_makes_an_image(cascade, tmp_path, capsys)
 def test_names_that_are_no_unicode_are_written_down_readably(cascade, tmp_path):
     """A file name of bytes that are no UTF-8, as Linux allows, reaches Python as lone surrogates."""
     make(cascade, tmp_path / "g.png", prompt=b"caf\xe9".decode("utf-8", "surrogateescape"), stage2=False)
-    assert images.read_metadata(tmp_path / "g.png")["prompts"] == r"['caf\udce9']"
+    assert images.read_metadata(tmp_path / "g.png")["prompt"] == r"caf\udce9"
 
 
 def test_upscale_takes_any_image(cascade, tmp_path, capsys):

@@ -182,7 +182,6 @@ def test_a_judge_that_lacks_a_part_is_refused(trained, tmp_path, lost):
         judge.read(tmp_path)
 
 
-@pytest.mark.skipif(not judge.EMBEDDED.is_dir(), reason="no judge is embedded yet")
 def test_the_embedded_judge_understands_all_prompts():
     _, config = judge.read(judge.EMBEDDED)
     assert None not in [expected(prompt, config["names"], config["phrases"]) for prompt in judge.PROMPTS]
