@@ -47,10 +47,10 @@ def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stag
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
-                   + f"{steps or 'the measured best of the model'})")  # fmt: skip
+                   + f"{steps or 'mini 27, others 100'})")  # fmt: skip
     if stage2 is not None:
         p.add_argument("--stage2", default=stage2, help="likewise, auto (fits --model) or none (default %(default)s)")
-        p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: the measured best of the model)")
+        p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: mini 20, others 50)")
         p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 5, others 7)")
@@ -84,13 +84,6 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     return args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
 
 
-def one(values: Sequence | None, flag: str, default: object = None) -> object:
-    """The value of a flag that only generate takes several of. Raises ValueError if there are more."""
-    if values and len(values) > 1:
-        raise ValueError(f"this command takes one {flag}; minidiff.generate compares several")
-    return values[0] if values else default
-
-
 def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade:
     """The cascade of the flags, checked but not yet read; --out can be written and every number is possible.
 
@@ -102,7 +95,8 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     check_inputs(args, rf"{stem}(-\d+)?{re.escape(args.out.suffix)}|{stem}-(sheet|steps)\.png")
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
-            one(getattr(args, flag), f"--{flag.replace('_', '-')}")
+            if len(getattr(args, flag) or []) > 1:
+                raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
     upper_steps = args.stage2_steps
     if args.quick:
         args.steps = upper_steps = [str(QUICK_STEPS)]
