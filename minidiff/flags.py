@@ -96,7 +96,8 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
             if len(getattr(args, flag) or []) > 1:
-                raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
+                name = flag.replace("_", "-")
+                raise ValueError(f"this command takes one --{name}; minidiff.generate compares several")
     upper_steps = args.stage2_steps
     if args.quick:
         args.steps = upper_steps = [str(QUICK_STEPS)]
