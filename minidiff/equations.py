@@ -4,8 +4,10 @@
     python -m minidiff.equations "DDPM Eq. 7"       one equation in full, with the arithmetic of its test
 
 A docstring gives its formula indented under its first sentence, and the tag either behind "Source:" or at the end of
-the formula's own line. The table is read from these docstrings, from tests/test_equations.py and from walkthrough.md;
-where the last two are not installed, it has three columns. Next: `schedule.py`, where the equations begin.
+the formula's own line. The table is read from these docstrings, from tests/test_equations.py and from the chapters in
+walkthrough/; where the last two are not installed, it has three columns.
+
+Next: `schedule.py`, where the equations begin.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import NamedTuple
 import minidiff
 
 HERE = Path(__file__).parent
-TESTS, WALKTHROUGH = HERE.parent / "tests" / "test_equations.py", HERE.parent / "walkthrough.md"
+TESTS, WALKTHROUGH = HERE.parent / "tests" / "test_equations.py", HERE.parent / "walkthrough"
 KEYS = (
     "Attention Is All You Need", "CLIP", "DDIM", "DDPM", "DPM-Solver++", "Dormand-Prince", "FFJORD", "FM",
     "Factorized Diffusion", "FiLM", "Frechet distance", "GEGLU", "GLIDE", "Imagen", "Min-SNR", "Neural ODE",
@@ -102,9 +104,9 @@ def _test_of(tag: str, name: str, tests: list[tuple[list[str], str, str, set[str
 
 
 def _chapters() -> list[tuple[str, str]]:
-    """(number, text) of the walkthrough's chapters."""
-    text = WALKTHROUGH.read_text(encoding="utf-8") if WALKTHROUGH.is_file() else ""
-    return re.findall(r"^## (\d+)\.(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    """(number, text) of the walkthrough's chapters: walkthrough/02-walk.md is chapter 2."""
+    paths = sorted(WALKTHROUGH.glob("[0-9][0-9]-*.md"))
+    return [(str(int(path.name[:2])), path.read_text(encoding="utf-8")) for path in paths]
 
 
 def _chapter_of(tag: str, chapters: list[tuple[str, str]]) -> str:
@@ -146,7 +148,7 @@ def in_full(tag: str) -> str:
         raise ValueError(f"no equation {tag!r}; choose from {known}")
     parts = []
     for row in found:
-        chapter = f"    walkthrough.md, chapter {row.chapter}" if row.chapter.isdigit() else ""
+        chapter = f"    walkthrough, chapter {row.chapter}" if row.chapter.isdigit() else ""
         parts += [f"{row.tag}    minidiff/{row.home}{chapter}", row.docstring]
         parts += [f"tests/test_equations.py::{row.test}", row.worked] if row.test else []
     return "\n\n".join(dict.fromkeys(parts))

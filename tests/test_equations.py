@@ -842,7 +842,7 @@ def test_the_command_prints_the_table_or_one_equation():
     lines = run().stdout.splitlines()
     assert lines[0].split() == ["tag", "formula", "home", "test", "chapter"] and len(lines) == len(ROWS) + 1
     one = run("ddpm eq. 7").stdout
-    assert one.startswith("DDPM Eq. 7    minidiff/ddpm.py::posterior_mean    walkthrough.md, chapter ")
+    assert one.startswith("DDPM Eq. 7    minidiff/ddpm.py::posterior_mean    walkthrough, chapter ")
     for part in ("posterior_variance", "test_ddpm_eq7_posterior_mean", "0.28 / 0.64 * 0.5 = 0.21875"):
         assert part in one
     wrong = run("DDPM Eq. 99")
@@ -860,7 +860,7 @@ def test_it_imports_no_library_and_needs_neither_tests_nor_walkthrough(monkeypat
     code = "import sys, minidiff.equations; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
     monkeypatch.setattr(equations, "TESTS", ROOT / "none.py")
-    monkeypatch.setattr(equations, "WALKTHROUGH", ROOT / "none.md")
+    monkeypatch.setattr(equations, "WALKTHROUGH", ROOT / "none")
     head, *body = equations.table()
     assert head == ["tag", "formula", "home"] and len(body) == len(ROWS) and all(all(cells) for cells in body)
     assert "0.28 / 0.64" not in equations.in_full("DDPM Eq. 7")

@@ -10,7 +10,7 @@ Presets: `time` and `class` are the course's. Their learning rate falls, because
 is: at a constant 0.01 the weights would go on jumping about the place they have found. `no-scheduler` is `class`
 without that: half the rate from the start, and half as many epochs again to make up for it. `better` is the course's
 larger network, 50 epochs, without the digit, at 0.01 in place of the course's 0.05, with which a small network learns
-worse (walkthrough.md, chapter 12). `small` is for a machine without fast half precision. All draw from the same noise,
+worse (walkthrough, chapter 16). `small` is for a machine without fast half precision. All draw from the same noise,
 so that `sample --model` can lay any two side by side.
 
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those

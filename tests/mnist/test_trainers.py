@@ -391,7 +391,7 @@ def test_the_presets_are_the_courses():
             assert (unet.hidden, unet.time, unet.num_classes) == (64, True, classes)
     assert flows["time"].unet.modulate == "mul" and diffusion["time"].unet.modulate == "add"
     assert flows["no-scheduler"].plan == Plan(15, 64, 5e-3) and flows["no-scheduler"].unet == flows["class"].unet
-    assert flows["better"].plan == Plan(50, 64, 1e-2, 0.1)  # the course's 0.05 is worse: walkthrough, chapter 12
+    assert flows["better"].plan == Plan(50, 64, 1e-2, 0.1)  # the course's 0.05 is worse: walkthrough, chapter 16
     assert flows["better"].unet == UNetConfig(128, time=True, modulate="mul")
     betas = 1 - models.course_schedule().alphas_cumprod[1:] / models.course_schedule().alphas_cumprod[:-1]
     torch.testing.assert_close(betas, torch.linspace(1e-4, 0.02, 300, dtype=torch.float64)[1:])
