@@ -300,6 +300,22 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
         assert abs(found - expected) < 5 * (expected / high) ** 0.5
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(12, 3), (2, 1), (40, 5)])
+def test_captions_are_matched_for_a_quarter_of_the_steps(pictures, tmp_path, monkeypatch, steps, expected):
+    """At least once, and never more often than CONTRASTIVE_STEPS, here 5."""
+    drawn, draw = [], Pictures.draw
+
+    def counted(self, batch_size, generator, **options):
+        drawn.append(options)
+        return draw(self, batch_size, generator, **options)
+
+    monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 5)
+    monkeypatch.setattr(Pictures, "draw", counted)
+    monkeypatch.setattr(training, "run", lambda *_, **__: [])  # no diffusion
+    run(1, pictures, tmp_path / "one", steps)
+    assert drawn == [{"dropout": 0}] * expected
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eps_begins_as_x_t_at_unit_variance(stage):
     """Also with a tint a hundred times smaller than the noise."""
