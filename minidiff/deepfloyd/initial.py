@@ -73,23 +73,25 @@ def image_encoder(dim: int) -> nn.Sequential:
 
 
 def match_captions(
-    text_encoder: T5Encoder, tokenizer: Tokenizer, pictures: Pictures, seed: int, dtype: str, quiet: bool
-) -> float:
+    text_encoder: T5Encoder, tokenizer: Tokenizer, pictures: Pictures, seed: int, dtype: str, quiet: bool,
+    longest: int = CONTRASTIVE_STEPS,
+) -> float:  # fmt: skip
     """Teach the text encoder which caption belongs to which image, before any diffusion.
 
         L = cross entropy of softmax(s <text_i, image_j>) both ways,   s learned,   vectors of length 1
 
     The text vector is the mean state of the real tokens. An encoder that starts like this makes a prompt worth about
-    twice as much after the same number of images. Returns the share of images that find their caption in the last
-    batches.    Source: CLIP (arXiv 2103.00020) Sec. 2.3, InfoNCE.
+    twice as much after the same number of images. It takes CONTRASTIVE_STEPS steps, or `longest` if that is fewer.
+    Returns the share of images that find their caption in the last batches.
+    Source: CLIP (arXiv 2103.00020) Sec. 2.3, InfoNCE.
     """
     device = text_encoder.shared.weight.device
     images, text_head = image_encoder(192).to(device), nn.Linear(text_encoder.config.d_model, 192).to(device)
     scale = nn.Parameter(torch.tensor(2.7, device=device))
     parameters = [*text_encoder.parameters(), *images.parameters(), *text_head.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    found: list[float] = []
-    for step in tqdm(range(CONTRASTIVE_STEPS), desc="captions", disable=quiet, mininterval=5):
+    steps, found = min(CONTRASTIVE_STEPS, longest), []
+    for step in tqdm(range(steps), desc="captions", disable=quiet, mininterval=5):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1024 + 1023)
         x_start, texts = pictures.draw(CONTRASTIVE_BATCH, generator, dropout=0)
         x_start = F.avg_pool2d(x_start, x_start.shape[-1] // 32).to(device)
@@ -107,7 +109,7 @@ def match_captions(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50, (CONTRASTIVE_STEPS - step) / (CONTRASTIVE_STEPS / 3))
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50, (steps - step) / (steps / 3))
         optimizer.step()
         found.append(same.gather(1, scores.argmax(1, keepdim=True)).mean().item())
     last = found[-20:]

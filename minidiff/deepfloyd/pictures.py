@@ -61,7 +61,8 @@ class Pictures:
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
         candidates = self.held or list(range(len(self.captions)))
-        spread = [candidates[i * len(candidates) // HELD_OUT] for i in range(min(HELD_OUT, len(candidates)))]
+        count = min(HELD_OUT, len(candidates))
+        spread = [candidates[i * len(candidates) // count] for i in range(count)]
         return self._take(spread), [self.captions[i][0] for i in spread]
 
     def _take(self, picks: list[int]) -> Tensor:

@@ -266,7 +266,8 @@ def first_weights(args: argparse.Namespace, tokenizer: Tokenizer, pictures: Pict
             load_into(t5, checkpoint.Checkpoint(args.start_from, "text_encoder", torch.float32))
     elif args.stage == 1 and not (args.out / "training" / "checkpoint.pt").is_file():
         dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
-        share = match_captions(t5, tokenizer, pictures, args.seed, dtype, training.rank() > 0)
+        quiet, longest = training.rank() > 0, max(1, args.steps // 4)
+        share = match_captions(t5, tokenizer, pictures, args.seed, dtype, quiet, longest)
         if training.rank() == 0:
             tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
     return model.to(device)

@@ -235,6 +235,15 @@ def test_held_out_rows_are_never_drawn(tmp_path):
     assert pictures.draw(50, torch.Generator().manual_seed(0))[0].eq(1).all()
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(3, [0, 1, 2]), (300, [i * 300 // 128 for i in range(128)])])
+def test_held_out_images_are_spread_over_all_that_are_held_out(tmp_path, rows, expected):
+    """All of them where there are fewer than 128, in their order: once each."""
+    np.save(tmp_path / "images_64.npy", np.zeros((rows, 64, 64, 3), np.uint8))
+    captions = [{"captions": [str(i)], "split": "val"} for i in range(rows)]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    assert Pictures(tmp_path, 64).held_out()[1] == [str(i) for i in expected]
+
+
 def test_the_stage_2_crop_lines_up_with_its_low_resolution_picture():
     """At noise level 0 the crop of the enlarged small picture is the crop of the picture, up to blur."""
     ramp = torch.linspace(-1, 1, 256).view(1, 1, 1, 256).expand(2, 3, 256, 256).contiguous()
@@ -289,6 +298,22 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
         expected = (5 * (1 - alphas) / alphas).clamp(0.4, 1).mean()
         found = ((t >= start) & (t < start + 50)).float().sum() / high
         assert abs(found - expected) < 5 * (expected / high) ** 0.5
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(12, 3), (2, 1), (40, 5)])
+def test_captions_are_matched_for_a_quarter_of_the_steps(pictures, tmp_path, monkeypatch, steps, expected):
+    """At least once, and never more often than CONTRASTIVE_STEPS, here 5."""
+    drawn, draw = [], Pictures.draw
+
+    def counted(self, batch_size, generator, **options):
+        drawn.append(options)
+        return draw(self, batch_size, generator, **options)
+
+    monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 5)
+    monkeypatch.setattr(Pictures, "draw", counted)
+    monkeypatch.setattr(training, "run", lambda *_, **__: [])  # no diffusion
+    run(1, pictures, tmp_path / "one", steps)
+    assert drawn == [{"dropout": 0}] * expected
 
 
 @pytest.mark.parametrize("stage", [1, 2])
