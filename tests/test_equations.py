@@ -834,6 +834,14 @@ def test_the_tests_stand_in_the_order_of_the_rows():
     assert [own.index(f"def {test}(") for test in used] == sorted(own.index(f"def {test}(") for test in used)
 
 
+def test_the_chapter_of_a_tag_is_the_first_that_names_it(tmp_path, monkeypatch):
+    for name, text in (("03-x.md", "DDPM Eq. 14"), ("12-y.md", "DDPM Eq. 14, DDPM Eq. 4"), ("course.md", "DDPM Eq. 2")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(equations, "WALKTHROUGH", tmp_path)
+    chapters = {row.tag: row.chapter for row in equations.rows()}
+    assert [chapters[f"DDPM Eq. {n}"] for n in (14, 4, 2)] == ["3", "12", "-"]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "minidiff.equations", *arguments], capture_output=True, text=True)
 
