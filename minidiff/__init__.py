@@ -10,6 +10,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     guidance.py              classifier-free guidance and dynamic thresholding
     toy.py                   denoisers with a known answer, to test everything else against
     flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
+    notation.py              alpha-bar, sigma, time; eps, v, score, velocity: from one notation to another
 
     views.py                 turning and shuffling images, and what makes a view a good one
     components.py            parts of an image: near and far, grey and colour
