@@ -193,7 +193,8 @@ def test_the_cells_of_the_notebook_run(monkeypatch, few_calls):
             shown = run("".join(cell["source"]), namespace)
             sheets += isinstance(shown, Image.Image) and shown.width > 200
     assert sheets == 8
-    assert namespace["walked"].shape == (1, 3, 64, 64) and [s.t for s in namespace["record"][::5]] == [690, 540, 390, 240, 90]
+    assert namespace["walked"].shape == (1, 3, 64, 64)
+    assert [step.t for step in namespace["record"][::5]] == [690, 540, 390, 240, 90]
 
 
 def test_one_line_of_the_notebook_names_the_model():
