@@ -105,7 +105,7 @@ def v_of(eps: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
 
         v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_start
 
-    Source: Salimans and Ho, arXiv 2202.00512v2, section 4.
+    Source: Progressive Distillation Sec. 4.
     """
     return _cast(alpha_bar.sqrt(), eps) * eps - _cast((1 - alpha_bar).sqrt(), eps) * x_start
 

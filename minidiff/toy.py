@@ -6,7 +6,7 @@ possible eps follows from Bayes. A mixture with one component per "prompt" adds 
 (all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); a point in the plane
 is (B, 2, 1, 1).
 
-Next: `views.py`, the first of the experiments' mathematics; or straight on to `deepfloyd/tokenizer.py`.
+Next: `flow.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from minidiff import components, ddpm, editing, equations, factorized, flow, guidance, schedule, solvers
+from minidiff import components, ddpm, editing, equations, factorized, flow, guidance, notation, schedule, solvers
 from minidiff.cascade import Cascade, Settings
 from minidiff.deepfloyd import initial, t5, train, unet
 from minidiff.deepfloyd.stages import Stage, upsample
@@ -462,6 +462,15 @@ def test_neural_ode_likelihood():
     x_1 = MEAN + 1.5 * STD * values("likelihood", 20, 1, 2, 3)
     expected = -0.5 * ((x_1 - MEAN) / STD).square().flatten(1).sum(1) - 6 * math.log(STD * math.sqrt(2 * math.pi))
     close(flow.log_likelihood(of_gaussian, x_1, flow.grid(200)), expected, rtol=0, atol=1e-3)
+
+
+# --- notation.py -----------------------------------------------------------------------------------------------------
+
+
+def test_progressive_distillation_sec4_v():
+    """Progressive Distillation Sec. 4: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_start. With alpha_bar 0.64,
+    eps -2 and x_start 0.5: 0.8 * (-2) - 0.6 * 0.5 = -1.9."""
+    close(notation.v_of(column(-2.0), column(0.5), column(0.64)), column(-1.9))
 
 
 # --- components.py, factorized.py, editing.py -------------------------------------------------------------------------
