@@ -88,21 +88,20 @@ def run(
     Raises ValueError as `previous`, if the checkpoint is of another network or the folder cannot be written, and
     FloatingPointError where a loss, a gradient or a weight is not finite; the checkpoint stays as it was.
     """
-    device, levels = next(model.parameters()).device, levels or {}
     state = _begin(model, optimizer, plan, folder, settings, dtype)
     parallel = DistributedDataParallel(model) if world() > 1 else model
     recent, start = [], time.perf_counter()
     bar = tqdm(total=plan.steps, initial=state["step"], disable=rank() > 0, mininterval=5, leave=False)
     with stopped_between_steps() as stopped, bar:
         while True:
-            step, stop = state["step"], _anyone(stopped(), device)
+            step, stop = state["step"], _anyone(stopped(), model)
             end = stop or step == plan.steps
             if end or step % plan.save_every == 0:
                 recent += _read_losses(state, plan, folder)
                 if rank() == 0:
                     trained = _averaged(model, state["ema"])
                     value = held_out() if held_out is not None and step else None
-                    _save(trained, optimizer, state, plan, folder, value, levels)
+                    _save(trained, optimizer, state, plan, folder, value, levels or {})
                     if step or end:
                         mean, speed = sum(recent) / max(len(recent), 1), len(recent) / (time.perf_counter() - start)
                         yield Record(step, plan.steps, mean if recent else math.nan, value, speed, state["dtype"], stop)
@@ -203,11 +202,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def _anyone(stopped: bool, device: torch.device) -> bool:
+def _anyone(stopped: bool, model: nn.Module) -> bool:
     """Has Ctrl-C reached any process? All must stop after the same step."""
     if world() == 1:
         return stopped
-    flag = torch.tensor(float(stopped), device=device)
+    flag = torch.tensor(float(stopped), device=next(model.parameters()).device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
 

@@ -327,7 +327,7 @@ def test_the_cache_needs_no_network(answers):
 def test_offline_says_how_to_bring_the_files(answers):
     text = answers["offline"][0]
     assert "DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub is unreachable or this machine offline (" in text
-    assert f"\n  1. with a connection: {LICENCE}, once for all models; run `hf auth login`, or set HF_TOKEN, with" in text
+    assert f"\n  1. with a connection: {LICENCE}, once for all models; run `hf auth login`, or set HF_TOKEN" in text
     assert "\n  2. run `python -m minidiff.weights download IF-I-M-v1.0`, here or on another machine\n" in text
     assert "\n  3. if on another: copy the folder it prints, and pass it here as --model PATH\n" in text
     assert text.endswith(MINI)
