@@ -117,7 +117,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a shard missing": (remove(f"text_encoder/{SHARDS[0]}"), "of 2 shards like .*, number 1 is missing"),
     # files that are no such files
     "config is a folder": (in_place_of(UNET, Path.mkdir), f"{UNET} is not valid JSON, or is unreadable .*directory"),
-    "config links to itself": (in_place_of(UNET, lambda p: p.symlink_to(p)), f"{UNET} is .* unreadable .*symbolic links"),
+    "config links to itself": (in_place_of(UNET, lambda p: p.symlink_to(p)), "is unreadable .*symbolic links"),
     "weights link nowhere": (in_place_of(f"unet/{HALF}", lambda p: p.symlink_to("gone")), f"{HALF}: unreadable"),
     "scheduler is a folder": (in_place_of(PROCESS, Path.mkdir), f"{PROCESS} is .* unreadable"),
     "config is empty": (content(UNET, b""), f"{UNET} is not valid JSON"),
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is a list": (content(UNET, b"[]"), f"{UNET} must hold a JSON object, got list"),
     "config is deep": (content(UNET, b"[" * 200_000 + b"]" * 200_000), f"{UNET} is not valid JSON.*recursion"),
     "tokenizer is text": (content("tokenizer/spiece.model", b"pieces"), "spiece.model is not a SentencePiece model"),
-    "weights cut short": (lambda f: os.truncate(f / "unet" / HALF, 100_000), f"{HALF}: cut short or damaged .100000 bytes"),
+    "weights cut short": (lambda f: os.truncate(f / "unet" / HALF, 100_000), f"{HALF}: cut short or damaged .100000"),
     "weights are a pointer": (content(f"unet/{HALF}", b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
     "weights are a page": (content(f"unet/{HALF}", b"<!doctype html>"), "a web page"),
     # numbers
@@ -139,7 +139,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a key too many": (tensors(f"unet/{HALF}", lambda t: t.update(a=torch.ones(1))), "1 unexpected:\n    a"),
     "another shape": (tensors(f"unet/{HALF}", lambda t: t.update({"conv_in.bias": torch.ones(3)})), "1 misshapen"),
     "whole numbers": (tensors(f"unet/{HALF}", lambda t: t.update({"conv_in.bias": torch.ones(32).int()})), "is I32"),
-    "an old file beside shards": (stale, "00001-of-00002.safetensors and model.fp16.safetensors are of two saves; delete"),
+    "an old file beside shards": (stale, "00001-of-.* and model.fp16.safetensors are of two saves; delete"),
     "an old file beside half the shards": (stale_and_incomplete, "are of two saves; delete"),
     # values of the UNet's config
     "sample_size null": (config(UNET, sample_size=None), "sample_size is None, but must be int"),
