@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from minidiff.deepfloyd.pictures import CaptionedImages
+from minidiff.deepfloyd.dataset import CaptionedImages
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet

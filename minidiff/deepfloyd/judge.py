@@ -36,7 +36,7 @@ from minidiff import checkpoint, cli, images, training, weights
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import captions
 from minidiff.deepfloyd.captions import PERSON_CLASS, TRAITS, Expectation
-from minidiff.deepfloyd.pictures import CaptionedImages, read_lines
+from minidiff.deepfloyd.dataset import CaptionedImages, read_lines
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS
 

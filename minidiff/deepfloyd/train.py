@@ -14,7 +14,7 @@ packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions
 
 --out/training holds the state of the run (`training.py`), samples/, and held_out.csv: what a prompt is worth on images
 that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
-Read `training.py`, `deepfloyd/pictures.py` and `deepfloyd/initial.py` first.
+Read `training.py`, `deepfloyd/dataset.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
 Progressive Distillation Sec. 4 (loss weight SNR + 1).
 """
@@ -34,8 +34,8 @@ from tqdm import tqdm
 from minidiff import checkpoint, cli, ddpm, images, training
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import stages, vocabulary
+from minidiff.deepfloyd.dataset import CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
-from minidiff.deepfloyd.pictures import CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig

@@ -3,6 +3,7 @@
 Read `deepfloyd/unet.py` first. Next: `deepfloyd/initial.py`.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff import images
+from minidiff.checkpoint import write_whole
 from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
@@ -34,16 +36,14 @@ class CaptionedImages:
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
             self.rows = read_rows(folder / "captions.json")
         else:
-            files = sorted(
-                p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN and p.with_suffix(".txt").is_file()
-            )
+            files = sorted(p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN)
+            files = [p for p in files if p.with_suffix(".txt").is_file()]
             if not files:
                 raise ValueError(f"{folder} holds neither {packed.name} nor images with a .txt of captions each")
             self.rows = [{"captions": read_lines(p.with_suffix(".txt"))} for p in files]
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
-        count = len(self.rows)
-        if len(self.pixels) != count:
-            raise ValueError(f"{folder}: {len(self.pixels)} images, but captions of {count}; make them as many")
+        if len(self.pixels) != (n := len(self.rows)):
+            raise ValueError(f"{folder}: {len(self.pixels)} images, but captions of {n}; make them as many")
         self.captions: list[list[str]] = [row["captions"] for row in self.rows]
         self.held = [i for i, row in enumerate(self.rows) if row.get("split") == "val"]
         self.weights = torch.tensor([float(row.get("weight", 1)) for row in self.rows])
@@ -110,12 +110,10 @@ def _read_utf8(path: Path) -> str:
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5
+    lines, model = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5, io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix(".tmp")), vocab_size=vocab_size,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        pad_piece="<pad>", normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>",
+        normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
     )  # fmt: skip
-    path.with_suffix(".tmp.vocab").unlink()
-    path.with_suffix(".tmp.model").replace(path)
+    write_whole(path, lambda file: file.write_bytes(model.getvalue()))
