@@ -19,7 +19,6 @@ The judge sees the images that the cascade learns from, but turned, cropped, rec
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,9 +52,6 @@ PROMPTS = (
 )  # fmt: skip
 SCENE_STYLE = "scene"  # of images whose style is ""
 BATCH, PEAK_LR, FEATURES = 128, 4e-3, 96
-
-
-# ---------------------------------------------------------------------------------------------- the network
 
 
 class Judge(nn.Module):
@@ -127,9 +123,6 @@ def answers_on(judge: Judge, x: Tensor, config: Mapping) -> list[Expectation]:
     return answers
 
 
-# ---------------------------------------------------------------------------------------------- files and training
-
-
 def write(folder: Path, judge: Judge, config: dict) -> None:
     """model.fp16.safetensors (matrices in half precision, vectors in float32), then config.json."""
     tensors = {key: value.half() if value.ndim > 1 else value for key, value in judge.state_dict().items()}
@@ -140,11 +133,10 @@ def write(folder: Path, judge: Judge, config: dict) -> None:
 def read(folder: Path) -> tuple[Judge, dict]:
     """The judge and its config.    Raises ValueError, naming the folder and the command that trains another judge."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = checkpoint.read_config(folder)
         judge = Judge(len(config["concepts"]), len(config["styles"]))
         judge.load_state_dict(load_file(folder / "model.fp16.safetensors"))
-        {key: config[key] for key in ("names", "phrases", "ceiling", "held_out")}  # a KeyError names what is lost
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no judge ({error}); train one with `python -m minidiff.deepfloyd.judge train "
                          f"IMAGES --out {folder}`, or pass another --judge") from error  # fmt: skip
     return judge.eval(), config
@@ -211,9 +203,6 @@ def fit(judge: Judge, dataset: CaptionedImages, labels: Sequence[Tensor], weight
         bar.set_postfix_str(f"loss {value.item():.3f}", refresh=False)
 
 
-# ---------------------------------------------------------------------------------------------- score
-
-
 @torch.inference_mode()
 def draw(cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Stage 1 on every prompt with every seed: (len(prompts) * len(seeds), 3, 64, 64), seeds side by side."""
@@ -234,11 +223,13 @@ def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers:
         style_column = f"{style} of {n}" if e.styles else "any"
         names = ", ".join(in_short(answer, e) for answer in part)
         lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
-    return [*lines, f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
-            f"all images  {in_words(captions.shares(list(zip(answers, expectations))))}",
-            f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
-            f"floor       {in_words(captions.floor(answers, expectations))}: the same images against the other prompts",
-            ]  # fmt: skip
+    lines += [
+        f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
+        f"all images  {in_words(captions.shares(list(zip(answers, expectations))))}",
+        f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
+        f"floor       {in_words(captions.floor(answers, expectations))}: the same images against the other prompts",
+    ]
+    return lines
 
 
 def in_short(answer: Expectation, expectation: Expectation) -> str:
@@ -306,10 +297,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                    help="contact sheet to write (default %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.command == "score":
-        return score(args)
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
-    train(args.images, args.out, args.steps, args.seed)
+        score(args)
+    else:
+        train(args.images, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":

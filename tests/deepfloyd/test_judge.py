@@ -171,10 +171,9 @@ def test_bad_input_is_explained(trained, tmp_path, capsys):
     assert "row 0 lacks kind, concept or style; a judge needs them" in fails(capsys, "train", tmp_path)
     (tmp_path / "captions.json").write_text("[]")
     assert "1 images, but captions of 0; make them as many" in fails(capsys, "train", tmp_path)
-    assert "--steps must be at least 1, got 0" in fails(capsys, "train", tmp_path, "--steps", "0")
 
 
-@pytest.mark.parametrize("lost", ["names", "ceiling", "concepts"])
+@pytest.mark.parametrize("lost", ["styles", "concepts"])
 def test_a_judge_that_lacks_a_part_is_refused(trained, tmp_path, lost):
     network, config = judge.read(trained / "judge")
     judge.write(tmp_path, network, {key: value for key, value in config.items() if key != lost})
