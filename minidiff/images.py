@@ -120,8 +120,8 @@ def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
         raise ValueError(f"{path} does not exist; pass the path of an image file, such as image.png") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on broken files
         reason = "no known kind of image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path} cannot be read as an image ({reason}); it is broken, cut short, too large or of an "
-                         "unknown kind: open it in an image viewer and save it again as PNG") from error  # fmt: skip
+        raise ValueError(f"{path} cannot be read as an image ({reason}); pass the path of an image file, and if it is "
+                         "one, open it in an image viewer and save it again as PNG") from error  # fmt: skip
 
 
 def _read(path: str | Path) -> Image.Image:
