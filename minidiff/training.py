@@ -297,6 +297,8 @@ def _save(
     if not all(value.isfinite().all() for value in trained.values()):
         _diverged(f"there are weights that are not finite after step {step}", plan, folder)
     if held_out is not None:
+        if not math.isfinite(held_out):
+            _diverged(f"the loss on held-out images is {held_out} after step {step}", plan, folder)
         add_rows(folder / "test.csv", ("step", "loss"), [(step, held_out)])
     checkpoint.save_state(state | {"model": trained, "optimizer": optimizer.state_dict()}, folder / "checkpoint.pt")
     plot(folder, plan.save_every, levels)

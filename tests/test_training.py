@@ -188,6 +188,9 @@ def test_a_gradient_that_is_not_finite_stops_too(train):
     exploding = accident(20, lambda net, value: value + (net[0].weight * 0).sqrt().sum())
     with pytest.raises(FloatingPointError, match="weights that are not finite after step 20; the last good checkpoint"):
         train("other", loss=exploding)
+    with pytest.raises(FloatingPointError, match="loss on held-out images is inf after step 10"):
+        train("third", held_out=lambda: math.inf)
+    assert state(train("third")[2])["step"] == 30
 
 
 def test_a_gradient_is_clipped_to_the_plans_norm(train):
