@@ -15,11 +15,11 @@ The files in reading order; each imports only from files above it (tests/test_la
     views.py                 turning and shuffling images, and what makes a view a good one
     components.py            parts of an image: near and far, grey and colour
     factorized.py            several prompts in one image: the formula of anagrams and hybrids
+    checkpoint.py            weights mapped into networks; files written whole
     images.py                image files, labelled sheets, GIFs
     editing.py               starting from an image, and keeping some of it
 
     deepfloyd/tokenizer.py   prompt to ids
-    checkpoint.py            weights mapped into networks; files written whole
     deepfloyd/t5.py          ids to text states
     deepfloyd/text.py        prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy image, time and text to noise and variance
@@ -42,7 +42,7 @@ The files in reading order; each imports only from files above it (tests/test_la
 
     charts.py                loss curves
     training.py              the one training loop, of the cascade and of the digits
-    deepfloyd/pictures.py    captioned images to train on
+    deepfloyd/dataset.py     captioned images to train on
     deepfloyd/initial.py     the weights that training begins with
     deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say

@@ -12,7 +12,6 @@ This is plumbing: skim it. It knows neither networks nor where models lie; `weig
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -44,10 +43,8 @@ def read_json(path: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"there is no {path}; the folder must have the layout of the released models") from None
-    except OSError as error:
-        raise WeightsError(f"{path} is unreadable ({error.strerror}); make it a file that you may read") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not valid JSON ({error}); delete it and fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON, or is unreadable ({error}); fetch it again") from None
     if not isinstance(config, dict):
         raise WeightsError(f"{path} must hold a JSON object, got {type(config).__name__}")
     return config
@@ -58,22 +55,22 @@ def read_config(folder: Path) -> dict:
     return read_json(folder / "config.json")
 
 
-def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str, indexed: Collection[str] = ()) -> list:
+def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str) -> list[str]:
     """Of the files of one part, those that hold its weights, in one variant (full, fp16 or bf16) and all its shards.
 
     dtype: what it is wanted for; the variant of that type is preferred, fp16 if None, and else whatever is there.
-    indexed: the files that an index.json names; other files of their variant are old and do not count.
-    Raises WeightsError if no variant is complete, naming the missing shards.
+    Raises WeightsError if a variant is there twice, or no variant is complete, naming the missing shards.
     """
-    decided = {_variant(name) for name in indexed if name in names}
-    names = sorted(n for n in names if n in indexed or _variant(n) is None or _variant(n) not in decided)
-    groups: dict[tuple[str, int], dict[int, str]] = {}
+    names = sorted(names)
+    groups: dict[tuple[str, int], dict[int, str]] = {}  # (variant, how many shards) -> number of a shard -> file
     for name in names:
         if match := WEIGHT_FILE.fullmatch(name):
-            groups.setdefault((_variant(name), int(match[3] or 1)), {})[int(match[2] or 1)] = name
-    wanted = VARIANT.get(dtype, "fp16")
-    order = [wanted, *(v for v in VARIANT.values() if v != wanted)]
-    for (_, total), shards in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+            groups.setdefault((match[1] or match[4] or "", int(match[3] or 1)), {})[int(match[2] or 1)] = name
+    order = [VARIANT.get(dtype, "fp16"), *VARIANT.values()]
+    for (variant, total), shards in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+        twice = [min(group.values()) for (name, _), group in groups.items() if name == variant]
+        if len(twice) > 1:
+            raise WeightsError(f"{where}: {' and '.join(twice)} are of two saves; delete the files of the older one")
         if len(shards) == total:
             return [shards[i] for i in sorted(shards)]
     if groups:
@@ -87,59 +84,34 @@ def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str, in
     raise WeightsError(f"{where}: expected a file like model.fp16.safetensors, found {found}; pickles are not read")
 
 
-def _variant(name: str) -> str | None:
-    """"fp16", "bf16" or "" (full) of a file of weights, None of any other."""
-    match = WEIGHT_FILE.fullmatch(name)
-    return (match[1] or match[4] or "") if match else None
-
-
-def _indexed(folder: Path, names: Iterable[str]) -> set[str]:
-    """The files that the index.json files of a folder name. Raises WeightsError as `read_json`."""
-    found = set()
-    for name in names:
-        if ".safetensors.index." in name and name.endswith(".json"):
-            places = read_json(folder / name).get("weight_map")
-            found |= {str(file) for file in places.values()} if isinstance(places, dict) else set()
-    return found
-
-
 class Checkpoint:
     """One part of a model folder: `config`, and tensors that stay in the file until they are used.
 
     folder: in the released layout.  part: "unet" or "text_encoder".  dtype: which variant to prefer if there are
     several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
     config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
-    unused: names of weight files of the same variant that are not read: they are left from another save.
-    Raises WeightsError if config or weights are missing, unreadable, damaged, or contradict each other.
+    Raises WeightsError if config or weights are missing, unreadable or damaged.
     """
 
     def __init__(self, folder: str | Path, part: str, dtype: torch.dtype | None = None):
         self.folder = Path(folder) / part
         self.config = read_config(self.folder)
         names = [p.name for p in self.folder.iterdir() if not p.is_dir()]
-        chosen = choose_files(names, dtype, str(self.folder), _indexed(self.folder, names))
-        self.files = [self.folder / name for name in chosen]
-        self.unused = sorted(n for n in names if _variant(n) == _variant(chosen[0]) is not None and n not in chosen)
+        self.files = [self.folder / name for name in choose_files(names, dtype, str(self.folder))]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
         for path in self.files:
             with _open(path) as f:
                 for stored in f.keys():
-                    key = RENAMED.get(stored, stored) if part == "text_encoder" else stored
-                    if not (part == "text_encoder" and key.startswith(IGNORED)):
-                        self._add(key, path, stored, f.get_slice(stored))
+                    self._add(RENAMED.get(stored, stored), path, stored, f.get_slice(stored))
 
     def _add(self, key: str, path: Path, stored: str, entry: object) -> None:
-        """Take one tensor into the tables. Raises WeightsError on types that no model has and on contradictions."""
+        """Take one tensor into the tables. Raises WeightsError on types that no model has."""
+        if key.startswith(IGNORED):
+            return
         if entry.get_dtype() not in DTYPES:
             raise WeightsError(f"{path}: {stored} is {entry.get_dtype()}; known types: {', '.join(DTYPES)}")
-        if key in self._stored:
-            before, name = self._stored[key]
-            with _open(before) as f, _open(path) as g:
-                a, b = f.get_tensor(name), g.get_tensor(stored)
-            if a.dtype != b.dtype or not torch.equal(a, b):
-                raise WeightsError(f"{path}: {stored} differs from {name} in {before.name}; fetch both files again")
         self._stored[key] = path, stored
         self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
 
@@ -158,29 +130,19 @@ class Checkpoint:
         return tensors
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """All tensors below a prefix, without it, mapped as in `read`. Raises WeightsError if there are none."""
-        inside = [key for key in self.shapes if key.startswith(prefix)]
-        if not inside:
-            raise WeightsError(f"{self.folder} has no tensor whose name begins with {prefix!r}")
-        return {key[len(prefix) :]: tensor for key, tensor in self.read(inside).items()}
+        """All tensors below a prefix, without it, mapped as in `read`."""
+        inside = self.read(key for key in self.shapes if key.startswith(prefix))
+        return {key.removeprefix(prefix): tensor for key, tensor in inside.items()}
 
     def rows(self, key: str, ids: Tensor) -> Tensor:
-        """Some rows of one matrix, without reading the others. ids: (N,) int64. Returns (N, D) in the file's dtype.
-        Raises WeightsError if there is no such matrix, or no such row."""
-        if key not in self.shapes:
-            raise WeightsError(f"{self.folder} has no tensor named {key!r}")
-        n = self.shapes[key][0]
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < n):
-            raise WeightsError(f"{key} has rows 0..{n - 1}, got {ids.tolist()}; is the tokenizer of another model?")
+        """Some rows of one matrix, without reading the others. ids: (N,) int64. Returns (N, D) in the file's dtype."""
         return self.read([key])[key][ids]  # a copy: of the file, only what lies around these rows was paged in
 
     def check_finite(self) -> None:
         """Read each tensor once. Raises WeightsError naming the first that holds NaN or infinity."""
         for key in self.shapes:
-            bad = int((~self.read([key])[key].isfinite()).sum())
-            if bad:
-                where = f"{bad} of {math.prod(self.shapes[key])} numbers of {key}"
-                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in the weights ({where}); fetch it again")
+            if bad := int((~self.read([key])[key].isfinite()).sum()):
+                raise WeightsError(f"{self._stored[key][0]}: NaN or infinity in {key} ({bad} numbers); fetch it again")
 
 
 def _open(path: Path):
@@ -194,25 +156,15 @@ def _open(path: Path):
 def _diagnose(path: Path) -> str:
     """Why a file is no safetensors file, and what to do."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as f:
-            start = f.read(200)
-            length = int.from_bytes(start[:8], "little")
-            f.seek(8)
-            header = f.read(min(length, size))
+            start, size = f.read(200).lstrip().lower(), path.stat().st_size
     except OSError as error:
         return f"unreadable ({error.strerror}); make it a file that you may read"
     if start.startswith(b"version https://git-lfs"):
         return f"a git-lfs pointer ({size} bytes), not the weights; run `git lfs pull`, or download the file itself"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"a web page ({size} bytes) saved in place of the weights; delete it, log in and download it again"
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"no safetensors file, or its header is cut short or damaged ({size} bytes); fetch it again"
-    cut = f"cut short: {size} of {expected} bytes"
-    return f"{cut if size < expected else f'damaged ({size} bytes, {expected} expected)'}; delete it and fetch it again"
+    return f"cut short or damaged ({size} bytes); delete it and fetch it again"
 
 
 @contextlib.contextmanager
@@ -252,14 +204,12 @@ def built(network: Callable[[dict], nn.Module], checkpoint: Checkpoint) -> nn.Mo
 def fill(
     module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
 ) -> nn.Module:
-    """Give a module built `on_meta` its weights, and return it ready for inference, on the CPU.
+    """Give a module of `built` its weights, and return it ready for inference, on the CPU.
 
     dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
     keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision).
-    Raises WeightsError as `check_fit`.
     """
-    check_fit(module, checkpoint)
     as_stored, converted = [], []
     for key, stored in checkpoint.dtypes.items():
         kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
@@ -274,21 +224,21 @@ def fill(
 
 def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Raises WeightsError with all missing, unexpected and misshapen keys if the checkpoint does not fit exactly."""
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    found = checkpoint.shapes
-    misshapen = [f"{key}: {found[key]} in the file, {shape} expected"
-                 for key, shape in expected.items() if found.get(key, shape) != shape]  # fmt: skip
-    problems = {"missing": [key for key in expected if key not in found],
-                "unexpected": [key for key in found if key not in expected], "misshapen": misshapen}  # fmt: skip
-    if not any(problems.values()):
-        return
-    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
+    expected, found = {key: tuple(t.shape) for key, t in module.state_dict().items()}, checkpoint.shapes
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "misshapen": [f"{key}: {found[key]} in the file, {shape} expected"
+                      for key, shape in expected.items() if found.get(key, shape) != shape],
+    }  # fmt: skip
+    lines = []
     for word, keys in problems.items():
-        if keys:
-            lines += [f"  {len(keys)} {word}:"] + [f"    {key}" for key in keys[:10]]
-            lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
-    lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
-    raise WeightsError("\n".join(lines))
+        lines += [f"  {len(keys)} {word}:", *(f"    {key}" for key in keys[:10])] if keys else []
+        lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
+    if lines:
+        names = ", ".join(map(str, checkpoint.files))
+        question = f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"
+        raise WeightsError("\n".join([f"{names} does not fit {type(module).__name__}:", *lines, question]))
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -308,7 +258,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file in the same folder, then rename it; an error leaves the old file.
     Raises OSError, also where safetensors or torch have an error of their own for a full disk."""
     path = Path(os.path.expanduser(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # its ending tells Pillow the kind of image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -337,14 +287,3 @@ def write_json(path: Path, value: dict) -> None:
 def save_state(state: dict, path: Path) -> None:
     """Write what a training needs to go on, as torch does it, whole or not at all."""
     write_whole(path, lambda file: torch.save(state, file))
-
-
-def read_state(path: Path, keys: Iterable[str]) -> dict:
-    """What `save_state` wrote, on the CPU. Raises WeightsError if it is damaged or lacks one of the keys."""
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        return {key: state[key] for key in keys}
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # of many classes, on files that are no checkpoints
-        raise WeightsError(f"{path} is no checkpoint of a run; pass another --out") from error

@@ -13,7 +13,7 @@ import tempfile
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,12 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from minidiff.checkpoint import write_whole
+
 KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC  # Pillow's bicubic is antialiased
 
-# (colours of a profile, Pillow's mode of an image) that fit each other: the mode in which the profile reads the image
-PROFILE_MODES = {("GRAY", "L"): "L", ("CMYK", "CMYK"): "CMYK", **{("RGB", mode): "RGB" for mode in ("L", "P", "RGB")}}
-KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # Pillow scales such pixels, but not the transparent colour
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the colours of a profile, and Pillow's mode for them
 MARGIN, TITLE_SIZE, LABEL_SIZE, LEGIBLE = 16, 18, 15, 192  # of a sheet, in pixels; LEGIBLE: least height of an image
 
 
@@ -34,8 +34,7 @@ def load(path: str | Path | Image.Image | Tensor, size: int | None = None) -> Te
     """An image file of any kind, a Pillow image, or a tensor as in `to_pil`: (1, 3, H, W) float32 in [-1, 1].
 
     An embedded colour profile is converted to sRGB, transparency is laid over white, a camera's rotation is applied,
-    of an animation the first frame is taken. Grey of more than 8 bits is rounded to 8: white is 65535 in 16 bits, 255
-    or 65535 in integers of 32 bits, 1, 255 or 65535 in floats: the least of these that no value exceeds.
+    of an animation the first frame is taken. Grey of more than 8 bits is rounded to 8: white is 65535, in floats 1.
     size: the image is scaled until it just covers size x size, and cropped at its centre; None keeps it as it is.
     Raises ValueError if the file is missing, broken, no image, or a labelled sheet of `save_images`.
     """
@@ -48,41 +47,25 @@ def load(path: str | Path | Image.Image | Tensor, size: int | None = None) -> Te
 def load_mask(path: str | Path, size: int) -> Tensor:
     """Read a mask: (1, 1, H, W) float32 in [0, 1], 1 = paint here. Cropped as `load` crops, no colour profile.
 
-        transparency | visible pixels                 | marked
-        none         | shades                         | the light ones: the largest of red, green, blue; 255 = 1
-        none         | values 0 and 1, or a palette   | all that are not black, as 1
-                     | of black and one other colour  |
-        some         | all light: 128 or more         | the visible ones, a layer of paint; opacity = strength
-        some         | black and white, or all black  | the white and the transparent ones: as if laid over white
-        some         | others: a photo                | the transparent ones: erased; transparency = strength
-        all          |                                | everything: erased
+        transparency | visible pixels          | marked
+        none         | shades                  | the light ones: the largest of red, green, blue; the brightest is 1
+        some         | all light: 128 or more  | the visible ones, a layer of paint; opacity = strength
+        some         | others: a photo, or none| the transparent ones: erased; transparency = strength
 
     A mask of two values keeps hard edges (nearest neighbour); shades are scaled like an image.
     Raises ValueError as `load` does.
     """
-    image = _read(path)
-    pixels = np.array(_eight_bits(image, path, of_mask=True).convert("RGBA"))
-    marked = _marked(pixels[..., :3].max(2), pixels[..., 3], image.mode == "P")
+    pixels = np.array(_eight_bits(_read(path), path).convert("RGBA"))
+    light, alpha = pixels[..., :3].max(2), pixels[..., 3]
+    visible = alpha >= max(1, alpha.max() / 2)
+    if alpha.min() == 255:
+        marked = (light * (255 / max(light.max(), 1))).round().astype(np.uint8)
+    else:
+        is_paint = visible.any() and (light[visible] >= 128).mean() > 0.99
+        marked = alpha if is_paint else 255 - alpha
     resample = NEAREST if len(np.unique(marked)) <= 2 else BICUBIC
     mask = ImageOps.fit(Image.fromarray(marked), (size, size), resample)
     return torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None, None]
-
-
-def _marked(light: np.ndarray, alpha: np.ndarray, has_palette: bool) -> np.ndarray:
-    """The table of `load_mask`.  light, alpha, result: (H, W) uint8."""
-    visible = alpha >= max(1, alpha.max() / 2)
-    levels = np.unique(light[visible])
-    if not len(levels):
-        return 255 - alpha
-    if levels[-1] <= 1 or has_palette and len(levels) == 2 and levels[0] == 0:
-        light = 255 * (light > 0).astype(np.uint8)
-    if alpha.min() == 255:
-        return light
-    if (light[visible] >= 128).mean() > 0.99:
-        return alpha
-    is_black_and_white = np.minimum(light, 255 - light)[visible].mean() < 0.05 * 255
-    kept = alpha / 255 * ((255 - light) if is_black_and_white else 255)
-    return (255 - kept).round().astype(np.uint8)
 
 
 def mask_share(mask: Tensor) -> float:
@@ -131,22 +114,14 @@ def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
         raise ValueError(f"{address} is a web address; download it first and pass the file")
     try:
         with open(os.path.expanduser(path), "rb") as stream, Image.open(stream) as file:
-            scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile else None
             file.load()
-            if scale and (key := file.info.get("transparency")) is not None:
-                file.info["transparency"] = tuple(int(v * scale) for v in key) if scale < 1 else key * scale
-            image = file.convert("I;16") if file.mode == "I" and file.format in ("PNG", "PPM") else file
-            return ImageOps.exif_transpose(image), getattr(file, "text", {})
+            return ImageOps.exif_transpose(file), getattr(file, "text", {})
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; pass the path of an image file, such as image.png") from error
     except Exception as error:  # Pillow's decoders raise errors of many classes on broken files
-        if isinstance(error, OSError) and error.errno:  # the system's error, not Pillow's
-            reasons = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder"}
-            reason = reasons.get(type(error), f"cannot be opened: {error.strerror.lower()}")
-            raise ValueError(f"{path} {reason}; pass the path of an image file, such as image.png") from error
         reason = "no known kind of image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(
-            f"{path} cannot be read as an image ({reason}); it is broken, cut short, too large or of an unknown kind: "
-            "open it in an image viewer and save it again as PNG"
-        ) from error
+        raise ValueError(f"{path} cannot be read as an image ({reason}); pass the path of an image file, and if it is "
+                         "one, open it in an image viewer and save it again as PNG") from error  # fmt: skip
 
 
 def _read(path: str | Path) -> Image.Image:
@@ -156,34 +131,30 @@ def _read(path: str | Path) -> Image.Image:
     return image
 
 
-def _eight_bits(image: Image.Image, name: str | Path, of_mask: bool = False) -> Image.Image:
-    """Grey of more than 8 bits to 8, the other modes as they are.  of_mask: integers of 0 and 1 are black and white."""
+def _eight_bits(image: Image.Image, name: str | Path) -> Image.Image:
+    """Grey of more than 8 bits to 8, the other modes as they are.  name: for messages."""
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.array(image).astype(np.float64)
+    values, white = np.array(image).astype(np.float64), 65535 if image.mode.startswith("I") else 1
     low, high = values.min(), values.max()
-    whites = [1] * (image.mode == "F" or of_mask) + ([65535] if image.mode.startswith("I;16") else [255, 65535])
-    white = next((w for w in whites if high <= 1.1 * w), math.nan)  # 1.05 is an overshoot of 0..1, not black of 0..255
     if not -0.001 <= low <= high <= white + 0.001:
-        raise ValueError(f"{name} holds grey values from {low:g} to {high:g}; scale them to 0..255 and save it again")
+        raise ValueError(f"{name} holds grey values from {low:g} to {high:g}; scale them to 0..{white}")
     grey = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
-    if (key := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(255 * (values != key).astype(np.uint8)))
-    grey.info = {"icc_profile": image.info["icc_profile"]} if "icc_profile" in image.info else {}
+    grey.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
     return grey
 
 
 def _flat(image: Image.Image, name: str | Path) -> Image.Image:
-    """Any mode to 8-bit sRGB, over white where transparent.  name: for messages."""
+    """Any mode to 8-bit sRGB, over white where transparent."""
     image = _eight_bits(image, name)
     if image.has_transparency_data:
         image = image.convert("LA" if Image.getmodebase(image.mode) == "L" else "RGBA")
-        colours = _srgb(image, name)
+    colours = _srgb(image, name)
+    if image.has_transparency_data:
         colours.putalpha(image.getchannel("A"))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
-    image = _srgb(image, name)
-    image.info = {}  # neither the old profile nor a transparent colour goes along
-    return image
+        colours = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    colours.info = {}  # neither the old profile nor a transparent colour goes along
+    return colours
 
 
 def _srgb(image: Image.Image, name: str | Path) -> Image.Image:
@@ -191,11 +162,10 @@ def _srgb(image: Image.Image, name: str | Path) -> Image.Image:
     if "icc_profile" in image.info:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-            colours = "CMYK" if image.mode == "CMYK" else Image.getmodebase(image.mode)
-            pixels = image.convert(PROFILE_MODES[profile.profile.xcolor_space.strip(), colours])
+            pixels = image.convert(PROFILE_MODES[profile.profile.xcolor_space.strip()])
             return ImageCms.profileToProfile(pixels, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except Exception:  # as many classes as there are ways to be broken
-            warnings.warn(f"{name}: its colour profile is broken or for other colours; sRGB is assumed", stacklevel=2)
+            warnings.warn(f"{name}: its colour profile is broken; sRGB is assumed", stacklevel=2)
     return image.convert("RGB")
 
 
@@ -298,7 +268,8 @@ def save(image: Image.Image, path: str | Path, metadata: dict[str, object]) -> P
     for key, value in metadata.items():  # iTXt where Latin-1 does not suffice; file names need not be Unicode
         text.add_text(key, str(value).encode("utf-8", "backslashreplace").decode())
     options = {"quality": 95} if Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp") else {"pnginfo": text}
-    _write(path, lambda file, kind: _flat(image, path).save(file, kind, **options))
+    check_output(path)
+    write_whole(path, lambda file: _flat(image, path).save(file, **options))
     return Path(path)
 
 
@@ -334,16 +305,5 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds_per_frame:
     colours = Image.fromarray(some).quantize(256)  # one palette for all, or it takes seconds
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     first, *rest = [ImageOps.scale(frame, factor, NEAREST) for frame in frames]
-    _write(path, lambda f, kind: first.save(f, kind, save_all=True, append_images=rest, duration=duration, loop=0))
-
-
-def _write(path: str | Path, write: Callable[[Path, str], None]) -> None:
-    """Call write(temporary file, Pillow's name of the format), then give it its name: it is there whole or not."""
-    path = Path(os.path.expanduser(path))
-    check_output(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary, Image.registered_extensions()[path.suffix.lower()])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    options = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0}
+    write_whole(path, lambda file: first.save(file, **options))

@@ -64,7 +64,6 @@ class Record(NamedTuple):
     steps: int
     loss: float  # mean of the steps since the last record; nan if there is none
     held_out: float | None  # the loss on held-out images
-    lr: float
     steps_per_second: float
     dtype: str  # what it is trained in
     stopped: bool  # by Ctrl-C: this is the last record
@@ -89,23 +88,23 @@ def run(
     Raises ValueError as `previous`, if the checkpoint is of another network or the folder cannot be written, and
     FloatingPointError where a loss, a gradient or a weight is not finite; the checkpoint stays as it was.
     """
-    device, levels = next(model.parameters()).device, levels or {}
     state = _begin(model, optimizer, plan, folder, settings, dtype)
     parallel = DistributedDataParallel(model) if world() > 1 else model
     recent, start = [], time.perf_counter()
     bar = tqdm(total=plan.steps, initial=state["step"], disable=rank() > 0, mininterval=5, leave=False)
     with stopped_between_steps() as stopped, bar:
         while True:
-            step, stop = state["step"], _anyone(stopped(), device)
+            step, stop = state["step"], _anyone(stopped(), model)
             end = stop or step == plan.steps
             if end or step % plan.save_every == 0:
                 recent += _read_losses(state, plan, folder)
                 if rank() == 0:
                     trained = _averaged(model, state["ema"])
                     value = held_out() if held_out is not None and step else None
-                    _save(trained, optimizer, state, plan, folder, value, levels)
+                    _save(trained, optimizer, state, plan, folder, value, levels or {})
                     if step or end:
-                        yield _record(state, plan, recent, value, time.perf_counter() - start, stop)
+                        mean, speed = sum(recent) / max(len(recent), 1), len(recent) / (time.perf_counter() - start)
+                        yield Record(step, plan.steps, mean if recent else math.nan, value, speed, state["dtype"], stop)
                 if end:
                     return
                 if rank() == 0:
@@ -138,14 +137,6 @@ def _step(
         update_average(state["ema"], model, state["step"], plan.ema_decay)
     state["losses"].append(value.detach())
     state["step"] += 1
-
-
-def _record(
-    state: dict, plan: Plan, recent: list[float], held_out: float | None, seconds: float, stopped: bool
-) -> Record:
-    mean = sum(recent) / len(recent) if recent else math.nan
-    lr = plan.lr(max(state["step"] - 1, 0))
-    return Record(state["step"], plan.steps, mean, held_out, lr, len(recent) / seconds, state["dtype"], stopped)
 
 
 def update_average(ema: dict[str, Tensor], module: nn.Module, step: int, decay: float) -> None:
@@ -211,11 +202,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def _anyone(stopped: bool, device: torch.device) -> bool:
+def _anyone(stopped: bool, model: nn.Module) -> bool:
     """Has Ctrl-C reached any process? All must stop after the same step."""
     if world() == 1:
         return stopped
-    flag = torch.tensor(float(stopped), device=device)
+    flag = torch.tensor(float(stopped), device=next(model.parameters()).device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
 
@@ -231,7 +222,13 @@ def previous(folder: Path, settings: Mapping[str, object]) -> dict | None:
     path = folder / "checkpoint.pt"
     if not path.is_file():
         return None
-    state = checkpoint.read_state(path, STATE)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key: state[key] for key in STATE}
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of many classes, on files that are no checkpoints
+        raise ValueError(f"{path} is no checkpoint of a run; pass another --out") from error
     for name, now in settings.items():
         if (before := state["settings"].get(name)) != now:
             raise ValueError(f"{path} is of a run with {name} {before}, not {now}; pass the settings of that run to go "
@@ -273,18 +270,16 @@ def _read_losses(state: dict, plan: Plan, folder: Path) -> list[float]:
 
     Raises FloatingPointError if one is not finite.
     """
-    values, rows = [float(value) for value in state["losses"]], []
-    first = state["step"] - len(values)
-    kept = sum(isinstance(value, float) for value in state["losses"])  # read already, but too few for a row
+    n, values = plan.log_every, [float(value) for value in state["losses"]]
+    first, old = state["step"] - len(values), sum(isinstance(value, float) for value in state["losses"])
     bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values))
-    for i in range(0, bad - plan.log_every + 1, plan.log_every):
-        rows.append((first + i + plan.log_every, sum(values[i : i + plan.log_every]) / plan.log_every))
-    state["losses"] = values[len(rows) * plan.log_every :]
+    rows = [(first + end, sum(values[end - n : end]) / n) for end in range(n, bad + 1, n)]
+    state["losses"] = values[len(rows) * n :]  # too few for a row
     if rank() == 0:
         add_rows(folder / "loss.csv", ("step", "loss"), rows)
     if bad < len(values):
         _diverged(f"the loss or its gradient is {values[bad]} at step {first + bad + 1}", plan, folder)
-    return values[kept:]
+    return values[old:]
 
 
 def _diverged(how: str, plan: Plan, folder: Path) -> None:
@@ -331,12 +326,12 @@ def plot(folder: Path, part: int, levels: Mapping[str, float]) -> None:
     losses, held_out = read_rows(folder / "loss.csv"), read_rows(folder / "test.csv")
     if not losses:
         return
-    last = losses[-1][0]
     lines = {"training": losses} | ({"held-out images": held_out} if held_out else {})
-    panels = [("whole run", lines)]
+    last, panels = losses[-1][0], [("whole run", lines)]
     if last > part:
         begin = part * ((last - 1) // part)
-        panels.append((f"steps 1 to {part}", {"training": [row for row in losses if row[0] <= part]}))
-        panels.append((f"steps {begin + 1} to {last}", {"training": [row for row in losses if row[0] > begin]}))
+        for start, end in ((0, part), (begin, last)):
+            rows = [row for row in losses if start < row[0] <= end]
+            panels.append((f"steps {start + 1} to {end}", {"training": rows}))
     chart = charts.chart(panels, {f"{name}: {level:.4f}": level for name, level in levels.items()})
     images.save(chart, folder / "loss.png", {})

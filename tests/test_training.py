@@ -81,9 +81,9 @@ def test_it_learns_writes_down_every_step_and_says_where_it_is(train):
     assert read_rows(folder / "test.csv") == [(step, 0.25) for step in (10, 20, 30)]
     for record in records:
         mean = sum(value for step, value in rows[record.step - 10 : record.step]) / 10
-        assert record.loss == pytest.approx(mean) and record.lr == PLAN.lr(record.step - 1)
+        assert record.loss == pytest.approx(mean)
     assert str(last).startswith(f"step 30 of 30: loss {last.loss:.5f}, on held-out images 0.25000, ")
-    assert not net.training and not last.stopped and not list(folder.glob("*.tmp"))
+    assert not net.training and not last.stopped and not list(folder.glob("*.tmp*"))
 
 
 def test_every_step_has_the_learning_rate_of_the_plan(tmp_path):
@@ -255,7 +255,7 @@ def test_a_checkpoint_is_never_half_written(train, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: unexpected pos"):
         train(plan=Plan(20, 10, PLAN.lr))
-    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp*"))
 
 
 def test_the_curves_show_the_whole_run_its_first_and_its_last_part(tmp_path, monkeypatch):

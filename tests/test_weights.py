@@ -4,6 +4,7 @@ machine."""
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -65,14 +66,14 @@ def test_resolve_says_what_is_wrong(here):
     known = r"embedded \(mini, mini-IF-I, mini-IF-II\), nor released \(IF-I-M-v1.0, .*, IF-II-L-v1.0\)"
     with pytest.raises(WeightsError, match="no model 'IF-9': neither a folder, nor " + known):
         weights.resolve("IF-9", 1)
-    first = r"stage 1 model \(text to 64x64, 3 input channels\)"
-    second = r"stage 2 model \(64x64 to 256x256, 6 input channels\)"
+    first, second = r"stage 1 \(text to 64x64\)", r"stage 2 \(64x64 to 256x256\)"
     choices = "is needed: mini, IF-I-M-v1.0, IF-I-L-v1.0, IF-I-XL-v1.0$"
-    with pytest.raises(WeightsError, match=f"^IF-II-M-v1.0 is a {second}, but a {first} {choices}"):
+    with pytest.raises(WeightsError, match=f"^IF-II-M-v1.0 is a model of {second}, but one of {first} {choices}"):
         weights.resolve("IF-II-M-v1.0", 1)
-    with pytest.raises(WeightsError, match=f"mini-IF-I is a {first}, but a {second} is needed: mini, IF-II-M-v1.0"):
+    words = f"mini-IF-I is a model of {first}, but one of {second} is needed: mini, IF-II-M-v1.0"
+    with pytest.raises(WeightsError, match=words):
         weights.resolve("mini-IF-I", 2)
-    with pytest.raises(WeightsError, match=r"config.json is a file; pass the folder that holds unet/config.json"):
+    with pytest.raises(WeightsError, match=r"no model 'weights/.*config.json': neither a folder, nor embedded"):
         weights.resolve("weights/mini-IF-I/unet/config.json", 1)
     with pytest.raises(WeightsError, match=r"weights lacks unet/config.json and scheduler.*, which the unet needs"):
         weights.resolve("weights", 1)
@@ -81,18 +82,6 @@ def test_resolve_says_what_is_wrong(here):
     write_part(here / "mini-IF-I", "text_encoder", {"model.safetensors": {}})
     with pytest.raises(WeightsError, match=r"mini-IF-I lacks tokenizer/spiece.model, which the text encoder needs"):
         weights.resolve("mini-IF-I", 1, ("text_encoder",))
-    with pytest.raises(WeightsError, match=r"stage must be 1 or 2 and parts some of unet, text_encoder, got 3 and"):
-        weights.resolve("mini", 3)
-    (here / "mini-IF-I").rename(here / "elsewhere")
-    with pytest.raises(WeightsError, match=r"weights are missing: .*mini-IF-I is part of the repository, clone it"):
-        weights.resolve("mini", 1)
-
-
-def test_full_disk_is_noticed_before_the_download(tmp_path):
-    with pytest.raises(
-        WeightsError, match=r"1.00EB needed, .*B free in .*; set HF_HOME to a folder on a larger disk"
-    ):
-        weights._check_space(tmp_path / "not" / "yet" / "there", 1e18)
 
 
 # ---------------------------------------------------------------------------------------------- downloading
@@ -120,16 +109,18 @@ def size_of(count: int) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face hub that a download meets: I-M is gated, II-M open, I-L has no safetensors."""
+    """The part of the Hugging Face hub that a download meets: I-M is gated, II-M open."""
 
     def do_GET(self):
         name = self.path.split("DeepFloyd/")[-1].split("/")[0].split("?")[0]
         token = self.headers.get("Authorization", "")
         if token == "Bearer hf_expired":
             self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b'{"error":"Invalid"}')
+        elif "/tree/" in self.path:
+            files = [{"type": "file", "path": f, "size": len(FILES[f]), "oid": "0"} for f in FILES]
+            self.answer(200, {}, json.dumps(files).encode())
         elif self.path.startswith("/api/models/"):
-            files = ["unet/config.json", "unet/diffusion_pytorch_model.bin"] if name == "IF-I-L-v1.0" else FILES
-            siblings = [{"rfilename": f, "size": len(FILES[f]), "blobId": "0"} for f in files]
+            siblings = [{"rfilename": f, "size": len(FILES[f]), "blobId": "0"} for f in FILES]
             info = {"_id": "0", "id": f"DeepFloyd/{name}", "sha": COMMIT, "siblings": siblings, "gated": "auto"}
             info |= {"private": False, "tags": [], "downloads": 0, "likes": 0}
             self.answer(200, {}, json.dumps(info).encode())
@@ -184,7 +175,6 @@ QUESTIONS = {
     "401": ["IF-I-M-v1.0", 1, ["unet"], None],
     "403": ["IF-I-M-v1.0", 1, ["unet"], "hf_good"],
     "bad token": ["IF-I-M-v1.0", 1, ["unet"], "hf_expired"],
-    "no safetensors": ["IF-I-L-v1.0", 1, ["unet"], "hf_good"],
     "unet": ["IF-II-M-v1.0", 2, ["unet"], None],
     "both": ["IF-II-M-v1.0", 2, BOTH, None],
     "": None,
@@ -205,7 +195,7 @@ def snapshot(home: Path, commit: str, seconds: int, leave_out: str = "") -> Path
     return folder
 
 
-def test_a_cache_without_a_usable_refs_main_is_found(tmp_path, monkeypatch):
+def test_of_the_cache_the_newest_copy_that_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "none")
     whole, older = snapshot(tmp_path, COMMIT, 20), snapshot(tmp_path, "1" * 40, 10)
@@ -213,8 +203,7 @@ def test_a_cache_without_a_usable_refs_main_is_found(tmp_path, monkeypatch):
     assert weights.resolve("IF-II-M-v1.0", 2, BOTH) == whole  # the newest that is whole
     assert weights.resolve("IF-II-M-v1.0", 2) == partial  # whose unet is
     assert weights.resolve("IF-I-XL-v1.0", 1, ("text_encoder",)) == whole == weights.encoder_here("IF-I-L-v1.0")
-    (tmp_path / "models--DeepFloyd--IF-II-M-v1.0" / "refs").mkdir()
-    (tmp_path / "models--DeepFloyd--IF-II-M-v1.0" / "refs" / "main").write_text("1" * 40 + "\n")
+    shutil.rmtree(whole)
     assert weights.resolve("IF-II-M-v1.0", 2, BOTH) == older
 
 
@@ -231,15 +220,11 @@ def test_what_an_incomplete_cache_lacks_is_named_offline_and_in_the_list(tmp_pat
     assert status("check", "IF-II-M-v1.0") == 1  # what is there is checked
 
 
-@pytest.mark.parametrize("answered", [0, 1])
-def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch, answered):
-    """Neither the list of files nor, after it, the first file comes."""
+def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch):
     ended = threading.Event()
 
     class Silent(Hub):
         def do_GET(self):
-            if answered and self.path.startswith("/api/models/"):
-                return super().do_GET()
             ended.wait(60)
 
         do_HEAD = do_GET
@@ -254,7 +239,7 @@ def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch,
     monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "none")
     monkeypatch.setattr(weights, "PATIENCE", 0.5)
     begun = time.monotonic()
-    silent = r"(?s)the hub does not answer within 0.5 seconds; try again later.*\n  1\. with"
+    silent = r"(?s)the hub is unreachable or this machine offline \(.*\n  1\. with"
     with pytest.raises(WeightsError, match=silent):
         weights.resolve("IF-II-M-v1.0", 2)
     assert time.monotonic() - begun < 30
@@ -293,7 +278,7 @@ def test_401_says_log_in(answers):
     text = answers["401"][0]
     assert text.startswith("WeightsError: DeepFloyd/IF-I-M-v1.0 is licensed, and you are not logged in (401).\n")
     assert f"\n  1. {LICENCE}, once for all models\n" in text
-    assert "\n  2. run `hf auth login` with a token of that account, or set HF_TOKEN\n" in text
+    assert "\n  2. run `hf auth login`, or set HF_TOKEN, with a token of that account that may read gated" in text
     assert "\n  3. run the same command again\n" in text
     assert text.endswith(MINI)
 
@@ -302,7 +287,7 @@ def test_403_says_accept_the_licence(answers):
     text = answers["403"][0]
     assert "IF-I-M-v1.0 is licensed: you are logged in, but this account has not accepted the licence (403).\n" in text
     assert f"\n  1. {LICENCE}" in text
-    assert "\n  2. run `hf auth login` with a token of that account, or set HF_TOKEN; a fine-grained token must" in text
+    assert "\n  2. run `hf auth login`, or set HF_TOKEN, with a token of that account that may read gated" in text
     assert "\n  3. run the same command again\n" in text
     assert text.endswith(MINI)
 
@@ -310,13 +295,7 @@ def test_403_says_accept_the_licence(answers):
 def test_401_with_a_token_says_it_is_not_valid(answers):
     text = answers["bad token"][0]
     assert "IF-I-M-v1.0 was refused: your token is not valid (401).\n" in text
-    assert "\n  2. make a new token at https://huggingface.co/settings/tokens, then `hf auth login`" in text
-
-
-def test_a_repository_without_safetensors_is_told(answers):
-    text = answers["no safetensors"][0]
-    assert "DeepFloyd/IF-I-L-v1.0/unet: expected a file like" in text
-    assert "found only diffusion_pytorch_model.bin; pickles are not read" in text
+    assert "\n  2. run `hf auth login`, or set HF_TOKEN, with a token of that account" in text
 
 
 def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
@@ -327,7 +306,7 @@ def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
     assert found == {
         name: FILES[name]
         for name in FILES
-        if name != "model_index.json" and not name.endswith(".bin") and name != f"unet/{FULL}"
+        if name != "model_index.json" and not name.endswith(".bin") and name != f"unet/{FULL}" and ".index." not in name
     }
     first = [f for f in found if f.startswith(("unet/", "scheduler/", "image_"))]
     size = size_of(sum(len(FILES[f]) for f in first))
@@ -335,7 +314,7 @@ def test_only_the_needed_files_are_downloaded_after_saying_how_much(answers):
     assert said == [f"downloading DeepFloyd/IF-II-M-v1.0 (unet): 4 files, {size}, to {where}"]
     rest = sum(len(FILES[f]) for f in found if f not in first)
     assert said_later == [
-        f"downloading DeepFloyd/IF-II-M-v1.0 (unet, text_encoder): 5 files, {size_of(rest)}, to {where}"
+        f"downloading DeepFloyd/IF-II-M-v1.0 (unet, text_encoder): 4 files, {size_of(rest)}, to {where}"
     ]
 
 
@@ -348,8 +327,7 @@ def test_the_cache_needs_no_network(answers):
 def test_offline_says_how_to_bring_the_files(answers):
     text = answers["offline"][0]
     assert "DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub is unreachable or this machine offline (" in text
-    page = LICENCE.split()[-1]
-    assert f"\n  1. with a connection: accept the licence at {page}, run `hf auth login` or set HF_TOKEN\n" in text
+    assert f"\n  1. with a connection: {LICENCE}, once for all models; run `hf auth login`, or set HF_TOKEN" in text
     assert "\n  2. run `python -m minidiff.weights download IF-I-M-v1.0`, here or on another machine\n" in text
     assert "\n  3. if on another: copy the folder it prints, and pass it here as --model PATH\n" in text
     assert text.endswith(MINI)
@@ -364,7 +342,7 @@ def test_other_answers_of_the_hub_are_told_by_number():
     outer = OSError("outer")
     outer.__cause__ = inner
     text = weights.explain(outer, "DeepFloyd/IF-I-M-v1.0", has_token=True)
-    assert text.startswith("DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub answered 503.\n  1. ")
+    assert text.startswith("DeepFloyd/IF-I-M-v1.0 cannot be downloaded: the hub answers with an error (503).\n  1. ")
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -384,9 +362,9 @@ def test_check_describes_and_compares_each_part(tmp_path, capsys):
     assert status("check", str(tmp_path)) == 0
     text, unet = capsys.readouterr().out, make_unet()
     count, n = sum(p.numel() for p in unet.parameters()), len(unet.state_dict())
-    assert f"  unet: {count:,} parameters in {n} tensors, float16\n  unet: every key and shape fits, one step" in text
+    assert f"  unet: {count:,} parameters in {n} tensors, float16\n  unet: every key and shape fits, every" in text
     assert f"  unet/{HALF}: {size_of((tmp_path / 'unet' / HALF).stat().st_size)}\n" in text
-    assert "  text_encoder: every key and shape fits, one step works, every number is finite\n  this model" in text
+    assert "  text_encoder: every key and shape fits, every number is finite\n  this model" in text
     (tmp_path / "nothing").mkdir()
     assert status("check", str(tmp_path / "nothing")) == 1
     assert "has none of unet, text_encoder" in capsys.readouterr().out

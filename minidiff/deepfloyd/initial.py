@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from minidiff.deepfloyd.pictures import Pictures
+from minidiff.deepfloyd.dataset import CaptionedImages
 from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet
@@ -73,7 +73,7 @@ def image_encoder(dim: int) -> nn.Sequential:
 
 
 def match_captions(
-    text_encoder: T5Encoder, tokenizer: Tokenizer, pictures: Pictures, seed: int, dtype: str, quiet: bool,
+    text_encoder: T5Encoder, tokenizer: Tokenizer, dataset: CaptionedImages, seed: int, dtype: str, quiet: bool,
     longest: int = CONTRASTIVE_STEPS,
 ) -> float:  # fmt: skip
     """Teach the text encoder which caption belongs to which image, before any diffusion.
@@ -93,7 +93,7 @@ def match_captions(
     steps, found = min(CONTRASTIVE_STEPS, longest), []
     for step in tqdm(range(steps), desc="captions", disable=quiet, mininterval=5):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1024 + 1023)
-        x_start, texts = pictures.draw(CONTRASTIVE_BATCH, generator, dropout=0)
+        x_start, texts = dataset.draw(CONTRASTIVE_BATCH, generator, dropout=0)
         x_start = F.avg_pool2d(x_start, x_start.shape[-1] // 32).to(device)
         ids, mask = tokenizer(texts)
         length = int(mask.sum(1).max())  # padding is hidden from real tokens, and the mean leaves it out

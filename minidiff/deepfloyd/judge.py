@@ -19,13 +19,10 @@ The judge sees the images that the cascade learns from, but turned, cropped, rec
 """
 
 import argparse
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,22 +31,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, cli, images, weights
+from minidiff import checkpoint, cli, images, training, weights
 from minidiff.cascade import Cascade
-from minidiff.deepfloyd.captions import (
-    PERSON_CLASS,
-    TRAITS,
-    Expectation,
-    agreement,
-    class_names,
-    concept_class,
-    expected,
-    floor,
-    shares,
-    style_phrases,
-    traits_in,
-    words_of,
-)  # fmt: skip
+from minidiff.deepfloyd import captions
+from minidiff.deepfloyd.captions import PERSON_CLASS, TRAITS, Expectation
+from minidiff.deepfloyd.dataset import CaptionedImages, read_lines
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS
 
@@ -66,9 +52,6 @@ PROMPTS = (
 )  # fmt: skip
 SCENE_STYLE = "scene"  # of images whose style is ""
 BATCH, PEAK_LR, FEATURES = 128, 4e-3, 96
-
-
-# ---------------------------------------------------------------------------------------------- the network
 
 
 class Judge(nn.Module):
@@ -140,59 +123,33 @@ def answers_on(judge: Judge, x: Tensor, config: Mapping) -> list[Expectation]:
     return answers
 
 
-# ---------------------------------------------------------------------------------------------- files and training
-
-
-def write(folder: Path, judge: Judge, config: Mapping) -> None:
+def write(folder: Path, judge: Judge, config: dict) -> None:
     """model.fp16.safetensors (matrices in half precision, vectors in float32), then config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.half() if value.ndim > 1 else value for key, value in judge.state_dict().items()}
     checkpoint.save(tensors, folder / "model.fp16.safetensors", {"format": "pt"})
-    (folder / "config.tmp").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    os.replace(folder / "config.tmp", folder / "config.json")
+    checkpoint.write_json(folder / "config.json", config)
 
 
 def read(folder: Path) -> tuple[Judge, dict]:
     """The judge and its config.    Raises ValueError, naming the folder and the command that trains another judge."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = checkpoint.read_config(folder)
         judge = Judge(len(config["concepts"]), len(config["styles"]))
         judge.load_state_dict(load_file(folder / "model.fp16.safetensors"))
-        {key: config[key] for key in ("names", "phrases", "ceiling", "held_out")}  # a KeyError names what is lost
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no judge ({error}); train one with `python -m minidiff.deepfloyd.judge train "
                          f"IMAGES --out {folder}`, or pass another --judge") from error  # fmt: skip
     return judge.eval(), config
 
 
-def read_rows(folder: Path) -> tuple[np.ndarray, list[dict]]:
-    """The pixels (N, 64, 64, 3) uint8 and the rows of captions.json.    Raises ValueError if a row lacks a field."""
-    try:
-        pixels = np.load(folder / "images_64.npy", mmap_mode="r")
-        rows = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} needs images_64.npy and captions.json of a packed set ({error})") from error
-    fields, path = {"captions", "kind", "concept", "style"}, folder / "captions.json"
-    if len(rows) != len(pixels):
-        raise ValueError(f"{path} has {len(rows)} rows for {len(pixels)} images; pack the set again")
-    for i in (i for i, row in enumerate(rows) if not fields <= set(row)):
-        raise ValueError(f"{path}: row {i} lacks one of {', '.join(sorted(fields))}")
-    return pixels, rows
-
-
 def labels_of(rows: Sequence[Mapping], concepts: Sequence[str], styles: Sequence[str]) -> tuple[Tensor, ...]:
     """Concept (N,), style (N,) and traits (N, n), as `loss` takes them."""
-    classes = [concept_class(row["concept"]) for row in rows]
-    names = [traits_in(words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
+    classes = [captions.concept_class(row["concept"]) for row in rows]
+    names = [captions.traits_in(captions.words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
     traits = [[float(t in n) if c == PERSON_CLASS else -1.0 for t in TRAITS] for n, c in zip(names, classes)]
     concept = [concepts.index(c) for c in classes]
     style = [styles.index(row["style"] or SCENE_STYLE) for row in rows]
     return torch.tensor(concept), torch.tensor(style), torch.tensor(traits)
-
-
-def batch_of(pixels: np.ndarray, picks: Sequence[int]) -> Tensor:
-    """(B, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack([pixels[i] for i in picks])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def frequencies(labels: Sequence[Tensor]) -> Tensor:
@@ -204,47 +161,46 @@ def frequencies(labels: Sequence[Tensor]) -> Tensor:
 
 def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out."""
-    pixels, rows = read_rows(folder)
-    concepts = sorted({concept_class(row["concept"]) for row in rows})
-    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), style_phrases(rows)
+    dataset = CaptionedImages(folder, 64)
+    rows, held_out = dataset.rows, dataset.held
+    for i in (i for i, row in enumerate(rows) if not {"kind", "concept", "style"} <= row.keys()):
+        raise ValueError(f"{folder / 'captions.json'}: row {i} lacks kind, concept or style; a judge needs them")
+    concepts = sorted({captions.concept_class(row["concept"]) for row in rows})
+    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), captions.style_phrases(rows)
     config = {"kind": "judge", "images_seen": steps * BATCH, "concepts": concepts, "styles": styles,
-              "phrases": phrases, "names": class_names(rows, phrases)}  # fmt: skip
-    held_out = [i for i, row in enumerate(rows) if row.get("split") == "val"]
+              "phrases": phrases, "names": captions.class_names(rows, phrases)}  # fmt: skip
     labels = labels_of(rows, concepts, styles)
     weight = frequencies(labels)
     weight[held_out] = 0
     torch.manual_seed(seed)
     judge = Judge(len(concepts), len(styles)).to(memory_format=torch.channels_last)
-    fit(judge, pixels, labels, weight, steps, torch.Generator().manual_seed(seed))
-    answers = answers_on(judge, batch_of(pixels, held_out), config) if held_out else []
-    expectations = [expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
+    fit(judge, dataset, labels, weight, steps, torch.Generator().manual_seed(seed))
+    answers = answers_on(judge, dataset.take(held_out), config) if held_out else []
+    expectations = [captions.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
     pairs = [(answer, e) for answer, e in zip(answers, expectations) if e]  # "two mice" names nothing
-    config |= {"ceiling": shares(pairs), "held_out": len(pairs)}
+    config |= {"ceiling": captions.shares(pairs), "held_out": len(pairs)}
     write(out, judge, config)
     print(f"{len(pairs)} held-out images: {in_words(config['ceiling'])}; wrote {out}")
 
 
-def fit(judge: Judge, pixels: np.ndarray, labels: Sequence[Tensor], weight: Tensor, steps: int,
+def fit(judge: Judge, dataset: CaptionedImages, labels: Sequence[Tensor], weight: Tensor, steps: int,
         generator: torch.Generator) -> None:  # fmt: skip
     """AdamW on augmented batches, drawn in proportion to weight (N,); the rate rises for a tenth, then falls."""
     optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
-    dtype = torch.float32 if checkpoint.default_dtype("cpu") == torch.float32 else torch.bfloat16
+    cpu = torch.device("cpu")
     judge.train()
     for step in (bar := tqdm(range(steps), mininterval=2)):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
         picks = torch.multinomial(weight, BATCH, replacement=True, generator=generator)
-        x = augment(batch_of(pixels, picks.tolist()), generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype, dtype != torch.float32):
+        x = augment(dataset.take(picks.tolist()), generator).contiguous(memory_format=torch.channels_last)
+        with training.precision(cpu, training.fast_dtype(cpu)):
             scores = judge(x)
         value = loss(scores, [label[picks] for label in labels])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
         bar.set_postfix_str(f"loss {value.item():.3f}", refresh=False)
-
-
-# ---------------------------------------------------------------------------------------------- score
 
 
 @torch.inference_mode()
@@ -261,17 +217,19 @@ def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers:
     lines = [f"{'prompt':{width}}  right    concept  style    the judge takes the images for"]
     for i, prompt in enumerate(prompts):
         part, e = answers[i * n : (i + 1) * n], expectations[i * n]
-        right = [agreement(answer, e) for answer in part]
+        right = [captions.agreement(answer, e) for answer in part]
         both, concept, style = sum(map(all, right)), sum(c for c, _ in right), sum(s for _, s in right)
         successes += both >= 0.75 * n
         style_column = f"{style} of {n}" if e.styles else "any"
         names = ", ".join(in_short(answer, e) for answer in part)
         lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
-    return [*lines, f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
-            f"all images  {in_words(shares(list(zip(answers, expectations))))}",
-            f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
-            f"floor       {in_words(floor(answers, expectations))}: the same images against the other prompts",
-            ]  # fmt: skip
+    lines += [
+        f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
+        f"all images  {in_words(captions.shares(list(zip(answers, expectations))))}",
+        f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
+        f"floor       {in_words(captions.floor(answers, expectations))}: the same images against the other prompts",
+    ]
+    return lines
 
 
 def in_short(answer: Expectation, expectation: Expectation) -> str:
@@ -282,7 +240,7 @@ def in_short(answer: Expectation, expectation: Expectation) -> str:
 
 def in_words(numbers: Mapping[str, float]) -> str:
     """concept 80 %, style 90 %, both 75 %"""
-    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in numbers.items())
+    return ", ".join(f"{name} {100 * numbers[name]:.0f} %" for name in ("concept", "style", "both"))
 
 
 def sheet(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation], x: Tensor,
@@ -290,7 +248,7 @@ def sheet(prompts: Sequence[str], expectations: Sequence[Expectation], answers: 
     """Every image with its prompt and the judge's answer, two prompts in a row."""
     n, labels = len(answers) // len(prompts), []
     for i, (answer, expectation) in enumerate(zip(answers, expectations)):
-        mark = "right" if all(agreement(answer, expectation)) else "WRONG"
+        mark = "right" if all(captions.agreement(answer, expectation)) else "WRONG"
         labels.append(f"{prompts[i // n]}\n{mark}: {in_short(answer, expectation)}")
     parts = [slice(i, i + 2 * n) for i in range(0, len(answers), 2 * n)]
     return images.sheet([list(x[part]) for part in parts], [labels[part] for part in parts], title)
@@ -300,8 +258,9 @@ def score(args: argparse.Namespace) -> None:
     """Draw, judge, print and write the sheet."""
     images.check_output(args.out)
     judge, config = read(args.judge)
-    prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
-    expectations = [expected(prompt, config["names"], config["phrases"]) for prompt in prompts for _ in args.seeds]
+    prompts = read_lines(args.prompts) if args.prompts else PROMPTS
+    names, phrases = config["names"], config["phrases"]
+    expectations = [captions.expected(prompt, names, phrases) for prompt in prompts for _ in args.seeds]
     if None in expectations:
         raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None) // len(args.seeds)]!r}; name a "
                          f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
@@ -315,14 +274,6 @@ def score(args: argparse.Namespace) -> None:
     lines = [title, *report(prompts, expectations, answers, config)]
     written = images.save(sheet(prompts, expectations, answers, x, title), args.out, {"report": "\n".join(lines)})
     print(*lines, f"wrote {written}", sep="\n")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, empty lines left out.    Raises ValueError if there are none."""
-    prompts = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one on each line")
-    return prompts
 
 
 @cli.command
@@ -346,10 +297,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                    help="contact sheet to write (default %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.command == "score":
-        return score(args)
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
-    train(args.images, args.out, args.steps, args.seed)
+        score(args)
+    else:
+        train(args.images, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,26 @@
 """Train a stage of the cascade on captioned images, on one device or several.
 
-    python -m minidiff.deepfloyd.train 1 PICTURES --out weights/mini-IF-I
-    python -m minidiff.deepfloyd.train 2 PICTURES --out weights/mini-IF-II --text-encoder weights/mini-IF-I
-    torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 PICTURES --out weights/mini-IF-I
+    python -m minidiff.deepfloyd.train 1 IMAGES --out weights/mini-IF-I
+    python -m minidiff.deepfloyd.train 2 IMAGES --out weights/mini-IF-II --text-encoder weights/mini-IF-I
+    torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 IMAGES --out weights/mini-IF-I
 
 Stage 1 learns the text encoder and the 64x64 UNet together. Stage 2 learns from crops: 64x64 out of the 256x256 image,
 beside the same crop of its noised small version, with the text encoder of stage 1 frozen. --out gets the layout of the
 released repositories and loads like them; it holds the averaged weights (EMA).
 
-PICTURES is a folder with either image files, each beside a .txt of the same name with one caption a line (UTF-8), or
+IMAGES is a folder with either image files, each beside a .txt of the same name with one caption a line (UTF-8), or
 packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions.json, a list of N objects
 {"captions": [...], "weight": how often to draw it (1), "split": "val" if it is never to be drawn}.
 
 --out/training holds the state of the run (`training.py`), samples/, and held_out.csv: what a prompt is worth on images
 that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
-Read `training.py`, `deepfloyd/pictures.py` and `deepfloyd/initial.py` first.
+Read `training.py`, `deepfloyd/dataset.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
 Progressive Distillation Sec. 4 (loss weight SNR + 1).
 """
 
 import argparse
 import contextlib
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,8 +34,8 @@ from tqdm import tqdm
 from minidiff import checkpoint, cli, ddpm, images, training
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import stages, vocabulary
+from minidiff.deepfloyd.dataset import CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
-from minidiff.deepfloyd.pictures import Pictures, train_tokenizer
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
@@ -208,7 +206,7 @@ def examine(model: Trainee, tokenizer: Tokenizer, x_start: Tensor, texts: list[s
     return rows
 
 
-def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, pictures: Pictures) -> None:
+def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, dataset: CaptionedImages) -> None:
     """Samples of the weights just written: the PREVIEW prompts, or two training images enlarged by stage 2."""
     if stage == 1:
         cascade, n = Cascade.load(str(out), "none", dtype=torch.float32), len(PREVIEW)
@@ -216,7 +214,7 @@ def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, pictur
         sheet = images.sheet(*images.grid(list(x), PREVIEW))
     else:
         cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
-        x_start, texts = pictures.draw(2, torch.Generator().manual_seed(1))
+        x_start, texts = dataset.draw(2, torch.Generator().manual_seed(1))
         low_res = F.avg_pool2d(x_start, 4)
         x = cascade.enlarge(low_res, [Part(torch.cat(cascade.encode(*texts)))], range(2), steps=10)
         rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
@@ -224,30 +222,29 @@ def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, pictur
     images.save(sheet, path, {"minidiff": "sheet"})
 
 
-def tokenizer_of(args: argparse.Namespace, pictures: Pictures) -> Tokenizer:
+def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenizer:
     """The tokenizer in the text encoder's folder; stage 1 copies that of --start-from there, or trains one."""
     spiece = (args.out if args.stage == 1 else args.text_encoder) / "tokenizer" / "spiece.model"
     if args.stage == 1 and training.rank() == 0 and not spiece.is_file():
         if args.start_from:
             source = args.start_from / "tokenizer" / "spiece.model"
             Tokenizer(source)  # raises if it is none
-            spiece.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, spiece.with_suffix(".tmp"))
-            os.replace(spiece.with_suffix(".tmp"), spiece)
+            checkpoint.write_whole(spiece, lambda file: shutil.copy(source, file))
         else:
-            train_tokenizer(pictures.captions, spiece, MINI_T5.vocab_size)
+            train_tokenizer(dataset.captions, spiece, MINI_T5.vocab_size)
     training.barrier()
     return Tokenizer(spiece)
 
 
-def write_vocabulary(captions: Path, out: Path) -> None:
+def write_vocabulary(rows: list[dict], out: Path) -> None:
     """out/vocabulary.json from a packed set whose rows name "kind", "concept" and "style"; nothing from any other."""
-    rows = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else []
-    if rows and all({"kind", "concept", "style"} <= row.keys() for row in rows):
+    if all({"kind", "concept", "style"} <= row.keys() for row in rows):
         vocabulary.write(rows, out / "vocabulary.json")
 
 
-def first_weights(args: argparse.Namespace, tokenizer: Tokenizer, pictures: Pictures, device: torch.device) -> Trainee:
+def first_weights(
+    args: argparse.Namespace, tokenizer: Tokenizer, dataset: CaptionedImages, device: torch.device
+) -> Trainee:
     """The networks as a run begins with them: of --start-from, or new, with a text encoder that matches captions."""
     torch.manual_seed(args.seed)
     default = MINI_1 if args.stage == 1 else MINI_2
@@ -267,7 +264,7 @@ def first_weights(args: argparse.Namespace, tokenizer: Tokenizer, pictures: Pict
     elif args.stage == 1 and not (args.out / "training" / "checkpoint.pt").is_file():
         dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
         quiet, longest = training.rank() > 0, max(1, args.steps // 4)
-        share = match_captions(t5, tokenizer, pictures, args.seed, dtype, quiet, longest)
+        share = match_captions(t5, tokenizer, dataset, args.seed, dtype, quiet, longest)
         if training.rank() == 0:
             tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
     return model.to(device)
@@ -275,13 +272,13 @@ def first_weights(args: argparse.Namespace, tokenizer: Tokenizer, pictures: Pict
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """To --steps; weights, samples and the held-out error after every checkpoint."""
-    pictures, folder = Pictures(args.pictures, 64 if args.stage == 1 else 256), args.out / "training"
+    dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else 256), args.out / "training"
     settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size")}
     training.previous(folder, settings)  # raises before the work
-    tokenizer = tokenizer_of(args, pictures)
+    tokenizer = tokenizer_of(args, dataset)
     if args.stage == 1 and training.rank() == 0:
-        write_vocabulary(args.pictures / "captions.json", args.out)
-    model = first_weights(args, tokenizer, pictures, device)
+        write_vocabulary(dataset.rows, args.out)
+    model = first_weights(args, tokenizer, dataset, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,
                          EMA_DECAY, clip=1.0)  # fmt: skip
@@ -291,7 +288,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def batch_at(step: int) -> tuple:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1024 + training.rank())
-        x_start, texts = pictures.draw(args.batch_size // training.world(), generator)
+        x_start, texts = dataset.draw(args.batch_size // training.world(), generator)
         x_start = pooled(x_start)
         random = random_numbers(args.stage, len(x_start), x_start.shape[-1], model.schedule, generator)
         random = {key: value.to(device) for key, value in random.items()}
@@ -305,21 +302,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if record.stopped or samples.is_file():
             continue
         if args.stage == 1:
-            x_start, texts = pictures.held_out()
+            x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
                 rows = examine(model, tokenizer, pooled(x_start).to(device), texts)
             header = ("step", "t", "right", "other", "none")
             training.add_rows(folder / "held_out.csv", header, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
                        + ", ".join(f"t {t}: {a:.4f} / {b:.4f} / {c:.4f}" for t, a, b, c in rows))  # fmt: skip
-        preview(args.out, args.stage, samples, args.text_encoder, pictures)
+        preview(args.out, args.stage, samples, args.text_encoder, dataset)
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", type=int, choices=(1, 2))
-    parser.add_argument("pictures", type=cli.file_path, help="folder of captioned images")
+    parser.add_argument("images", type=cli.file_path, help="folder of captioned images")
     parser.add_argument("--out", type=cli.file_path, required=True, help="folder to write, in the released layout")
     parser.add_argument("--text-encoder", type=cli.file_path, help="stage 2: the folder of the trained stage 1")
     parser.add_argument("--start-from", type=cli.file_path, help="a folder of the released layout to train on")

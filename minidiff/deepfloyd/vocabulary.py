@@ -10,38 +10,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minidiff.checkpoint import read_json, write_json
-from minidiff.deepfloyd.captions import (
-    ARTICLE,
-    NEUTRAL,
-    PERSON,
-    TIME,
-    singulars,
-    split_style,
-    style_phrases,
-    words_of,
-)  # fmt: skip
+from minidiff.deepfloyd import captions
+from minidiff.deepfloyd.captions import singulars, words_of
 
 WIDTH = 110  # of a listing, in letters
 
 
 def collect(rows: Sequence[Mapping]) -> dict:
     """{"things", "people", "attributes", "places", "scenes": lists of phrases, "styles": {phrase: styles}, "words"}."""
-    phrases, people, attributes, places, scenes = style_phrases(rows), set(), set(), set(), set()
+    phrases, people, attributes, places, scenes = captions.style_phrases(rows), set(), set(), set(), set()
     things = {row["concept"] for row in rows if row["kind"] == "sprite"}
     for row in rows:
         if row["kind"] == "people":
             head, *parts = re.split(r" (?:with|wearing|and) ", row["concept"])
             people.add(head)
-            attributes |= {ARTICLE.sub("", part) for part in parts}
+            attributes |= {captions.ARTICLE.sub("", part) for part in parts}
         elif row["kind"] in ("scene", "colour"):
             rest = re.sub(r"^e?s(?= )", "", row["captions"][0].partition(row["concept"])[2]).strip()  # of "cats on ..."
-            places |= {TIME.sub("", rest), *(f"at {time}" for time in TIME.findall(rest))} - {""}
+            places |= {captions.TIME.sub("", rest), *(f"at {time}" for time in captions.TIME.findall(rest))} - {""}
         elif row["kind"] == "full":
-            scenes |= {TIME.sub("", split_style(caption, phrases)[1]) for caption in row["captions"]}
-    people |= {concept for concept in things if PERSON.search(concept)}
+            scenes |= {captions.TIME.sub("", captions.split_style(caption, phrases)[1]) for caption in row["captions"]}
+    people |= {concept for concept in things if captions.PERSON.search(concept)}
     words = {word for row in rows for caption in row["captions"] for word in words_of(caption)}
     lists = {"things": things - people, "people": people, "attributes": attributes, "places": places, "scenes": scenes,
-             "words": words | set(words_of(" ".join(NEUTRAL)))}  # fmt: skip
+             "words": words | set(words_of(" ".join(captions.NEUTRAL)))}  # fmt: skip
     return {name: sorted(entries) for name, entries in lists.items()} | {"styles": phrases}
 
 

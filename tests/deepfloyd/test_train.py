@@ -18,8 +18,8 @@ from PIL import Image
 from minidiff import charts, images, training, weights
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import initial, stages, text, train, vocabulary
+from minidiff.deepfloyd.dataset import CaptionedImages, read_rows
 from minidiff.deepfloyd.initial import initialise, pass_through
-from minidiff.deepfloyd.pictures import Pictures
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
 from minidiff.schedule import squaredcos_cap_v2
@@ -43,9 +43,9 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Two captioned picture files: a red and a blue square."""
-    folder = tmp_path / "pictures"
+def captioned(tmp_path):
+    """Two captioned images: a red and a blue square."""
+    folder = tmp_path / "captioned"
     folder.mkdir()
     for name, colour, kind in (("red", (230, 20, 20), "png"), ("blue", (20, 20, 230), "PNG")):
         Image.new("RGB", (256, 256), colour).save(folder / f"{name}.{kind}")
@@ -53,8 +53,8 @@ def pictures(tmp_path):
     return folder
 
 
-def run(stage, pictures, out, steps, *extra):
-    train.main([str(stage), str(pictures), "--out", str(out), "--steps", str(steps), "--batch-size", "4", *extra])
+def run(stage, captioned, out, steps, *extra):
+    train.main([str(stage), str(captioned), "--out", str(out), "--steps", str(steps), "--batch-size", "4", *extra])
 
 
 def fails(capsys, *argv):
@@ -74,11 +74,11 @@ def state(out):
     return torch.load(out / "training" / "checkpoint.pt", weights_only=True)
 
 
-def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path, monkeypatch):
+def test_both_stages_train_and_load_as_a_released_model_does(captioned, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "preview", PREVIEW)
     one, two = tmp_path / "one", tmp_path / "two"
-    run(1, pictures, one, 3)
-    run(2, pictures, two, 4, "--text-encoder", str(one))
+    run(1, captioned, one, 3)
+    run(2, captioned, two, 4, "--text-encoder", str(one))
     assert [step for step, _ in losses(one)] == [2] and [step for step, _ in losses(two)] == [2, 4]
     chart = images.load(two / "training" / "loss.png")
     assert chart.equal(images.from_pil(charts.chart([("whole run", {"training": losses(two)})], {})))
@@ -92,16 +92,16 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path,
     assert not (two / "text_encoder").exists()
 
 
-def test_it_learns(pictures, tmp_path):
-    run(1, pictures, tmp_path / "one", 60, "--lr", "2e-3", "--save-every", "1000")
+def test_it_learns(captioned, tmp_path):
+    run(1, captioned, tmp_path / "one", 60, "--lr", "2e-3", "--save-every", "1000")
     history = [loss for _, loss in losses(tmp_path / "one")]
     assert sum(history[-10:]) < 0.7 * sum(history[:10])  # 20 steps each
 
 
-def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_exactly(captioned, tmp_path, monkeypatch, capsys):
     """Step 2 is between two rows of loss.csv, whose mean must not notice."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(1, pictures, whole, 7)
+    run(1, captioned, whole, 7)
     average = training.update_average
 
     def interrupted(ema, module, step, decay):  # between the optimizer's step and the count of it
@@ -110,50 +110,50 @@ def test_a_stopped_run_resumes_exactly(pictures, tmp_path, monkeypatch, capsys):
         average(ema, module, step, decay)
 
     monkeypatch.setattr(training, "update_average", interrupted)
-    run(1, pictures, parts, 7)
+    run(1, captioned, parts, 7)
     assert state(parts)["step"] == 3
     monkeypatch.setattr(training, "update_average", average)
-    run(1, pictures, parts, 7)
+    run(1, captioned, parts, 7)
     a, b = state(whole), state(parts)
     assert a["step"] == b["step"] == 7 and losses(whole) == losses(parts)
     assert all(torch.equal(a["model"][k], b["model"][k]) and torch.equal(a["ema"][k], b["ema"][k]) for k in a["model"])
     assert b["optimizer"]["param_groups"][0]["lr"] == train.learning_rate(6, 7, 5e-4)  # of the last step
     for flag, words in (("--lr", "lr 0.0005, not 0.1"), ("--seed", "seed 0, not 3"), ("--size", "size 64, not 32")):
         value = words.split()[-1]
-        assert f"checkpoint.pt is of a run with {words}; pass" in fails(capsys, 1, pictures, parts, 7, flag, value)
+        assert f"checkpoint.pt is of a run with {words}; pass" in fails(capsys, 1, captioned, parts, 7, flag, value)
 
 
-def test_regression_the_losses_of_the_first_steps(pictures, tmp_path, monkeypatch):
+def test_regression_the_losses_of_the_first_steps(captioned, tmp_path, monkeypatch):
     """Of both stages, as the trainer wrote them when it had a loop of its own."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    run(1, pictures, tmp_path / "one", 4, "--dtype", "float32")
-    run(2, pictures, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))
+    run(1, captioned, tmp_path / "one", 4, "--dtype", "float32")
+    run(2, captioned, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))
     rows = [loss for folder in ("one", "two") for _, loss in losses(tmp_path / folder)]
     expected = [0.877554, 1.043096, 0.768068, 0.632446, 0.877549, 1.043068, 0.767845, 0.632535]
     assert rows == pytest.approx(expected, rel=1e-4)
 
 
-def test_training_goes_on_from_the_weights_of_a_folder(pictures, tmp_path, capsys):
+def test_training_goes_on_from_the_weights_of_a_folder(captioned, tmp_path, capsys):
     """With a learning rate of 0 they come out as they went in, tokenizer included."""
     one, two = tmp_path / "one", tmp_path / "two"
-    run(1, pictures, one, 2)
-    run(1, pictures, two, 1, "--start-from", str(one), "--lr", "0")
+    run(1, captioned, one, 2)
+    run(1, captioned, two, 1, "--start-from", str(one), "--lr", "0")
     for part in ("unet", "text_encoder"):
         a, b = (weights.Checkpoint(folder, part).tensors() for folder in (one, two))
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert (one / "tokenizer" / "spiece.model").read_bytes() == (two / "tokenizer" / "spiece.model").read_bytes()
     flags = ["--start-from", str(one), "--text-encoder", str(one)]
-    assert "missing" in fails(capsys, 2, pictures, tmp_path / "three", 1, *flags)
+    assert "missing" in fails(capsys, 2, captioned, tmp_path / "three", 1, *flags)
     # A wrong path does not spoil the folder for the right one.
-    assert "no tokenizer at nowhere" in fails(capsys, 1, pictures, tmp_path / "four", 1, "--start-from", "nowhere")
-    run(1, pictures, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
+    assert "no tokenizer at nowhere" in fails(capsys, 1, captioned, tmp_path / "four", 1, "--start-from", "nowhere")
+    run(1, captioned, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
     (one / "training" / "checkpoint.pt").write_bytes(b"PK cut")
-    assert "is no checkpoint of a run; pass another --out" in fails(capsys, 1, pictures, one, 2)
+    assert "is no checkpoint of a run; pass another --out" in fails(capsys, 1, captioned, one, 2)
 
 
 @pytest.mark.parametrize("which", ["loss", "gradient"])
-def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, monkeypatch, capsys, which):
-    run(1, pictures, tmp_path / "one", 4, "--save-every", "4")
+def test_a_nan_stops_with_the_last_good_checkpoint_named(captioned, tmp_path, monkeypatch, capsys, which):
+    run(1, captioned, tmp_path / "one", 4, "--save-every", "4")
     before, original = state(tmp_path / "one")["model"], train.ddpm.loss
 
     def broken(*args):  # the root of 0 has an infinite slope, and infinity times 0 is nan
@@ -161,23 +161,23 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(pictures, tmp_path, mon
         return found * torch.nan if which == "loss" else found + (0 * found).sqrt()
 
     monkeypatch.setattr(train.ddpm, "loss", broken)
-    message = fails(capsys, 1, pictures, tmp_path / "one", 8)
+    message = fails(capsys, 1, captioned, tmp_path / "one", 8)
     assert re.search(r"loss or its gradient is nan at step 5; the last good .*checkpoint\.pt.*smaller --lr", message)
     after = state(tmp_path / "one")["model"]
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_steps_made_again_are_written_down_once(pictures, tmp_path):
+def test_steps_made_again_are_written_down_once(captioned, tmp_path):
     """The process was killed at step 5, after the checkpoint of step 2 and the row of step 4."""
-    run(1, pictures, tmp_path / "one", 4)
+    run(1, captioned, tmp_path / "one", 4)
     rows = losses(tmp_path / "one")
     kept = state(tmp_path / "one")
     torch.save(kept | {"step": 2}, tmp_path / "one" / "training" / "checkpoint.pt")
-    run(1, pictures, tmp_path / "one", 4)
+    run(1, captioned, tmp_path / "one", 4)
     assert [step for step, _ in losses(tmp_path / "one")] == [step for step, _ in rows] == [2, 4]
 
 
-def test_two_processes_average_their_gradients(pictures, tmp_path):
+def test_two_processes_average_their_gradients(captioned, tmp_path):
     """torchrun with gloo: each sees noises of its own, half a batch, and all their weights stay the same."""
     script = tmp_path / "script.py"
     script.write_text(f"""
@@ -196,7 +196,7 @@ def kept(model, *args):
     torch.save((noises, model.state_dict()), r"{tmp_path}/rank-" + os.environ["RANK"] + ".pt")
 
 T.train.Trainee.forward, T.training._step = noted, kept
-T.run(1, r"{pictures}", T.Path(r"{tmp_path / "one"}"), 4)
+T.run(1, r"{captioned}", T.Path(r"{tmp_path / "one"}"), 4)
 """)
     root = Path(__file__).parents[2]
     result = subprocess.run(
@@ -212,15 +212,15 @@ T.run(1, r"{pictures}", T.Path(r"{tmp_path / "one"}"), 4)
     assert here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)
 
 
-def test_packed_pictures_are_drawn_by_weight_and_mirrored(tmp_path):
+def test_packed_images_are_drawn_by_weight_and_mirrored(tmp_path):
     pixels = np.zeros((2, 64, 64, 3), np.uint8)
     pixels[1, :, :32] = 255
     np.save(tmp_path / "images_64.npy", pixels)
     (tmp_path / "captions.json").write_text(json.dumps([{"captions": ["never"], "weight": 0}, {"captions": ["half"]}]))
-    x_start, texts = Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
+    x_start, texts = CaptionedImages(tmp_path, 64).draw(200, torch.Generator().manual_seed(0))
     assert set(texts) == {"half", "", "a high quality photo", "a high quality picture"}
     assert 5 <= 200 - texts.count("half") <= 47  # 12 % of 200, 5 sigma
-    assert set(Pictures(tmp_path, 64).draw(200, torch.Generator().manual_seed(0), dropout=0)[1]) == {"half"}
+    assert set(CaptionedImages(tmp_path, 64).draw(200, torch.Generator().manual_seed(0), dropout=0)[1]) == {"half"}
     left, right = x_start[:, 0, 0, 0], x_start[:, 0, 0, -1]
     assert set(left.tolist()) == {-1.0, 1.0} and torch.equal(left, -right)
 
@@ -229,10 +229,10 @@ def test_held_out_rows_are_never_drawn(tmp_path):
     np.save(tmp_path / "images_64.npy", np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 255)]))
     rows = [{"captions": ["dark", "black"], "split": "val"}, {"captions": ["light"], "split": "train"}]
     (tmp_path / "captions.json").write_text(json.dumps(rows))
-    pictures = Pictures(tmp_path, 64)
-    x_start, texts = pictures.held_out()
+    captioned = CaptionedImages(tmp_path, 64)
+    x_start, texts = captioned.held_out()
     assert texts == ["dark"] and x_start.eq(-1).all() and x_start.shape == (1, 3, 64, 64)
-    assert pictures.draw(50, torch.Generator().manual_seed(0))[0].eq(1).all()
+    assert captioned.draw(50, torch.Generator().manual_seed(0))[0].eq(1).all()
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(3, [0, 1, 2]), (300, [i * 300 // 128 for i in range(128)])])
@@ -241,11 +241,11 @@ def test_held_out_images_are_spread_over_all_that_are_held_out(tmp_path, rows, e
     np.save(tmp_path / "images_64.npy", np.zeros((rows, 64, 64, 3), np.uint8))
     captions = [{"captions": [str(i)], "split": "val"} for i in range(rows)]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    assert Pictures(tmp_path, 64).held_out()[1] == [str(i) for i in expected]
+    assert CaptionedImages(tmp_path, 64).held_out()[1] == [str(i) for i in expected]
 
 
-def test_the_stage_2_crop_lines_up_with_its_low_resolution_picture():
-    """At noise level 0 the crop of the enlarged small picture is the crop of the picture, up to blur."""
+def test_the_stage_2_crop_lines_up_with_its_low_resolution_image():
+    """At noise level 0 the crop of the enlarged small image is the crop of the image, up to blur."""
     ramp = torch.linspace(-1, 1, 256).view(1, 1, 1, 256).expand(2, 3, 256, 256).contiguous()
     model = train.Trainee(2, UNet(TINY[2]), T5Encoder(TINY_T5), squaredcos_cap_v2())
     random = {"low_noise": torch.zeros(2, 3, 256, 256), "level": torch.zeros(2, dtype=torch.long),
@@ -335,28 +335,26 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     )
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_captions(pictures, tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_no_captions(captioned, tmp_path):
     """Of 5 lines 2 are captions."""
-    (pictures / "red.txt").write_bytes("\ufeffa red square\n\n  \nà rouge\r\n\n".encode())
-    assert Pictures(pictures, 64).captions[1] == ["a red square", "à rouge"]
+    (captioned / "red.txt").write_bytes("\ufeffa red square\n\n  \nà rouge\r\n\n".encode())
+    assert CaptionedImages(captioned, 64).captions[1] == ["a red square", "à rouge"]
     np.save(tmp_path / "images_64.npy", np.zeros((1, 64, 64, 3), np.uint8))
     (tmp_path / "captions.json").write_bytes("\ufeff".encode() + json.dumps([{"captions": ["a", "", " "]}]).encode())
-    assert set(Pictures(tmp_path, 64).draw(50, torch.Generator(), dropout=0)[1]) == {"a"}
+    assert set(CaptionedImages(tmp_path, 64).draw(50, torch.Generator(), dropout=0)[1]) == {"a"}
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
-def test_captions_in_another_encoding_are_named_with_their_file(pictures, encoding):
-    text = "a red square\nun carre rouge\n" if encoding == "utf-16-le" else "a red square\nun carré rouge\n"
-    (pictures / "red.txt").write_bytes(text.encode(encoding))
-    where = {"latin-1": "line 2: ", "utf-16": "line 1: "}.get(encoding, "it holds zero bytes")
-    with pytest.raises(ValueError, match=rf"red\.txt is not UTF-8 \({where}.*\); save it in that encoding"):
-        Pictures(pictures, 64)
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_captions_in_another_encoding_are_named_with_their_file(captioned, encoding):
+    (captioned / "red.txt").write_bytes("a red square\nun carré rouge\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"red\.txt is not UTF-8 \(.*\); save it in that encoding"):
+        CaptionedImages(captioned, 64)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"), ("{}", "row 0 has no cap"),
-     ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"), ("[3]", "row 0 has no caption"),
+    [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"),
+     ("[{}]", "row 0 has no caption"), ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
      ('[{"captions": ["a"]}, {"captions": ["b"]}]', "1 images, but captions of 2")],
 )  # fmt: skip
 def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):
@@ -364,28 +362,28 @@ def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "captions.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        Pictures(tmp_path, 64)
+        CaptionedImages(tmp_path, 64)
 
 
-def test_bad_input_is_told(tmp_path, pictures, capsys):
+def test_bad_input_is_told(tmp_path, captioned, capsys):
     (tmp_path / "empty").mkdir()
     said = fails(capsys, 1, tmp_path / "empty", tmp_path / "one", 4)
     assert "holds neither images_64.npy nor images with a .txt of captions" in said
     for flag in ("--save-every", "--batch-size"):
-        assert f"{flag} must be at least 1, got 0" in fails(capsys, 1, pictures, tmp_path / "one", 4, flag, "0")
-    (pictures / "red.txt").write_text("")
-    assert "red.txt holds no caption; write one a line" in fails(capsys, 1, pictures, tmp_path / "one", 4)
-    assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, pictures, tmp_path / "two", 4)
+        assert f"{flag} must be at least 1, got 0" in fails(capsys, 1, captioned, tmp_path / "one", 4, flag, "0")
+    (captioned / "red.txt").write_text("")
+    said = fails(capsys, 1, captioned, tmp_path / "one", 4)
+    assert "red.txt is empty; write one caption or prompt on each line" in said
+    assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, captioned, tmp_path / "two", 4)
 
 
 def test_the_vocabulary_of_a_packed_set_is_written_beside_the_weights(tmp_path):
     """A set without kinds, and a folder of files, have none."""
     row = {"kind": "sprite", "concept": "dog", "style": "noto", "captions": ["an emoji of a dog"]}
-    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
-    (tmp_path / "captions.json").write_text(json.dumps([row, {"captions": ["a cat"]}]))
-    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
+    train.write_vocabulary([{"captions": ["a cat"]}], tmp_path)
+    train.write_vocabulary([row, {"captions": ["a cat"]}], tmp_path)
     assert not (tmp_path / "vocabulary.json").exists()
     (tmp_path / "captions.json").write_text(json.dumps([row]))
-    train.write_vocabulary(tmp_path / "captions.json", tmp_path)
+    train.write_vocabulary(read_rows(tmp_path / "captions.json"), tmp_path)
     known = vocabulary.read(tmp_path)
     assert known["things"] == ["dog"] and {"emoji", "dog"} <= set(known["words"])

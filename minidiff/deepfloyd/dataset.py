@@ -3,7 +3,9 @@
 Read `deepfloyd/unet.py` first. Next: `deepfloyd/initial.py`.
 """
 
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,19 @@ import torch
 from torch import Tensor
 
 from minidiff import images
+from minidiff.checkpoint import write_whole
+from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with a neutral prompt, for classifier-free guidance
-NEUTRAL = ["", "", "", "", "a high quality photo", "a high quality picture"]
 HELD_OUT = 128  # images on which the error is measured
 
 
-class Pictures:
+class CaptionedImages:
     """The training set in memory: `size` pixels a side, uint8, and the captions of each image.
 
-    Rows of captions.json with "split": "val" are never drawn: `held_out` returns them.
+    rows: of captions.json, or {"captions": [...]} from text files. Those with "split": "val", whose numbers are `held`,
+    are never drawn: `held_out` returns them.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -30,20 +34,19 @@ class Pictures:
         packed = folder / f"images_{size}.npy"
         if packed.is_file():
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
-            rows = read_rows(folder / "captions.json")
+            self.rows = read_rows(folder / "captions.json")
         else:
-            files = sorted(
-                p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN and p.with_suffix(".txt").is_file()
-            )
+            files = sorted(p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN)
+            files = [p for p in files if p.with_suffix(".txt").is_file()]
             if not files:
                 raise ValueError(f"{folder} holds neither {packed.name} nor images with a .txt of captions each")
-            rows = [{"captions": read_captions(p.with_suffix(".txt"))} for p in files]
+            self.rows = [{"captions": read_lines(p.with_suffix(".txt"))} for p in files]
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
-        if len(self.pixels) != len(rows):
-            raise ValueError(f"{folder}: {len(self.pixels)} images, but captions of {len(rows)}; make them as many")
-        self.captions: list[list[str]] = [row["captions"] for row in rows]
-        self.held = [i for i, row in enumerate(rows) if row.get("split") == "val"]
-        self.weights = torch.tensor([float(row.get("weight", 1)) for row in rows])
+        if len(self.pixels) != (n := len(self.rows)):
+            raise ValueError(f"{folder}: {len(self.pixels)} images, but captions of {n}; make them as many")
+        self.captions: list[list[str]] = [row["captions"] for row in self.rows]
+        self.held = [i for i, row in enumerate(self.rows) if row.get("split") == "val"]
+        self.weights = torch.tensor([float(row.get("weight", 1)) for row in self.rows])
         self.weights[self.held] = 0
 
     def draw(
@@ -51,7 +54,7 @@ class Pictures:
     ) -> tuple[Tensor, list[str]]:
         """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each image with one of its captions."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        x_start = self._take(picks.tolist())
+        x_start = self.take(picks.tolist())
         mirror = torch.rand(batch_size, generator=generator) < 0.5
         x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
@@ -63,9 +66,10 @@ class Pictures:
         candidates = self.held or list(range(len(self.captions)))
         count = min(HELD_OUT, len(candidates))
         spread = [candidates[i * len(candidates) // count] for i in range(count)]
-        return self._take(spread), [self.captions[i][0] for i in spread]
+        return self.take(spread), [self.captions[i][0] for i in spread]
 
-    def _take(self, picks: list[int]) -> Tensor:
+    def take(self, picks: Sequence[int]) -> Tensor:
+        """(B, 3, size, size) in [-1, 1]."""
         pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks]))
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -74,12 +78,12 @@ def _pick(texts: list[str], position: float) -> str:
     return texts[int(position * len(texts))]
 
 
-def read_captions(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ValueError if it has none or is not UTF-8."""
-    captions = [line.strip() for line in _read_utf8(path).splitlines() if line.strip()]
-    if not captions:
-        raise ValueError(f"{path} holds no caption; write one a line")
-    return captions
+    lines = [line.strip() for line in _read_utf8(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; write one caption or prompt on each line")
+    return lines
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -90,36 +94,27 @@ def read_rows(path: Path) -> list[dict]:
         rows = json.loads(_read_utf8(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
-    kept = []
-    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        captions = row.get("captions") if isinstance(row, dict) else None
-        captions = [c for c in captions if isinstance(c, str) and c.strip()] if isinstance(captions, list) else []
-        if not captions:
+    rows = [row | {"captions": [text for text in row.get("captions", ()) if text.strip()]} for row in rows]
+    for i, row in enumerate(rows):
+        if not row["captions"]:
             raise ValueError(f'{path}: row {i} has no caption; each row must be like {{"captions": ["a red square"]}}')
-        kept.append(row | {"captions": captions})
-    return kept
+    return rows
 
 
 def _read_utf8(path: Path) -> str:
     """A text file, with or without a byte order mark. Raises ValueError naming the file if it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}: {error.reason}); save it in that encoding") from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 (it holds zero bytes, as UTF-16 does); save it in that encoding")
-    return text
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it in that encoding") from None
 
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5
+    lines, model = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5, io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix(".tmp")), vocab_size=vocab_size,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        pad_piece="<pad>", normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>",
+        normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=2,
     )  # fmt: skip
-    path.with_suffix(".tmp.vocab").unlink()
-    path.with_suffix(".tmp.model").replace(path)
+    write_whole(path, lambda file: file.write_bytes(model.getvalue()))
