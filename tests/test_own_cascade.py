@@ -13,7 +13,7 @@ import minidiff
 from minidiff import images
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import initial, train
-from minidiff.deepfloyd.pictures import Pictures
+from minidiff.deepfloyd.dataset import CaptionedImages
 
 CHAPTER = Path(minidiff.__file__).parents[1] / "walkthrough" / "20-train-your-own.md"
 TEXT = CHAPTER.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_the_cell_packs_sixty_shapes_and_keeps_ten_apart(shapes):
     assert rows[0]["captions"] == ["a red circle on green"]
     for image, size in ((small[0], 64), (large[0], 256)):
         assert image[0, 0].tolist() == [0, 128, 0] and image[size // 2, size // 2].tolist() == [255, 0, 0]
-    assert len(set(Pictures(shapes, 64).held_out()[1])) == 10
+    assert len(set(CaptionedImages(shapes, 64).held_out()[1])) == 10
 
 
 def test_the_commands_of_the_chapter_train_a_cascade_that_draws(shapes, monkeypatch):

@@ -94,10 +94,14 @@ def read_rows(path: Path) -> list[dict]:
         rows = json.loads(_read_utf8(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
-    rows = [row | {"captions": [text for text in row.get("captions", ()) if text.strip()]} for row in rows]
+    shape = 'each row must be like {"captions": ["a red square"]}'
+    try:
+        rows = [row | {"captions": [text for text in row.get("captions", ()) if text.strip()]} for row in rows]
+    except (AttributeError, TypeError):
+        raise ValueError(f"{path} holds other things than rows of captions; {shape}") from None
     for i, row in enumerate(rows):
         if not row["captions"]:
-            raise ValueError(f'{path}: row {i} has no caption; each row must be like {{"captions": ["a red square"]}}')
+            raise ValueError(f"{path}: row {i} has no caption; {shape}")
     return rows
 
 

@@ -303,14 +303,14 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
 @pytest.mark.parametrize(("steps", "expected"), [(12, 3), (2, 1), (40, 5)])
 def test_captions_are_matched_for_a_quarter_of_the_steps(pictures, tmp_path, monkeypatch, steps, expected):
     """At least once, and never more often than CONTRASTIVE_STEPS, here 5."""
-    drawn, draw = [], Pictures.draw
+    drawn, draw = [], CaptionedImages.draw
 
     def counted(self, batch_size, generator, **options):
         drawn.append(options)
         return draw(self, batch_size, generator, **options)
 
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 5)
-    monkeypatch.setattr(Pictures, "draw", counted)
+    monkeypatch.setattr(CaptionedImages, "draw", counted)
     monkeypatch.setattr(training, "run", lambda *_, **__: [])  # no diffusion
     run(1, pictures, tmp_path / "one", steps)
     assert drawn == [{"dropout": 0}] * expected
@@ -354,7 +354,7 @@ def test_captions_in_another_encoding_are_named_with_their_file(captioned, encod
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"),
-     ("[{}]", "row 0 has no caption"), ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
+     ("[{}]", "row 0 has no caption"), ("[3]", "other things than rows"), ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
      ('[{"captions": ["a"]}, {"captions": ["b"]}]', "1 images, but captions of 2")],
 )  # fmt: skip
 def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):

@@ -73,7 +73,7 @@ def test_a_network_without_classes_gets_no_digit(tmp_path, capsys):
     assert "agreement" not in shown.out and "f, no class, euler, 4 steps:" in shown.out
     assert "takes no digit: --digits only says how many" in shown.err
     assert "nothing to guide; leave out --guidance-scale" in fails(capsys, sample.main, *flags, "--guidance-scale", 5)
-    # Pictures of another kind are not judged, here or later.
+    # Images of another kind are not judged, here or later.
     edit_config(tmp_path / "f", dataset="fashion", trained="1 of 9 epochs")
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors")])
     shown = capsys.readouterr().out
