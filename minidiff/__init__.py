@@ -11,6 +11,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     toy.py                   denoisers with a known answer, to test everything else against
     flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
 
+    jigsaw.py                a puzzle whose pieces change places, one of the views
     views.py                 turning and shuffling images, and what makes a view a good one
     components.py            parts of an image: near and far, grey and colour
     factorized.py            several prompts in one image: the formula of anagrams and hybrids

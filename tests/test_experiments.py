@@ -481,7 +481,7 @@ def test_the_linter_as_a_command(capsys):
             anagram.main(["--check", name])
         assert exit_info.value.code == status
     printed = capsys.readouterr().out
-    assert "good: linear, orthogonal" in printed and "bad: noise of strength 1 becomes 1.49" in printed
+    assert "good: linear, orthogonal" in printed and "bad: the deviation of noise is 1.5, not 1" in printed
 
 
 def test_without_a_prompt_mini_hears_nothing_and_others_the_courses_neutral_one(photo):
