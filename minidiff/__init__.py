@@ -23,9 +23,9 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/t5.py          ids to text states
     deepfloyd/text.py        prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy image, time and text to noise and variance
+    deepfloyd/stages.py      a UNet with its process, asked as a model
     cli.py                   what every command shares: errors, Ctrl-C, the device
     weights.py               which models there are, where they lie, fetching and checking them
-    deepfloyd/stages.py      a UNet with its process, asked as a model
     deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
     deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     cascade.py               the door: prompts and images in, images out

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import InTurns, Part, averaged
+from minidiff.factorized import InTurns, averaged, through_views
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
 
@@ -43,8 +43,7 @@ def anagram(
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
-    encoded = zip(cascade.encode(*prompts), view_names, strict=True)
-    parts = [Part(states, views.named(name)) for states, name in encoded]
+    parts = through_views(cascade.encode(*prompts), view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
     return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         sys.exit(report(args.check))
     animation = flags.animation_beside(args)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args, beside=[animation])
     flags.check_edit(args, cascade)
     for name in dict.fromkeys(args.view):
         for measure in views.check(views.named(name)):
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, chosen = list(small if large is None else large), [views.named(name) for name in args.view]
     rows = [[view.view(x) for view in chosen] for x in results]
     labels = [[f"{name}: {p}, seed {seed}" for name, p in zip(args.view, args.prompts)] for seed in seeds]
-    flags.finish(args, "anagram", results, rows, labels, " / ".join(args.prompts), cascade)
+    flags.finish(args, "anagram", results, seeds, rows, labels, " / ".join(args.prompts), cascade)
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
 

@@ -5,7 +5,7 @@
     python -m minidiff.weights check mini               builds every part, takes one step, reads every number
 
 A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
-`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/stages.py`.
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/captions.py`.
 """
 
 import argparse
@@ -21,11 +21,10 @@ import torch
 from tqdm import tqdm
 
 from minidiff import cli
-from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, blaming, built, choose_files, read_config, read_json
+from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, blaming, built, choose_files, read_config
+from minidiff.deepfloyd.stages import read_process
 from minidiff.deepfloyd.text import plan_text_encoder
 from minidiff.deepfloyd.unet import UNet, UNetConfig
-from minidiff.guidance import dynamic_threshold
-from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in float16
     "IF-I-M-v1.0": (1, "0.74 GB"),
@@ -218,29 +217,6 @@ def _check_space(folder: Path, needed: float) -> None:
     if free < needed:
         sizes = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
         raise WeightsError(f"{sizes[0]} needed, {sizes[1]} free in {folder}; set HF_HOME to a folder on a larger disk")
-
-
-def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
-    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of the noise on low_res.
-    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF."""
-    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
-    config = read_json(path)
-    ratio = config.get("dynamic_thresholding_ratio", 0.95)
-    largest = config.get("sample_max_value", 1.5 if in_channels == CHANNELS_OF_STAGE[1] else 1.0)
-    with blaming(path, "describes no process of IF"):
-        dynamic_threshold(ratio, largest)
-    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
-        if config.get(key, expected) != expected:
-            warnings.warn(f"{path}: {key} is {config[key]!r}; IF's {expected!r} is used", stacklevel=1)
-    return _schedule(path), ratio, largest, _schedule(noising) if noising.exists() else squaredcos_cap_v2()
-
-
-def _schedule(path: Path) -> Schedule:
-    with blaming(path, "describes no process of IF"):
-        schedule = Schedule.from_config(read_json(path))
-        if schedule.num_train_timesteps != 1000:
-            raise ValueError(f"num_train_timesteps is {schedule.num_train_timesteps}, but drawing visits 0 to 999")
-    return schedule
 
 
 def check(folder: Path, say: Callable[[str], None], model: str = "") -> bool:

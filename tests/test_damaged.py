@@ -194,7 +194,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "buckets null": (config(TEXT, relative_attention_num_buckets=None), "relative_attention_num_buckets is None"),
     "epsilon negative": (config(TEXT, layer_norm_epsilon=-1e-6), "layer_norm_epsilon is -1e-06"),
     "epsilon a word": (config(TEXT, layer_norm_epsilon="small"), "layer_norm_epsilon is 'small'"),
-    "T5 layers absurd": (config(TEXT, num_layers=10**5), "num_layers is above 1000"),
     "T5 of version 1": (config(TEXT, feed_forward_proj="relu"), "feed_forward_proj is 'relu', but IF has T5 v1.1"),
     "a smaller vocabulary": (config(TEXT, vocab_size=100), "does not fit T5Encoder"),
     "states of another width": (other_width, "text_encoder: its states are 24 wide, the unet reads 16"),

@@ -84,7 +84,7 @@ def test_both_stages_train_and_load_as_a_released_model_does(pictures, tmp_path,
     assert chart.equal(images.from_pil(charts.chart([("whole run", {"training": losses(two)})], {})))
     encode = text.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
-        loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
+        loaded = stages.plan_stage(weights.resolve(str(folder), stage), torch.float32)[1]()
         ema = {k: v.half().float() for k, v in state(folder)["ema"].items() if k.startswith("unet.")}
         assert all(torch.equal(v, ema["unet." + k]) for k, v in loaded.unet.state_dict().items())
         assert (folder / "training" / "samples" / f"step-000000{stage + 2}.png").is_file()
