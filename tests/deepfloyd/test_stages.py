@@ -76,7 +76,7 @@ def write_folder(folder, name: str, process: dict, noising: dict | None = None):
 
 def test_a_stage_has_the_weights_and_the_process_of_its_folder(tmp_path):
     """What comes out of a folder draws what went in, and the scheduler's numbers are its own."""
-    loaded = stages.plan_stage(write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER), None)[1]()
+    loaded = stages.plan_stage(write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER), torch.float32)[1]()
     assert (loaded.threshold_ratio, loaded.threshold_max) == (0.9, 1.25)
     assert torch.equal(loaded.schedule.betas, COSINE.betas)
     assert torch.equal(loaded.noising.betas, COSINE.betas)
@@ -130,7 +130,7 @@ def test_scheduler_file_errors(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [{"block_out_channels": 5}, {"attention_head_dim": None}, {"attention_head_dim": 0}, {"encoder_hid_dim": None},
-     {"norm_num_groups": 7}, {"time_embedding_act_fn": "silu"}, {"class_embed_type": "projection"},
+     {"norm_num_groups": 7}, {"time_embedding_act_fn": "silu"}, {"class_embed_type": "timestep"},
      {"layers_per_block": "two"}],
 )  # fmt: skip
 def test_configs_that_cannot_be_built_name_their_file(tmp_path, wrong):
