@@ -307,8 +307,7 @@ def save_images(
 ) -> list[Path]:
     """Write each image bare, at its own size, and beside them the labelled sheet, always a PNG: see `output_paths`.
 
-    images: as in `to_pil`.  own: the metadata of each, if other than the sheet's, which also lists the bare images.
-    Returns the paths written to, the sheet's last.
+    images: as in `to_pil`.  own: the metadata of each, if not the sheet's.  Returns the paths, the sheet's last.
     """
     pages, paths = [to_pil(x) for x in images], output_paths(path, len(images))
     written = [save(page, place, each) for page, place, each in zip(pages, paths, own or [metadata] * len(pages))]
