@@ -135,7 +135,7 @@ def test_the_failing_views_are_bad_each_for_its_own_reason():
     assert turned == ["inverse error", "scalar products", "of noise", "of neighbours"]
     assert blurred["of neighbours"] > 0.9 and lost == turned
     assert brighter["inverse error"] < 1e-12 and abs(brighter["of noise"] - 1.5) < 0.01
-    assert strong == ["scalar products", "of noise", "256 pixels"]
+    assert strong == ["scalar products", "of noise"]
     (fault,) = (m.fault for m in views.check(views.named("white_balance_failure")) if m.ideal == 1)
     assert fault == "the deviation of noise is 1.5, not 1: the network reads a time that does not fit"
 
