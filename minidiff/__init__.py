@@ -12,6 +12,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     flow.py                  flow matching: straight lines from noise to data, and solvers to follow them
     notation.py              alpha-bar, sigma, time; eps, v, score, velocity: from one notation to another
 
+    jigsaw.py                a puzzle whose pieces change places, one of the views
     views.py                 turning and shuffling images, and what makes a view a good one
     components.py            parts of an image: near and far, grey and colour
     factorized.py            several prompts in one image: the formula of anagrams and hybrids
@@ -23,9 +24,9 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/t5.py          ids to text states
     deepfloyd/text.py        prompts to states, whole or streamed, and files of them
     deepfloyd/unet.py        noisy image, time and text to noise and variance
+    deepfloyd/stages.py      a UNet with its process, asked as a model
     cli.py                   what every command shares: errors, Ctrl-C, the device
     weights.py               which models there are, where they lie, fetching and checking them
-    deepfloyd/stages.py      a UNet with its process, asked as a model
     deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
     deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
     cascade.py               the door: prompts and images in, images out

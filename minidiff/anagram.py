@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import InTurns, Part, averaged
+from minidiff.factorized import InTurns, averaged, through_views
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
 
@@ -43,8 +43,7 @@ def anagram(
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
-    encoded = zip(cascade.encode(*prompts), view_names, strict=True)
-    parts = [Part(states, views.named(name)) for states, name in encoded]
+    parts = through_views(cascade.encode(*prompts), view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
     return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
 
@@ -55,17 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         sys.exit(report(args.check))
     animation = flags.animation_beside(args)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args, beside=[animation])
     flags.check_edit(args, cascade)
     for name in dict.fromkeys(args.view):
-        for fault in views.check(views.named(name)).faults:
-            print(f"warning: view {name}: {fault}", file=sys.stderr)
+        for measure in views.check(views.named(name)):
+            if measure.fault:
+                print(f"warning: view {name}: {measure.fault}", file=sys.stderr)
     small, large = anagram(cascade, args.prompts, args.view, seeds, in_turns=args.reduction == "alternate",
                            image=args.image, mask=mask, i_start=args.i_start, feather=args.feather)  # fmt: skip
     results, chosen = list(small if large is None else large), [views.named(name) for name in args.view]
     rows = [[view.view(x) for view in chosen] for x in results]
     labels = [[f"{name}: {p}, seed {seed}" for name, p in zip(args.view, args.prompts)] for seed in seeds]
-    flags.finish(args, "anagram", results, rows, labels, " / ".join(args.prompts), cascade)
+    flags.finish(args, "anagram", results, seeds, rows, labels, " / ".join(args.prompts), cascade)
     images.save_gif(frames(results[0], chosen), animation, 0.06)
     print(f"wrote {animation}")
 
@@ -114,23 +114,13 @@ def travel(x: Tensor, view: views.View, part: float) -> Tensor:
 
 
 def report(name: str) -> int:
-    """Print what `views.check` finds of a view; 0 if it is good, 1 if not."""
-    found = views.check(views.named(name))
-    print(found.name)
-    for what, value, wanted in (
-        ("inverse error", found.inverse_error, "0"),
-        ("linearity error", found.linearity_error, "0"),
-        ("orthogonality error", found.orthogonality_error, "0"),
-        ("standard deviation of noise", found.noise_std, "1"),
-        ("correlation of neighbours in noise", found.noise_correlation, "0"),
-        ("64 against 256 pixels", found.upsampling_error, f"below {views.UPSAMPLING_BOUND:g}"),
-    ):
-        print(f"  {what:<36}{value:>10.3g}   (should be {wanted})")
-    for fault in found.faults:
-        print(f"  bad: {fault}")
-    if found.is_good:
-        print("  good: linear, orthogonal, and the same at both sizes")
-    return 0 if found.is_good else 1
+    """Print what `views.check` measures of a view; 0 if it is good, 1 if not."""
+    measures = views.check(views.named(name))
+    faults = [measure.fault for measure in measures if measure.fault]
+    rows = [f"  {m.name:<32}{m.value:>10.3g}   (good: {m.ideal:g} +- {m.bound:.2g})" for m in measures]
+    verdict = [f"  bad: {fault}" for fault in faults] or ["  good: linear, orthogonal, and the same at both sizes"]
+    print("\n".join([views.named(name).name, *rows, *verdict]))
+    return 1 if faults else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -9,8 +9,12 @@ and, one thing at a time:
 
     village, volcano = cascade.encode("a snowy mountain village", "a volcano")
     parts = averaged(Part(village), Part(volcano, view=views.named("rotate_180")))
-    small = cascade.draw(parts, seeds=[2])                 # stage 1: (1, 3, 64, 64)
-    large = cascade.enlarge(small, parts, seeds=[2])       # stage 2: (1, 3, 256, 256)
+    generators = seeded([2])
+    small = cascade.draw(parts, generators)                # stage 1: (1, 3, 64, 64)
+    large = cascade.enlarge(small, parts, generators)      # stage 2: (1, 3, 256, 256)
+
+Stage 2 goes on with the random numbers where stage 1 stopped, as in `cascade(...)`. Numbers in place of generators,
+seeds=[2], begin anew: right for an image that stage 1 did not draw, and another image than that of `cascade(...)`.
 
 `load` finds and checks everything and reads nothing large. The text encoder is read by `encode` and then freed; a
 stage is read when it first draws. So T5-XXL and the UNets are never in memory together.
@@ -28,18 +32,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import cli, editing, images, weights
-from minidiff.checkpoint import default_dtype, read_config
 from minidiff.deepfloyd import text, vocabulary
 from minidiff.deepfloyd.stages import (
     NOISE_LEVEL,
     Stage,
     base_model,
     beside,
-    load_stage,
     plan_stage,
     super_resolution_model,
     upsample,
 )
+from minidiff.deepfloyd.unet import UNetConfig
 from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
@@ -58,6 +61,7 @@ from minidiff.sampling import (
 from minidiff.schedule import respaced, strided
 from minidiff.solvers import STEPS
 
+TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
 EDIT_SMALL, EDIT_LARGE, KEPT = 3, 5, 1  # streams: of walks that edit an image; what they keep is KEPT streams further
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
@@ -111,35 +115,22 @@ class Cascade:
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
-        device = cli.device_of(str(device))
-        model, stage2 = weights.short_name(model, 1), weights.short_name(stage2, 2)
+        device, model, stage2 = cli.device_of(str(device)), weights.short_name(model, 1), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
-        precision = default_dtype(device) if dtype is None else dtype
-        folders = [
-            None if name == "none" else weights.resolve(name, number, ("unet",), print)
-            for number, name in ((1, model), (2, stage2))
-        ]
-        width = _common_width([folder for folder in folders if folder is not None], precision)
+        names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
+        folders = {number: weights.resolve(name, number, ("unet",), print) for number, name in names.items()}
+        plans = {number: plan_stage(folder, dtype, device) for number, folder in folders.items()}
+        widths = [stage.unet.config.encoder_hid_dim for stage, _ in plans.values()]
+        if len(set(widths)) != 1:
+            differ = ", ".join(f"{f.name} of width {width}" for f, width in zip(folders.values(), widths))
+            raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
-            text_model = model if model != "none" else "mini" if width == _mini_width() else "IF-I-XL-v1.0"
-
-        def encode(texts: Sequence[str]) -> Tensor:
-            states = encode_texts(text_model, texts, prompt_embeds=prompt_embeds, text_encoder=text_encoder,
-                                  dtype=dtype, device=device)  # fmt: skip
-            if states.shape[-1] != width:
-                raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
-                                 "encode the prompts with a text encoder of their family")  # fmt: skip
-            return states
-
-        readers = [
-            None if folder is None else lambda folder=folder: load_stage(folder, precision, device)
-            for folder in folders
-        ]
-        kinds = ["mini" if name == "mini" else "released" for name in (model, stage2)]
-        local = weights.encoder_here(text_model)
-        known = vocabulary.read(local) if local else None
-        return cls(*readers, encode, [DEFAULTS[kind][i] for i, kind in enumerate(kinds)], known)
+            text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
+        known, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
+        base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
+        return cls(base, upper, encode, defaults, known)
 
     @property
     def has_upper(self) -> bool:
@@ -226,6 +217,7 @@ class Cascade:
 
         small is upsampled and noised to noise_level once (0: hardly at all), before the loop. Other arguments as for
         `draw`, image and keep at the large size.
+        seeds: the generators that `draw` used, to go on as `cascade(...)` does; numbers begin them anew.
         Raises ValueError also if noise_level is out of range.    Source: Imagen Sec. 2.4.
         """
         stage, default = self.stage(2), self.settings[1]
@@ -313,35 +305,29 @@ def _start(
     return noised(image.float(), int(timesteps[0]), stage.schedule, generators).to(stage.device)
 
 
-def _mini_width() -> int | None:
-    """The width of the text states that the embedded stage 2 reads."""
-    return read_config(weights.WEIGHTS / weights.MINI[2] / "unet").get("encoder_hid_dim")
+def _text_encoder(
+    model: str, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
+    prompt_embeds: str | Path | None,
+) -> tuple[dict | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
+    """The vocabulary of a model, if it brings one, and what makes texts (N) to states (N, 77, width).
 
-
-def _common_width(folders: Sequence[Path], dtype: torch.dtype | None) -> int:
-    """The width of the text states that all stages read. Raises ValueError if they differ, or a stage is broken."""
-    widths = [plan_stage(folder, dtype)[0].unet.config.encoder_hid_dim for folder in folders]
-    if len(set(widths)) != 1:
-        text_widths = ", ".join(f"{folder.name} of width {width}" for folder, width in zip(folders, widths))
-        raise ValueError(f"the stages read text states {text_widths}; choose a stage 2 of the same family")
-    return widths[0]
-
-
-def encode_texts(
-    model: str, texts: Sequence[str], *, prompt_embeds: str | Path | None = None, text_encoder: str = "auto",
-    dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
-) -> Tensor:  # fmt: skip
-    """The states of these texts, (N, 77, D): from a file of encoded prompts, or by the text encoder, then freed.
-
-    Arguments as for `Cascade.load`.
+    With prompt_embeds the states come from that file; else the text encoder is found now, and read at every call.
     """
-    if prompt_embeds is not None:
-        local = weights.encoder_here(model)
-        return text.read_embeds(Path(prompt_embeds), texts, text.fingerprint(local) if local else None)
-    folder = weights.resolve(model, 1, ("text_encoder",), print)
-    precision = default_dtype(device) if dtype is None else dtype
-    device = torch.device(device)
-    streamed = text.should_stream(folder, precision, device) if text_encoder == "auto" else text_encoder == "streamed"
-    if streamed and dtype is None:  # a streamed encoder computes on the CPU
-        precision = default_dtype("cpu")
-    return text.load_text_encoder(folder, precision, device, streamed)(texts)
+    if prompt_embeds is None:
+        folder = weights.resolve(model, 1, ("text_encoder",), print)
+    else:
+        folder = weights.encoder_here(model)
+
+    known = vocabulary.read(folder) if folder else None
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        if prompt_embeds is None:
+            states = text.load_text_encoder(folder, dtype, device, streamed)(texts)
+        else:
+            states = text.read_embeds(Path(prompt_embeds), texts, text.fingerprint(folder) if folder else None)
+        if states.shape[-1] != width:
+            raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
+                             "encode the prompts with a text encoder of their family")  # fmt: skip
+        return states
+
+    return known, encode

@@ -1,7 +1,7 @@
-"""Components: the part of a picture that one prompt is to decide, such as its coarse shapes, or its colours.
+"""Components: the part of an image that one prompt decides, such as its coarse shapes, or its colours.
 
 Read `views.py` first. A view changes what the network sees; a component leaves that alone and takes a part of what the
-network says. Components that add up to the whole divide a picture among prompts: coarse shapes from one and details
+network says. Components that add up to the whole divide an image among prompts: coarse shapes from one and details
 from another make a hybrid image, which changes with the distance it is seen from.
 
     frequency   low_pass + high_pass          near and far
@@ -10,14 +10,12 @@ from another make a hybrid image, which changes with the distance it is seen fro
     motion      blurred diagonally + rest     moving and still
     scale       a + (1 - a)                   weights: composition, negation, guidance itself
 
-All are linear, on (..., 3, H, W), and reach equally far in a picture whatever its size: kernels and widths are given
+All are linear, on (..., 3, H, W), and reach equally far in an image whatever its size: kernels and widths are given
 for 64 pixels and grow with H.
 
 Source: the Factorized Diffusion paper; numbers checked against dangeng/visual_anagrams
 visual_anagrams/views/view_hybrid.py@75c092e.    Next: `factorized.py`, the one formula.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -43,7 +41,7 @@ def blur(x: Tensor, sigma: float = SIGMA, kernel: int = KERNEL) -> Tensor:
 
     sigma, kernel: in pixels of 64, scaled with the height, the kernel kept odd.
 
-    x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the picture is too small,
+    x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the image is too small,
     sigma negative or kernel below 1.
     """
     if not 0 <= sigma < math.inf or kernel < 1:
@@ -54,7 +52,7 @@ def blur(x: Tensor, sigma: float = SIGMA, kernel: int = KERNEL) -> Tensor:
     if sigma == 0:
         return x
     if taps // 2 >= min(x.shape[-2:]):
-        raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels is too small for a blur with {taps} taps")
+        raise ValueError(f"an image of {tuple(x.shape[-2:])} pixels is too small for a blur with {taps} taps")
     offset = torch.arange(taps, dtype=x.dtype, device=x.device) - taps // 2
     weight = (-0.5 * (offset / (sigma * factor)).square()).exp()
     weight = (weight / weight.sum()).view(1, 1, 1, taps)

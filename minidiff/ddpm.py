@@ -1,4 +1,4 @@
-"""The mathematics of DDPM: noise a picture forward, estimate it back, take one reverse step, and the losses.
+"""The mathematics of DDPM: noise an image forward, estimate it back, take one reverse step, and the losses.
 
 Read `schedule.py` first. Every function is pure and works on float tensors of any shape (B, C, H, W); alpha-bars come
 in as (B, 1, 1, 1) float64 on the CPU, and are cast and moved only after the coefficient is formed.
@@ -14,8 +14,6 @@ alpha_t = alpha_bar_t / alpha_bar_prev and beta_t = 1 - alpha_t, so both alpha-b
 
 Next: `sampling.py`, the loop around `step`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable

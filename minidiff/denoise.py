@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows.append([original[0], result[0], each.estimate[0], each.blurred[0]])
     labels.append(["original", _score("iterative", result, original), *scores[::-1]])
     title = f"{args.image.name}, {args.prompt!r}: noise and three ways to take it away"
-    flags.finish(args, "denoise", [result[0]], rows, labels, title, cascade)
+    flags.finish(args, "denoise", [result[0]], [seed], rows, labels, title, cascade)
 
 
 def _score(what: str, x: Tensor, original: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Encode prompts once, into a small file that the commands on pictures read with --prompt-embeds.
+"""Encode prompts once, into a small file that the commands that draw read with --prompt-embeds.
 
     python -m minidiff.encode "a rocket ship" "a pencil" --out embeds.safetensors
     python -m minidiff.encode "a rocket ship" --model IF-I-XL-v1.0 --text-encoder streamed --out embeds.safetensors
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minidiff import cli, images, weights
-from minidiff.cascade import encode_texts
-from minidiff.deepfloyd.text import fingerprint, write_embeds
+from minidiff.cascade import TEXT_ENCODERS
+from minidiff.deepfloyd import text
 
 
 @cli.command
@@ -25,12 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.add_machine_flags(p).parse_intermixed_args(argv)
     images.check_output(args.out, known=(".safetensors", ".pth"))
     texts = list(dict.fromkeys([*args.prompts, ""]))
-    embeds = encode_texts(
-        args.model, texts, text_encoder=args.text_encoder, dtype=cli.DTYPES[args.dtype],
-        device=cli.device_of(args.device),
-    ).cpu()  # fmt: skip
-    folder = weights.resolve(args.model, 1, ("text_encoder",))
-    write_embeds(args.out, texts, embeds, fingerprint(folder))
+    device, streamed = cli.device_of(args.device), TEXT_ENCODERS[args.text_encoder]
+    folder = weights.resolve(args.model, 1, ("text_encoder",), print)
+    embeds = text.load_text_encoder(folder, cli.DTYPES[args.dtype], device, streamed)(texts).cpu()
+    text.write_embeds(args.out, texts, embeds, text.fingerprint(folder))
     print(f"wrote {args.out}: {len(texts)} prompts, {tuple(embeds.shape)} {embeds.dtype}\n{cli.cost()}")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from minidiff.components import Component, scaled, whole
 from minidiff.guidance import Model, guided
 from minidiff.sampling import Prediction
-from minidiff.views import IDENTITY, View
+from minidiff.views import IDENTITY, View, named
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ def factorized(
         return eps, pred_var
 
     return predict
+
+
+def through_views(prompt_embeds: Sequence[Tensor], view_names: Sequence[str]) -> list[Part]:
+    """A part for each prompt, seen through its view. Raises ValueError unless there is one view for each prompt."""
+    if len(prompt_embeds) != len(view_names):
+        raise ValueError(f"{len(prompt_embeds)} prompts need as many views, got {len(view_names)}")
+    return [Part(states, named(name)) for states, name in zip(prompt_embeds, view_names)]
 
 
 def averaged(*parts: Part) -> list[Part]:

@@ -32,6 +32,15 @@ def seed_number(text: str) -> int:
     return value
 
 
+def steps_name(text: str) -> str:
+    """The type of --steps: what `times_of` understands."""
+    try:
+        times_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def parser(doc: str, out: str) -> argparse.ArgumentParser:
     """The flags of every command that draws; doc is the module's docstring, out the default file."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,12 +54,12 @@ def parser(doc: str, out: str) -> argparse.ArgumentParser:
 def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stage2: str | None = "auto") -> None:
     """Which cascade, and how it is sampled.  steps, stage2: the defaults; stage2 None: the command has no such flag."""
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
+    p.add_argument("--steps", type=steps_name, nargs="+", default=[steps] if steps else None,
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
                    + f"{steps or 'mini 27, others 100'})")  # fmt: skip
     if stage2 is not None:
         p.add_argument("--stage2", default=stage2, help="likewise, auto (fits --model) or none (default %(default)s)")
-        p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: mini 20, others 50)")
+        p.add_argument("--stage2-steps", type=steps_name, nargs="+", help="of stage 2 (default: mini 20, others 50)")
         p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 5, others 7)")
@@ -84,15 +93,13 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     return args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
 
 
-def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade:
-    """The cascade of the flags, checked but not yet read; --out can be written and every number is possible.
+def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Sequence[Path] = ()) -> Cascade:
+    """The cascade of the flags, checked but not yet read; every file can be read or written.
 
     compares: whether the command takes several --steps and scales; the first of each becomes the cascade's setting.
-    Raises ValueError naming the flag.
+    beside: what the command writes besides --out and its sheet.    Raises ValueError naming the flag.
     """
-    images.check_output(args.out, count=2)
-    stem = re.escape(args.out.stem)
-    check_inputs(args, rf"{stem}(-\d+)?{re.escape(args.out.suffix)}|{stem}-(sheet|steps)\.png")
+    check_files(args, beside)
     if not compares:
         for flag in ("steps", "stage2_steps", "guidance_scale"):
             if len(getattr(args, flag) or []) > 1:
@@ -102,10 +109,8 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     if args.quick:
         args.steps = upper_steps = [str(QUICK_STEPS)]
         args.stage2_steps = upper_steps if args.stage2_steps else None
-    for count in (*(args.steps or []), *(upper_steps or [])):
-        times_of(count)
     cascade = Cascade.load(
-        args.model, args.stage2, text_model=getattr(args, "text_model", None), device=cli.device_of(args.device),
+        args.model, args.stage2, text_model=getattr(args, "text_model", None), device=args.device,
         dtype=cli.DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,
     )  # fmt: skip
     if not cascade.has_upper and (args.stage2_steps or args.stage2_guidance_scale is not None):
@@ -121,16 +126,22 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False) -> Cascade
     return cascade
 
 
-def check_inputs(args: argparse.Namespace, results: str) -> None:
-    """Read --image, --mask and --reference. Raises ValueError if one is broken, or lies where a result could go.
+def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
+    """Read --image, --mask and --reference, and try whether results can be written.
 
-    results: a regular expression of the file names that the command may write beside --out.
+    Raises ValueError if an input is broken, or lies where a result could go, or a result has no place.
     """
-    for path in (getattr(args, name, None) for name in ("image", "mask", "reference")):
-        if path is None:
-            continue
-        if path.resolve().parent == args.out.resolve().parent and re.fullmatch(results, path.resolve().name):
+    stem, folder = re.escape(args.out.stem), args.out.resolve().parent
+    results = rf"{stem}(-\d+)?{re.escape(args.out.suffix)}|{stem}-sheet\.png"
+    inputs = [path for name in ("image", "mask", "reference") if (path := getattr(args, name, None)) is not None]
+    for path in inputs:
+        taken = path.resolve().parent == folder and re.fullmatch(results, path.resolve().name)
+        if taken or path.resolve() in [file.resolve() for file in beside]:
             raise ValueError(f"a result could take the place of {path}; pass another --out")
+    images.check_output(args.out, count=2)
+    for file in beside:
+        images.check_output(file)
+    for path in inputs:
         images.load(path, 64)
 
 
@@ -144,7 +155,7 @@ def _setting(
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
-    """What --mask or --box say, checked: its shape is the image's, it marks something, and not everything."""
+    """What --mask or --box say, checked: its shape is the image's. Warns of sizes at which it marks nothing or all."""
     mask = args.mask if args.mask is not None else args.box
     if mask is None:
         if args.feather:
@@ -154,7 +165,8 @@ def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
         raise ValueError("a mask needs an image, of which the rest is kept: pass --image FILE")
     if args.mask is not None:
         images.check_same_shape(args.image, args.mask)
-    images.mask_share(editing.feather(editing.mask_at(mask, 64), args.feather))
+    for size in [64] * (args.model != "none") + [256] * (args.stage2 != "none"):
+        images.mask_share(editing.feather(editing.mask_at(mask, size), args.feather), f" at {size} pixels")
     return mask
 
 
@@ -190,14 +202,11 @@ def check_views(names: Sequence[str], prompts: Sequence[str]) -> None:
 
 
 def animation_beside(args: argparse.Namespace) -> Path:
-    """Where the animation that goes with the image is written. Raises ValueError if it cannot be there."""
-    animation = args.out.with_suffix(".gif")
+    """Where the animation that goes with the image is written. Raises ValueError if that is the image's own name."""
     if args.out.suffix.lower() == ".gif":
         raise ValueError(f"the animation goes to {args.out}; pass another name for the image: --out "
                          f"{args.out.with_suffix('.png')}")  # fmt: skip
-    check_inputs(args, re.escape(animation.name))
-    images.check_output(animation)
-    return animation
+    return args.out.with_suffix(".gif")
 
 
 # ---------------------------------------------------------------------------------------------- after the run
@@ -240,16 +249,20 @@ def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str,
 
 
 def finish(
-    args: argparse.Namespace, name: str, results: Sequence[Tensor], rows: list[list[Tensor]], labels: list[list[str]],
-    title: str, cascade: Cascade,
-) -> None:  # fmt: skip
+    args: argparse.Namespace, name: str, results: Sequence[Tensor], seeds: Sequence[int], rows: list[list[Tensor]],
+    labels: list[list[str]], title: str, cascade: Cascade,
+) -> dict[str, object]:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 
-    results: each (3, H, W) in [-1, 1].  rows, labels: of the sheet; one row or one column of many becomes a grid.
+    results: each (3, H, W) in [-1, 1].  seeds: the seed of each, the only one in its metadata; the sheet's have all.
+    rows, labels: of the sheet; one row or one column of many becomes a grid.    Returns the sheet's metadata.
     """
+    metadata = settings(args, name, cascade)
     if len(rows) == 1 and len(rows[0]) > 5 or len(rows) > 1 and all(len(row) == 1 for row in rows):
         rows, labels = images.grid([x for row in rows for x in row], [text for row in labels for text in row])
     sheet = images.sheet(rows, labels, title)
-    for path in images.save_images(results, sheet, args.out, settings(args, name, cascade)):
+    own = [{key: value for key, value in metadata.items() if key != "num_images"} | {"seed": seed} for seed in seeds]
+    for path in images.save_images(results, sheet, args.out, metadata, own):
         print(f"wrote {path}")
     print(cli.cost())
+    return metadata

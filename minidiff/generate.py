@@ -32,12 +32,11 @@ from minidiff.schedule import Schedule
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
+    steps_out = args.out.with_name(f"{args.out.stem}-steps.png")
+    beside = [steps_out] if args.show_every else []
+    seeds, cascade = flags.seeds_of(args), flags.load_cascade(args, compares=True, beside=beside)
     if args.list:
-        return print(known_prompts(args.model))
-    seeds, cascade, steps_out = flags.seeds_of(args), flags.load_cascade(args, compares=True), None
-    if args.show_every:
-        steps_out = args.out.with_name(f"{args.out.stem}-steps.png")
-        images.check_output(steps_out)
+        return print(known_prompts(cascade, args.model))
     rows, labels, results, record = [], [], [], []
     cascade.encode(*args.prompts)
     for words, prompt in plans(args, cascade):
@@ -50,20 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(results) == 1 and cascade.has_upper:
         rows, labels = [[small[0], large[0]]], [["64 px, " + labels[0][0], "256 px"]]
     title = args.prompts[0] if len(args.prompts) == 1 else ""
-    flags.finish(args, "generate", results, rows, labels, title or "(empty prompt)", cascade)
-    if steps_out is not None:
+    per_image = seeds * (len(results) // len(seeds))
+    metadata = flags.finish(args, "generate", results, per_image, rows, labels, title or "(empty prompt)", cascade)
+    if args.show_every:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)
-        images.save(sheet, steps_out, flags.settings(args, "generate", cascade) | {"minidiff": "sheet"})
+        images.save(sheet, steps_out, metadata | {"minidiff": "sheet"})
         print(f"wrote {steps_out}")
 
 
-def known_prompts(model: str) -> str:
+def known_prompts(cascade: Cascade, model: str) -> str:
     """What the model knows, as text. Raises ValueError if it brings no list."""
-    folder = weights.encoder_here(model)
-    known = vocabulary.read(folder) if folder else None
-    if known is None:
+    if cascade.vocabulary is None:
         raise ValueError(f"{model} brings no list of what it knows (vocabulary.json); mini does")
-    return vocabulary.listing(known)
+    return vocabulary.listing(cascade.vocabulary)
 
 
 def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str], str]]:
@@ -108,6 +106,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_intermixed_args(argv)
     if not args.prompts and not args.list:
         raise ValueError('no prompt; pass one, such as "a rocket ship", or --prompts to list what the model knows')
+    if args.list and args.model.removeprefix("DeepFloyd/") in weights.RELEASED:  # which need not be fetched for this
+        raise ValueError(f"{args.model} brings no list of what it knows; mini does")
     if args.show_every is not None:
         if args.show_every < 1:
             raise ValueError(f"--show-every must be at least 1, got {args.show_every}")

@@ -68,7 +68,7 @@ def hybrid(
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     animation = flags.animation_beside(args)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args, beside=[animation])
     flags.check_edit(args, cascade)
     small, large = hybrid(cascade, args.prompts, args.kind, seeds, sigma=args.sigma, weights=args.weights,
                           reference=args.reference, image=args.image, mask=mask, i_start=args.i_start,
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.kind != "scale":
             rows[-1] += [component(x[None])[0] for component in chosen]
             labels[-1] += [f"component {k + 1}: {name}" for k, name in enumerate(names)]
-    flags.finish(args, "hybrid", results, rows, labels, f"{' / '.join(names)}   [{args.kind}]", cascade)
+    title = f"{' / '.join(names)}   [{args.kind}]"
+    flags.finish(args, "hybrid", results, seeds, rows, labels, title, cascade)
     images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
     print(f"wrote {animation}")
 

@@ -68,12 +68,12 @@ def load_mask(path: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None, None]
 
 
-def mask_share(mask: Tensor) -> float:
-    """The share of the image that a mask in [0, 1] marks. Warns if that is nothing or everything."""
+def mask_share(mask: Tensor, where: str = "") -> float:
+    """The share of the image that a mask in [0, 1] marks. Warns if that is nothing or everything, and says where."""
     if mask.max() == 0:
-        warnings.warn("the mask marks nothing: nothing is painted", stacklevel=2)
+        warnings.warn(f"the mask marks nothing{where}: nothing is painted", stacklevel=2)
     elif mask.min() == 1:
-        warnings.warn("the mask marks everything: nothing of the image is kept", stacklevel=2)
+        warnings.warn(f"the mask marks everything{where}: nothing of the image is kept", stacklevel=2)
     return mask.double().mean().item()
 
 
@@ -273,16 +273,17 @@ def save(image: Image.Image, path: str | Path, metadata: dict[str, object]) -> P
     return Path(path)
 
 
-def save_images(images: Sequence[Tensor], sheet: Image.Image, path: str | Path, metadata: dict) -> list[Path]:
+def save_images(
+    images: Sequence[Tensor], sheet: Image.Image, path: str | Path, metadata: dict, own: Sequence[dict] | None = None
+) -> list[Path]:
     """Write each image bare, at its own size, and beside them the labelled sheet, always a PNG: see `output_paths`.
 
-    images: as in `to_pil`.  The sheet's metadata also names it a sheet and lists the bare images, for `load`.
-    Returns the paths written to, the sheet's last.
+    images: as in `to_pil`.  own: the metadata of each, if not the sheet's.  Returns the paths, the sheet's last.
     """
     pages, paths = [to_pil(x) for x in images], output_paths(path, len(images))
-    written = [save(page, place, metadata) for page, place in zip(pages, paths)]
-    names = ", ".join(place.name for place in written)
-    return [*written, save(sheet, paths[-1], {**metadata, "minidiff": "sheet", "images": names})]
+    written = [save(page, place, each) for page, place, each in zip(pages, paths, own or [metadata] * len(pages))]
+    is_sheet = {"minidiff": "sheet", "images": ", ".join(place.name for place in written)}  # for `load`
+    return [*written, save(sheet, paths[-1], metadata | is_sheet)]
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

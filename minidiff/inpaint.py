@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels += [f"{method}, seed {seed}" for seed in seeds]
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
     title = f"{args.image.name}: {args.prompt or '(empty prompt)'}   [{', '.join(args.method)}]"
-    flags.finish(args, "inpaint", results, [[*inputs, *results]], [[*names, *labels]], title, cascade)
+    rows, labels, per_image = [[*inputs, *results]], [[*names, *labels]], seeds * len(args.method)
+    flags.finish(args, "inpaint", results, per_image, rows, labels, title, cascade)
 
 
 def _jumps(args: argparse.Namespace, steps: int) -> tuple[int, int]:

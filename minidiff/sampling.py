@@ -50,18 +50,10 @@ class Step(NamedTuple):
 
 @torch.inference_mode()
 def denoise(
-    predict: Prediction,
-    x_t: Tensor,
-    timesteps: Tensor,
-    schedule: Schedule,
-    generators: Sequence[torch.Generator],
-    *,
-    step: Callable[..., tuple[Tensor, Tensor]] = ddpm.step,
-    fix_x_start: Callable[[Tensor], Tensor] | None = None,
-    keep: Keep | None = None,
-    final_step: bool = True,
-    jumps: tuple[int, int] | None = None,
-) -> Iterator[Step]:
+    predict: Prediction, x_t: Tensor, timesteps: Tensor, schedule: Schedule, generators: Sequence[torch.Generator], *,
+    step: Callable[..., tuple[Tensor, Tensor]] = ddpm.step, fix_x_start: Callable[[Tensor], Tensor] | None = None,
+    keep: Keep | None = None, final_step: bool = True, jumps: tuple[int, int] | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """Walk x_t down the timesteps, one Step at a time; the last one's x_prev is the image.
 
     x_t: noisy as at timesteps[0].  timesteps: (S,) int64, descending; the next time is always the next entry.

@@ -1,7 +1,7 @@
 """How much noise at which time, and which times a sampler visits.
 
-Diffusion destroys a picture in T small steps. `betas[t]` is the variance added in step t, and `alphas_cumprod[t]`
-(alpha-bar) is the share of the picture's own variance that is left after it: 1 is clean, 0 is pure noise. Everything
+Diffusion destroys an image in T small steps. `betas[t]` is the variance added in step t, and `alphas_cumprod[t]`
+(alpha-bar) is the share of the image's own variance that is left after it: 1 is clean, 0 is pure noise. Everything
 else in the package reads these two tables. Timesteps run from 0 (nearly clean) to T-1 (noise), and -1 stands for
 "clean", where alpha-bar is exactly 1.
 
@@ -9,8 +9,6 @@ A sampler need not visit all T times. `leading`, `strided` and `respaced` choose
 
 Next: `ddpm.py`, which turns alpha-bar into forward noising and reverse steps.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ class Schedule:
     alphas_cumprod: torch.Tensor
 
     @classmethod
-    def from_betas(cls, betas: torch.Tensor) -> Schedule:
+    def from_betas(cls, betas: torch.Tensor) -> "Schedule":
         """Both tables from betas (T,). Raises ValueError unless every beta lies in (0, 1)."""
         betas = betas.to(torch.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
@@ -39,7 +37,7 @@ class Schedule:
         return cls(betas, torch.cumprod(1 - betas, dim=0))
 
     @classmethod
-    def from_config(cls, config: dict) -> Schedule:
+    def from_config(cls, config: dict) -> "Schedule":
         """The process named in a released `scheduler/scheduler_config.json`. Raises ValueError on any other process."""
         fixed = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
         for key, expected in fixed.items():

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
     rows, labels = [[*row, *inputs] for row in rows], [[*row, *names] for row in labels]
     title = f"{args.image.name}: {args.prompt or '(empty prompt)'}"
-    flags.finish(args, "sdedit", results, rows, labels, title, cascade)
+    per_image = [seed for seed in seeds for _ in starts]
+    flags.finish(args, "sdedit", results, per_image, rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

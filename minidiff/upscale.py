@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
-from minidiff.factorized import Part, averaged
+from minidiff.factorized import averaged, through_views
 
 
 def upscale(
@@ -32,8 +32,7 @@ def upscale(
     noise_level: 0..999.  i_start: start from the image itself, noised to this place on the steps.  mask: as for
     `Cascade.make`; only there the image is drawn.    Source: Imagen Sec. 2.4.
     """
-    encoded = zip(cascade.encode(*prompts), view_names, strict=True)
-    parts = averaged(*(Part(states, views.named(name)) for states, name in encoded))
+    parts = averaged(*through_views(cascade.encode(*prompts), view_names))
     small = images.load(image, 64).expand(len(seeds), -1, -1, -1)
     return cascade.enlarge(
         small, parts, seeds, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[-1] += [views.named(name).view(x) for name in args.view]
         labels[-1] += [f"stage 2, seed {seed}" + (f", {name}" if count > 1 else "") for name in args.view]
     title = f"{args.image.name}: {' / '.join(args.prompts) or '(empty prompt)'}"
-    flags.finish(args, "upscale", list(results), rows, labels, title, cascade)
+    flags.finish(args, "upscale", list(results), seeds, rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

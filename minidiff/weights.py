@@ -5,7 +5,7 @@
     python -m minidiff.weights check mini               builds every part, reads every number
 
 A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
-`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/stages.py`.
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/captions.py`.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidiff import cli
-from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, blaming, built, choose_files, read_config, read_json
+from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, built, choose_files, read_config
+from minidiff.deepfloyd.stages import read_process
 from minidiff.deepfloyd.text import plan_text_encoder
 from minidiff.deepfloyd.unet import UNet, UNetConfig
-from minidiff.guidance import dynamic_threshold
-from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in float16
     "IF-I-M-v1.0": (1, "0.74 GB"),
@@ -188,21 +187,6 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
     reason += f" ({status})" if status else ""
     steps = "".join(f"\n  {i}. {step}" for i, step in enumerate(steps, 1))
     return f"{repo} {reason}.{steps}\nOr use --model mini, which is embedded and needs none of this."
-
-
-def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
-    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of the noise on low_res.
-    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF."""
-    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
-    config = read_json(path)
-    ratio = config.get("dynamic_thresholding_ratio", 0.95)
-    largest = config.get("sample_max_value", 1.5 if in_channels == CHANNELS_OF_STAGE[1] else 1.0)
-    with blaming(path, "describes no process of IF"):
-        dynamic_threshold(ratio, largest)
-        schedule = Schedule.from_config(config)
-    with blaming(noising, "describes no process of IF"):
-        low_res = Schedule.from_config(read_json(noising)) if noising.exists() else squaredcos_cap_v2()
-    return schedule, ratio, largest, low_res
 
 
 def check(folder: Path, say: Callable[[str], object]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 import minidiff.cascade
 from minidiff import ddpm, images, schedule, solvers, views
 from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
+from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import InTurns, Part, averaged, factorized
 from minidiff.guidance import guided
@@ -196,6 +197,8 @@ def test_the_cascade_called_is_draw_and_enlarge_with_the_same_generators(tiny):
     assert image.shape == (1, 3, 256, 256) and torch.equal(image, large)
     made = tiny.make([Part(states)], [4])
     assert torch.equal(made[0], small) and torch.equal(made[1], large)
+    anew = tiny.enlarge(small, [Part(states)], [4])  # begins the seed's random numbers again, as its docstring says
+    assert torch.equal(anew, tiny.enlarge(small, [Part(states)], seeded([4]))) and not torch.equal(anew, large)
 
 
 @pytest.mark.parametrize("name", solvers.STEPS)
@@ -229,7 +232,7 @@ def test_parts_in_turns_are_one_prompt_at_each_step(cascade):
 
 
 def test_the_first_examples_of_the_docstring_run(folders, monkeypatch):
-    """With the tiny cascade in place of mini and few steps. The second block draws what make draws at stage 1."""
+    """With the tiny cascade in place of mini and few steps. The second block draws what make draws, at both stages."""
     load = Cascade.load
 
     def tiny(model: str) -> Cascade:
@@ -240,11 +243,12 @@ def test_the_first_examples_of_the_docstring_run(folders, monkeypatch):
 
     monkeypatch.setattr(Cascade, "load", tiny)
     first, second = re.findall(r"(?:^    .*\n|^\n(?=    ))+", minidiff.cascade.__doc__, re.MULTILINE)[:2]
-    names = {"averaged": averaged, "Part": Part, "views": views}
+    names = {"averaged": averaged, "Part": Part, "views": views, "seeded": seeded}
     exec(re.sub(r"^    ", "", f"{first}{second}", flags=re.MULTILINE), names)
     assert names["image"].shape == names["large"].shape == (1, 3, 256, 256)
     assert torch.equal(names["image"], names["cascade"]("a snowy mountain village", seed=0))
-    assert torch.equal(names["small"], names["cascade"].make(names["parts"], [2])[0])
+    small, large = names["cascade"].make(names["parts"], [2])
+    assert torch.equal(names["small"], small) and torch.equal(names["large"], large)
 
 
 # --- settings, and what is read when ----------------------------------------------------------------------------------
@@ -288,13 +292,13 @@ def test_a_loaded_cascade_has_the_settings_of_its_models(folders):
 def test_nothing_large_is_read_before_it_is_needed(folders, monkeypatch):
     """load reads no network; draw reads stage 1 and not stage 2; each is read once."""
     reads = []
-    real = minidiff.cascade.load_stage
+    real = stages.fill
 
-    def load_stage(folder, *rest):
-        reads.append(folder.name)
-        return real(folder, *rest)
+    def fill(module, checkpoint, *rest):
+        reads.append(checkpoint.folder.parent.name)
+        return real(module, checkpoint, *rest)
 
-    monkeypatch.setattr(minidiff.cascade, "load_stage", load_stage)
+    monkeypatch.setattr(stages, "fill", fill)
     cascade = Cascade.load(*map(str, folders), dtype=torch.float32)
     assert cascade.has_upper and reads == []
     parts = parts_of(cascade, "a castle")

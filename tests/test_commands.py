@@ -17,6 +17,8 @@ from PIL import Image
 import minidiff.cascade
 from minidiff import cli, encode, generate, images, upscale, weights
 from minidiff.cascade import Cascade
+from minidiff.deepfloyd import stages, text
+from minidiff.deepfloyd.unet import UNetConfig
 from tests.tiny import write_cascade
 
 PROMPT = "a red castle"
@@ -113,6 +115,8 @@ def test_a_list_of_seeds_is_an_image_of_each(cascade, tmp_path):
     make(cascade, tmp_path / "a.png", "--seed", 3, 9, 5, stage2=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "a-2.png", "a-sheet.png"]
     several = [images.load(tmp_path / f"a-{i}.png") for i in range(3)]
+    names = ("a-0.png", "a-1.png", "a-2.png", "a-sheet.png")
+    assert [images.read_metadata(tmp_path / name)["seed"] for name in names] == ["3", "9", "5", "[3, 9, 5]"]
     alone = make(cascade, tmp_path / "b.png", "--seed", 5, stage2=False)
     split = make(cascade, tmp_path / "c.png", "--seed", 5, "--split-batch", stage2=False)
     same(several[2], alone, several[0])
@@ -124,6 +128,8 @@ def test_num_images_counts_the_seed_up(cascade, tmp_path, sheets):
     alone = make(cascade, tmp_path / "b.png", "--seed", 5, stage2=False)
     same(images.load(tmp_path / "a-2.png"), alone, images.load(tmp_path / "a-0.png"))
     assert sheets[0][1] == [["seed 3", "seed 4", "seed 5"]]
+    third = images.read_metadata(tmp_path / "a-2.png")
+    assert third["seed"] == "5" and "num_images" not in third
 
 
 @pytest.mark.parametrize(
@@ -252,8 +258,8 @@ def test_weights_readme_names_every_file_with_its_size_and_sha256():
 @pytest.fixture
 def no_work(monkeypatch):
     """Whatever would read a network or encode a prompt fails the test."""
-    monkeypatch.setattr(minidiff.cascade, "load_stage", lambda *_: pytest.fail("work began"))
-    monkeypatch.setattr(minidiff.cascade, "encode_texts", lambda *_, **__: pytest.fail("encoding began"))
+    monkeypatch.setattr(stages, "fill", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_: pytest.fail("encoding began"))
 
 
 def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, capsys, no_work):
@@ -326,17 +332,18 @@ def test_a_broken_model_fails_before_the_prompts_are_encoded(cascade, tmp_path, 
     assert "cut short" in message
 
 
-def test_a_stage_2_of_minis_width_reads_minis_text_and_others_the_released_one(cascade, monkeypatch):
-    """Where upscale is given no --text-model: mini under each of its names and as a folder, and another family."""
+def test_without_a_text_model_a_stage_2_reads_minis_text_or_the_released_one(cascade, monkeypatch):
+    """By its width: only the released T5's states are as wide as `UNetConfig` says, here the tiny cascade's."""
     models = []
 
-    def encode_texts(model, texts, **options):
+    def text_encoder(model, *rest):
         models.append(model)
-        return torch.zeros(len(texts), 77, 192 if model == "mini" else 32)
+        return None, None
 
-    monkeypatch.setattr(minidiff.cascade, "encode_texts", encode_texts)
+    monkeypatch.setattr(minidiff.cascade, "_text_encoder", text_encoder)
+    monkeypatch.setattr(UNetConfig, "encoder_hid_dim", 32)
     for stage2 in ("mini", weights.MINI[2], weights.WEIGHTS / weights.MINI[2], cascade[1]):
-        Cascade.load("none", str(stage2)).encode("a")
+        Cascade.load("none", str(stage2))
     assert models == ["mini", "mini", "mini", "IF-I-XL-v1.0"]
 
 

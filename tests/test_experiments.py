@@ -2,12 +2,12 @@
 has one line."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from PIL import Image
 
-import minidiff.cascade
 from minidiff import (
     anagram,
     components,
@@ -23,6 +23,7 @@ from minidiff import (
     weights,
 )
 from minidiff.cascade import Cascade, Settings
+from minidiff.deepfloyd import stages, text
 from minidiff.factorized import Part
 from minidiff.schedule import squaredcos_cap_v2
 from tests.reference.fill import normal
@@ -131,6 +132,14 @@ def test_upscale_draws_each_seed_beside_the_small_image(tiny, photo):
     assert torch.equal(masked[..., 128:], images.load(photo, 256)[..., 128:])
 
 
+def test_prompts_and_views_go_in_pairs(tiny, photo):
+    """From Python, too: one line that says how many of each came."""
+    with pytest.raises(ValueError, match="^3 prompts need as many views, got 2$"):
+        anagram.anagram(tiny, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="^2 prompts need as many views, got 1$"):
+        upscale.upscale(tiny, photo, ["a", "b"])
+
+
 def test_denoise_noises_blurs_and_estimates(small, photo):
     """DDPM Eq. 4 and DDPM Eq. 15: the estimate turns the noisy image back with the network's eps; noise of its own
     stream is the same for one seed, and scaled with the time."""
@@ -215,6 +224,21 @@ def test_sdedit_from_several_starts(cascade, photo, tmp_path, sheets):
     assert sheets[2][1][0][-3:] == ["original", "mask", "hole"]
 
 
+def test_a_mask_is_looked_at_in_every_size_that_is_drawn(photo, tmp_path):
+    """One pixel of 256 is nothing at 64 pixels: said where stage 1 draws, and not where stage 2 draws alone."""
+    fine = Image.new("L", (256, 256), 0)
+    fine.putpixel((100, 101), 255)
+    fine.save(tmp_path / "fine.png")
+    Image.new("RGB", (256, 256)).save(tmp_path / "photo.png")
+    argv = [str(tmp_path / "photo.png"), "--mask", str(tmp_path / "fine.png")]
+    with pytest.warns(UserWarning, match="the mask marks nothing at 64 pixels: nothing is painted") as caught:
+        flags.mask_of(sdedit._parse([*argv, "--stage2", "mini"]))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flags.mask_of(upscale._parse(argv))
+
+
 def test_a_start_gives_the_same_image_whatever_the_other_starts(small, photo):
     flags = {"mask": (20, 0, 44, 30)}
     early, _ = sdedit.sdedit(small, photo, PROMPT, 1, **flags)
@@ -275,14 +299,13 @@ def test_a_turn_travels_on_a_circle():
 
 def test_taking_turns_is_one_view_at_a_time(cascade, tmp_path, monkeypatch):
     """Two images in each call of the network: with the prompt and without; together it would be four."""
-    sizes, real = [], minidiff.cascade.load_stage
+    sizes, real = [], stages.fill
 
-    def load_stage(*args):
-        stage = real(*args)
-        stage.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-        return stage
+    def fill(module, *rest):
+        module.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        return real(module, *rest)
 
-    monkeypatch.setattr(minidiff.cascade, "load_stage", load_stage)
+    monkeypatch.setattr(stages, "fill", fill)
     flags = [PROMPT, "a dog", "--quick"]
     run(anagram.main, cascade, tmp_path / "a.png", *flags, "--reduction", "alternate", stage2=False)
     run(anagram.main, cascade, tmp_path / "a.png", *flags, stage2=False)
@@ -404,7 +427,7 @@ def test_bad_input_has_one_line(cascade, photo, tmp_path, capsys, main, argv, me
 
 
 def test_images_are_read_before_the_prompt_is_encoded(cascade, photo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(minidiff.cascade, "encode_texts", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_: pytest.fail("encoded"))
     model = ["--model", cascade[0], "--out", tmp_path / "o.png"]
     for main, argv in ((sdedit.main, [photo, "--i-start", "34"]), (denoise.main, [photo, "--i-start", "99"]),
                        (inpaint.main, [photo, "--box", "9", "0", "9", "9"]),
@@ -481,7 +504,7 @@ def test_the_linter_as_a_command(capsys):
             anagram.main(["--check", name])
         assert exit_info.value.code == status
     printed = capsys.readouterr().out
-    assert "good: linear, orthogonal" in printed and "bad: noise of strength 1 becomes 1.49" in printed
+    assert "good: linear, orthogonal" in printed and "bad: the deviation of noise is 1.5, not 1" in printed
 
 
 def test_without_a_prompt_mini_hears_nothing_and_others_the_courses_neutral_one(photo):

@@ -1,10 +1,11 @@
 """A stage of the cascade: a UNet with the process it was trained for, found in a folder, and asked as a model.
 
-Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and checks a stage without its numbers,
-`load_stage` reads them. `base_model` and `super_resolution_model` make the UNet a model, a network that waits for its
-text.    Next: `minidiff/cascade.py`, which draws with two of them.
+Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and checks a stage without its numbers, and hands
+over what reads them. `base_model` and `super_resolution_model` make the UNet a model: a network that waits for text.
+   Next: `minidiff/weights.py`, which finds the folders.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.checkpoint import Checkpoint, built, fill
+from minidiff.checkpoint import Checkpoint, WeightsError, blaming, built, default_dtype, fill, read_json
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import Model, dynamic_threshold
 from minidiff.sampling import Prediction
-from minidiff.schedule import Schedule
-from minidiff.weights import read_process
+from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 NOISE_LEVEL = 250  # the noise that stage 2 expects on its low-resolution image: it hides stage 1's small mistakes
 
@@ -42,21 +42,46 @@ class Stage:
         return dynamic_threshold(self.threshold_ratio, self.threshold_max)
 
 
-def plan_stage(folder: Path, dtype: torch.dtype | None) -> tuple[Stage, Checkpoint]:
-    """A stage whose UNet has no numbers yet, and the file that has them: in a moment, all that could be wrong shows.
+def plan_stage(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> tuple[Stage, Callable[[], Stage]]:
+    """A stage whose UNet has no numbers yet, and what reads them: in a moment, all that could be wrong shows.
 
+    dtype: what to compute in; None: what the device is fast at.
     Raises WeightsError if files are missing or broken, or describe another architecture or process.
     """
+    dtype = default_dtype(device) if dtype is None else dtype
     checkpoint = Checkpoint(folder, "unet", dtype)
     unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
-    return Stage(unet, *read_process(folder, unet.config.in_channels)), checkpoint
+    stage = Stage(unet, *read_process(folder, unet.config.in_channels))
+
+    def read() -> Stage:
+        fill(unet, checkpoint, dtype).to(device)
+        return stage
+
+    return stage, read
 
 
-def load_stage(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Stage:
-    """The UNet and scheduler of a folder in the released layout.    Raises WeightsError as `plan_stage`."""
-    stage, checkpoint = plan_stage(folder, dtype)
-    fill(stage.unet, checkpoint, dtype).to(device)
-    return stage
+def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float, Schedule]:
+    """What a UNet was trained for: schedule, ratio and largest value of thresholding, schedule of the noise on low_res.
+    Raises WeightsError if the schedulers of the folder are missing, or describe no process of IF."""
+    path, noising = (folder / name / "scheduler_config.json" for name in ("scheduler", "image_noising_scheduler"))
+    config = read_json(path)
+    ratio = config.get("dynamic_thresholding_ratio", 0.95)
+    largest = config.get("sample_max_value", 1.5 if in_channels == 3 else 1.0)
+    with blaming(path, "describes no process of IF"):
+        dynamic_threshold(ratio, largest)
+        schedule = Schedule.from_config(config)
+    with blaming(noising, "describes no process of IF"):
+        noising_schedule = Schedule.from_config(read_json(noising)) if noising.exists() else squaredcos_cap_v2()
+    for each, file in ((schedule, path), (noising_schedule, noising)):
+        if each.num_train_timesteps != 1000:
+            steps = f"num_train_timesteps is {each.num_train_timesteps}, but drawing visits 0 to 999"
+            raise WeightsError(f"{file} describes no process of IF: {steps}")
+    for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
+        if config.get(key, expected) != expected:
+            warnings.warn(f"{path}: {key} is {config[key]!r}; IF's {expected!r} is used", stacklevel=1)
+    return schedule, ratio, largest, noising_schedule
 
 
 def base_model(unet: UNet) -> Model:

@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from minidiff.checkpoint import Checkpoint, WeightsError, built, fill, save, save_state
+from minidiff.checkpoint import Checkpoint, WeightsError, built, default_dtype, fill, save, save_state
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
 from minidiff.deepfloyd.tokenizer import MAX_TOKENS, Tokenizer, clean
 
@@ -61,28 +61,30 @@ def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, 
 
 
 def load_text_encoder(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", streamed: bool = False
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
 ) -> TextEncoder:
     """From a folder in the released layout.
 
-    dtype: what to compute in. streamed holds half a block at a time and stays on the CPU.
+    dtype: what to compute in; None: what the device is fast at.
+    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`.
     Raises ValueError as `plan_text_encoder`.
     """
-    checkpoint = Checkpoint(folder, "text_encoder", dtype)
+    precision = default_dtype(device) if dtype is None else dtype
+    checkpoint = Checkpoint(folder, "text_encoder", precision)
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
-    if streamed:
+    if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
         config, fetch, rows = encoder.config, checkpoint.tensors, checkpoint.rows
-        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, dtype, ids, mask))
-    fill(encoder, checkpoint, dtype, keep_float32=("wo",)).to(device)
+        precision = default_dtype("cpu") if dtype is None else dtype
+        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, precision, ids, mask))
+    fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
     return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
 
-def should_stream(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
 
     Where free memory cannot be asked for (macOS, Windows): if it is larger than UNKNOWN_MEMORY.
     """
-    _, encoder = plan_text_encoder(folder, Checkpoint(folder, "text_encoder", dtype))
     parameters = dict(encoder.named_parameters())
     size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize) for name, p in parameters.items())  # wo: float32
     if device.type == "cuda":

@@ -1,21 +1,19 @@
-"""The DeepFloyd IF UNet: noisy picture, time and text in; noise and variance out. Both stages, every released size.
+"""The DeepFloyd IF UNet: noisy image, time and text in; noise and variance out. Both stages, every released size.
 
-Read `t5.py` first for where the text states come from. The picture passes down through levels of shrinking resolution,
+Read `t5.py` first for where the text states come from. The image passes down through levels of shrinking resolution,
 through the middle, and up again, each level up joined to its twin on the way down:
 
     x_t  -> conv_in -> [resnets (+ attention) -> half size] x levels -> middle -> [double size <- twin] -> conv_out
     t    -> sinusoid -> MLP ------------------\
     text -> pooled to one vector --------------+-> temb: scales and shifts every resnet
-    text -> projected tokens ------------------> every attention reads them, beside the picture's own tokens
+    text -> projected tokens ------------------> every attention reads them, beside the image's own tokens
 
-Stage 2 also takes the low-resolution picture, stacked on x_t as channels 3 to 5, and how much noise was put on it.
+Stage 2 also takes the low-resolution image, stacked on x_t as channels 3 to 5, and how much noise was put on it.
 Attributes carry the names of the released checkpoint, so loading needs no map of names.
 Source of the architecture: Imagen Sec. 2, and deep-floyd/IF deepfloyd_if/model/unet.py@ffc8163.
 
 Next: `stages.py`, which turns prompts and weights into predictions.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -26,35 +24,14 @@ from torch import Tensor, nn
 
 from minidiff.deepfloyd.t5 import config_fields
 
-# What every released config.json says, if anything, of what this file builds only one way. Other values are refused.
+# What every released config.json says of what this file builds only one way. Another value is refused where it would
+# change numbers alone; one that changes names or shapes shows when the weights are loaded, which is strict.
 FIXED = {
-    "act_fn": "gelu",
-    "addition_embed_type": "text",
-    "addition_time_embed_dim": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": "group_norm",
-    "dual_cross_attention": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "out_channels": 6,
-    "projection_class_embeddings_input_dim": None,
-    "resnet_time_scale_shift": "scale_shift",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "transformer_layers_per_block": 1,
-    "upcast_attention": False,
-    "use_linear_projection": False,
-}
-WITH_ATTENTION = {"SimpleCrossAttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
+    "act_fn": "gelu", "addition_embed_type": "text", "center_input_sample": False, "cross_attention_norm": "group_norm",
+    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "num_attention_heads": None, "out_channels": 6, "resnet_time_scale_shift": "scale_shift", "timestep_post_act": None,
+}  # fmt: skip
+# The kinds of level, on the way down and, in the same place, on the way up: with and without attention.
 MIRROR = {"SimpleCrossAttnDownBlock2D": "SimpleCrossAttnUpBlock2D", "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
 
 
@@ -66,15 +43,14 @@ class UNetConfig:
     layers_per_block: tuple[int, ...]  # resnets of each level on the way down; one more on the way up
     down_block_types: tuple[str, ...]  # which levels have attention
     cross_attention_dim: int  # width of the projected text tokens
-    in_channels: int = 3  # 6 in stage 2: x_t and the low-resolution picture
-    out_channels: int = 6  # 3 of eps, 3 of variance
+    in_channels: int = 3  # 6 in stage 2: x_t and the low-resolution image
     sample_size: int = 64
     attention_head_dim: int = 64  # channels per head (not the number of heads)
     encoder_hid_dim: int = 4096  # width of the T5 states
     addition_embed_type_num_heads: int = 64
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    only_cross_attention: bool = False  # attention reads the text alone, not the picture
+    only_cross_attention: bool = False  # attention reads the text alone, not the image
     mid_block_only_cross_attention: bool | None = None  # None: as only_cross_attention
     class_embed_type: str | None = None  # "timestep" in stage 2: the noise level gets a sinusoid and an MLP too
     time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
@@ -84,55 +60,27 @@ class UNetConfig:
     mid_block_scale_factor: float = 1.0
 
     @classmethod
-    def from_dict(cls, config: dict) -> UNetConfig:
-        """Read a `config.json`. Keys that this file does not build differently are checked, not ignored.
+    def from_dict(cls, config: dict) -> "UNetConfig":
+        """Read a `config.json`. What construction and strict loading refuse as well is left to them.
 
-        Raises ValueError naming the key, what it says and what is supported.
+        Raises ValueError naming the key that is missing, has another type or is of another architecture.
         """
-        for key, expected in FIXED.items():
+        fixed = FIXED | ({"time_embedding_act_fn": "gelu"} if config.get("time_embedding_act_fn") else {})
+        for key, expected in fixed.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
-        optional = {"class_embed_type": "timestep", "time_embedding_act_fn": "gelu"}
-        for key, expected in {**optional, "encoder_hid_dim_type": "text_proj"}.items():
-            if config.get(key) not in (None, expected):
-                raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r} or none")
-        missing = [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]
-        if missing:
+        if missing := [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]:
             raise ValueError(f"unet/config.json lacks {', '.join(missing)}: is this the config of an IF UNet?")
         levels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
-        if isinstance(layers, int) and isinstance(levels, list | tuple):
-            config = {**config, "layers_per_block": [layers] * len(levels)}
-        known = config_fields(cls, config, "unet/config.json")
-        unknown = set(known["down_block_types"]) - set(WITH_ATTENTION)
-        if unknown:
-            raise ValueError(
-                f"unet/config.json: unknown down_block_types {sorted(unknown)}; known: {', '.join(WITH_ATTENTION)}"
-            )
-        up_types = [MIRROR[kind] for kind in reversed(known["down_block_types"])]
-        if list(config.get("up_block_types", up_types)) != up_types:
-            raise ValueError(f"unet/config.json: up_block_types must mirror down_block_types, that is {up_types}")
-        if not len(levels) == len(known["layers_per_block"]) == len(known["down_block_types"]):
-            raise ValueError(
-                "unet/config.json: block_out_channels, layers_per_block, down_block_types differ in length"
-            )
-        made = cls(**known)
-        made.check_sizes()
+        if isinstance(layers, int) and isinstance(levels, list):
+            config = config | {"layers_per_block": [layers] * len(levels)}
+        made = cls(**config_fields(cls, config, "unet/config.json"))
+        if unknown := sorted(set(made.down_block_types) - set(MIRROR)):
+            raise ValueError(f"unet/config.json: unknown down_block_types {unknown}; known: {', '.join(MIRROR)}")
+        if not len(made.block_out_channels) == len(made.layers_per_block) == len(made.down_block_types):
+            raise ValueError("unet/config.json: block_out_channels, layers_per_block, down_block_types differ in "
+                             "length")  # fmt: skip
         return made
-
-    def check_sizes(self) -> None:
-        """Raises ValueError if heads do not divide widths, or a number is larger than any image or network needs."""
-        levels = zip(self.block_out_channels, self.down_block_types)
-        for c in [*(c for c, kind in levels if WITH_ATTENTION[kind]), self.block_out_channels[-1]]:  # the last: middle
-            if c % self.attention_head_dim:
-                raise ValueError(f"unet/config.json: {c} channels do not split into heads of attention_head_dim")
-        if self.encoder_hid_dim % self.addition_embed_type_num_heads:
-            heads = f"{self.addition_embed_type_num_heads} heads of addition_embed_type_num_heads"
-            raise ValueError(f"unet/config.json: encoder_hid_dim {self.encoder_hid_dim} does not split into {heads}")
-        layers = max(self.layers_per_block)
-        for key, value, limit in (("sample_size", self.sample_size, 1024), ("layers_per_block", layers, 100),
-                                 ("norm_eps", self.norm_eps, 1)):  # fmt: skip
-            if value > limit:
-                raise ValueError(f"unet/config.json: {key} is {value}, but at most {limit} is built")
 
     @property
     def time_dim(self) -> int:
@@ -171,6 +119,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"encoder_hid_dim {dim} does not split into {heads} heads (addition_embed_type_num_heads)")
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.empty(1, dim).normal_(std=dim**-0.5))
         self.q_proj = nn.Linear(dim, dim)
@@ -216,7 +166,7 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(config.time_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         skip, h = x, F.gelu(self.norm1(x))
@@ -228,8 +178,7 @@ class ResnetBlock(nn.Module):
         temb = temb if self.skip_time_act else F.gelu(temb)
         scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.gelu(self.norm2(h) * (1 + scale) + shift))
-        if self.conv_shortcut is not None:
-            skip = self.conv_shortcut(skip)
+        skip = self.conv_shortcut(skip)
         return (skip + h) / self.out_scale if self.out_scale != 1 else skip + h
 
 
@@ -245,6 +194,8 @@ class Attention(nn.Module):
     def __init__(self, config: UNetConfig, channels: int, only_cross: bool):
         super().__init__()
         text_dim = config.cross_attention_dim
+        if channels % config.attention_head_dim:
+            raise ValueError(f"{channels} channels do not split into heads of attention_head_dim")
         self.heads = channels // config.attention_head_dim
         self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, 1e-5)
         self.norm_cross = nn.GroupNorm(32, text_dim, 1e-5)
@@ -258,7 +209,6 @@ class Attention(nn.Module):
         self.only_cross = only_cross
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        B, C, H, W = x.shape
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         text = self.norm_cross(text.transpose(1, 2)).transpose(1, 2)  # (B, L, X)
         q, k, v = self.to_q(pixels), self.add_k_proj(text), self.add_v_proj(text)
@@ -267,7 +217,7 @@ class Attention(nn.Module):
             v = torch.cat([v, self.to_v(pixels)], dim=1)
         out = F.scaled_dot_product_attention(*(split_heads(y, self.heads) for y in (q, k, v)))  # (B, h, HW, C / h)
         out = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, HW, C)
-        return x + out.transpose(1, 2).view(B, C, H, W)
+        return x + out.transpose(1, 2).view(x.shape)  # (B, C, H, W)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -276,15 +226,36 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class Level(nn.Module):
-    """The layers of one resolution: resnets, an attention after each where the level has them, and a resampler.
+    """The layers of one resolution: resnets, an attention after each where the level has them, then `downsamplers` on
+    the way down and `upsamplers` on the way up; the last level of either way has none."""
 
-    A level of the way down has `downsamplers`, one of the way up `upsamplers`; the last of either has none.
-    """
-
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]):
+    def __init__(self, config: UNetConfig, level: int, inputs: list[int], resample: str):
+        """inputs: how many channels each resnet reads.  resample: "down", "up" or, at the last level, ""."""
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions) if attentions else [None] * len(resnets)
+        channels, scale = config.block_out_channels[level], config.resnet_out_scale_factor
+        attends = config.down_block_types[level] == "SimpleCrossAttnDownBlock2D"
+        attentions = [Attention(config, channels, config.only_cross_attention) for _ in inputs if attends]
+        self.resnets = nn.ModuleList([ResnetBlock(config, c, channels, scale) for c in inputs])
+        self.attentions = nn.ModuleList(attentions) if attends else [None] * len(inputs)
+        if resample:
+            sampler = nn.ModuleList([ResnetBlock(config, channels, channels, scale, resample)])
+            self.add_module(f"{resample}samplers", sampler)
+
+    def down(self, h: Tensor, temb: Tensor, text: Tensor) -> list[Tensor]:
+        """What each layer makes of h: the twin on the way up reads them all, the next level the last of them."""
+        outputs = []
+        for resnet, attention in zip(self.resnets, self.attentions):
+            h = resnet(h, temb)
+            h = attention(h, text) if attention is not None else h
+            outputs.append(h)
+        return outputs + ([self.downsamplers[0](h, temb)] if hasattr(self, "downsamplers") else [])
+
+    def up(self, h: Tensor, temb: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+        """What the level makes of h and of the skips of its twin, which it takes from the end of the list."""
+        for resnet, attention in zip(self.resnets, self.attentions):
+            h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
+            h = attention(h, text) if attention is not None else h
+        return self.upsamplers[0](h, temb) if hasattr(self, "upsamplers") else h
 
 
 class Middle(nn.Module):
@@ -319,77 +290,51 @@ class UNet(nn.Module):
         self.mid_block = Middle(config)
         self.up_blocks = nn.ModuleList([self._up(level) for level in reversed(range(len(channels)))])
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[0], FIXED["out_channels"], 3, padding=1)  # eps and variance
 
     def _down(self, level: int) -> Level:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block[level]
         inputs = [channels[max(level - 1, 0)]] + [channels[level]] * (layers - 1)
-        block = self._level(level, inputs)
-        if level < len(channels) - 1:
-            block.downsamplers = nn.ModuleList([self._resnet(channels[level], channels[level], "down")])
-        return block
+        return Level(self.config, level, inputs, "down" if level < len(channels) - 1 else "")
 
     def _up(self, level: int) -> Level:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block[level] + 1
         below = channels[min(level + 1, len(channels) - 1)]
         hidden = [below] + [channels[level]] * (layers - 1)
         skips = [channels[level]] * (layers - 1) + [channels[max(level - 1, 0)]]
-        block = self._level(level, [h + s for h, s in zip(hidden, skips)])
-        if level > 0:
-            block.upsamplers = nn.ModuleList([self._resnet(channels[level], channels[level], "up")])
-        return block
-
-    def _level(self, level: int, inputs: list[int]) -> Level:
-        config, out = self.config, self.config.block_out_channels[level]
-        attend = WITH_ATTENTION[config.down_block_types[level]]
-        attentions = [Attention(config, out, config.only_cross_attention) for _ in inputs if attend]
-        return Level([self._resnet(c, out) for c in inputs], attentions)
-
-    def _resnet(self, in_channels: int, out_channels: int, resample: str = "") -> ResnetBlock:
-        return ResnetBlock(self.config, in_channels, out_channels, self.config.resnet_out_scale_factor, resample)
+        return Level(self.config, level, [h + s for h, s in zip(hidden, skips)], "up" if level > 0 else "")
 
     def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict noise and variance for a batch.
 
         x: (B, 3 or 6, H, W), H and W multiples of 2^(levels-1).  t: (B,) timesteps 0..T-1.
         prompt_embeds: (B, L, encoder_hid_dim), all L tokens including padding.
-        class_labels: (B,) noise level of the low-resolution picture, stage 2 only.
+        class_labels: (B,) noise level of the low-resolution image, stage 2 only.
         Returns (B, 6, H, W) in the weights' dtype: eps, then pred_var (about -1 to 1).    Raises ValueError.
         """
         self._check(x, prompt_embeds, class_labels)
         dtype = self.conv_in.weight.dtype
-        x = x.to(dtype)
+        x, prompt_embeds = x.to(dtype), prompt_embeds.to(dtype)
         if not (torch.is_grad_enabled() and x.device.type == "cpu" and dtype == torch.float32):
             # Plain layout would spend up to half its time on copies; only CPU training in float32 is faster with it.
             x = x.contiguous(memory_format=torch.channels_last)
-        prompt_embeds = prompt_embeds.to(dtype)
+        temb = self._conditions(t, prompt_embeds, class_labels)  # (B, time_dim)
+        text = self.encoder_hid_proj(prompt_embeds)  # (B, L, X)
+        skips = [self.conv_in(x)]
+        for block in self.down_blocks:
+            skips += block.down(skips[-1], temb, text)
+        h = self.mid_block(skips[-1], temb, text)
+        for block in self.up_blocks:
+            h = block.up(h, temb, text, skips)
+        return self.conv_out(F.gelu(self.conv_norm_out(h)))
 
+    def _conditions(self, t: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> Tensor:
+        """temb, (B, time_dim): the time, the pooled prompt and, in stage 2, the noise level as one vector."""
         temb = self.time_embedding(t)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
         temb = temb + self.add_embedding(prompt_embeds)
-        if self.config.time_embedding_act_fn == "gelu":
-            temb = F.gelu(temb)
-        text = self.encoder_hid_proj(prompt_embeds)  # (B, L, X)
-
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down_blocks:
-            for resnet, attention in zip(block.resnets, block.attentions):
-                h = resnet(h, temb)
-                h = attention(h, text) if attention is not None else h
-                skips.append(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h, temb)
-                skips.append(h)
-        h = self.mid_block(h, temb, text)
-        for block in self.up_blocks:
-            for resnet, attention in zip(block.resnets, block.attentions):
-                h = resnet(torch.cat([h, skips.pop()], dim=1), temb)
-                h = attention(h, text) if attention is not None else h
-            if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0](h, temb)
-        return self.conv_out(F.gelu(self.conv_norm_out(h)))
+        return F.gelu(temb) if self.config.time_embedding_act_fn == "gelu" else temb
 
     def _check(self, x: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> None:
         config, unit = self.config, 2 ** (len(self.config.block_out_channels) - 1)
@@ -398,9 +343,7 @@ class UNet(nn.Module):
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"height and width must be multiples of {unit}, got {x.shape[2]} x {x.shape[3]}")
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != config.encoder_hid_dim:
-            raise ValueError(
-                f"prompt_embeds must be (B, L, {config.encoder_hid_dim}), got {tuple(prompt_embeds.shape)}; "
-                "were they made by another model's text encoder?"
-            )
+            shape = f"(B, L, {config.encoder_hid_dim}), got {tuple(prompt_embeds.shape)}"
+            raise ValueError(f"prompt_embeds must be {shape}; were they made by another model's text encoder?")
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError("class_labels (the noise level) belong to stage 2, and stage 2 needs them")

@@ -74,9 +74,9 @@ def write_folder(folder, name: str, process: dict, noising: dict | None = None):
     return folder
 
 
-def test_load_stage_reads_weights_and_process(tmp_path):
+def test_a_stage_has_the_weights_and_the_process_of_its_folder(tmp_path):
     """What comes out of a folder draws what went in, and the scheduler's numbers are its own."""
-    loaded = stages.load_stage(write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER), None, "cpu")
+    loaded = stages.plan_stage(write_folder(tmp_path / "m", "stage_1", RELEASED_SCHEDULER), torch.float32)[1]()
     assert (loaded.threshold_ratio, loaded.threshold_max) == (0.9, 1.25)
     assert torch.equal(loaded.schedule.betas, COSINE.betas)
     assert torch.equal(loaded.noising.betas, COSINE.betas)
@@ -84,11 +84,11 @@ def test_load_stage_reads_weights_and_process(tmp_path):
     assert all(torch.equal(x, expected[key]) for key, x in loaded.unet.state_dict().items())
 
 
-def test_load_stage_defaults(tmp_path):
+def test_a_stage_has_defaults(tmp_path):
     """Left out, the ratio is 0.95 and the cap 1.5 in stage 1, 1.0 in stage 2; the noising process may be another."""
     process = {"beta_schedule": "squaredcos_cap_v2"}
-    one = stages.load_stage(write_folder(tmp_path / "1", "stage_1", process), torch.float16, "cpu")
-    two = stages.load_stage(write_folder(tmp_path / "2", "stage_2", process, {"beta_schedule": "linear"}), None, "cpu")
+    one = stages.plan_stage(write_folder(tmp_path / "1", "stage_1", process), torch.float16)[1]()
+    two = stages.plan_stage(write_folder(tmp_path / "2", "stage_2", process, {"beta_schedule": "linear"}), None)[1]()
     assert (one.threshold_ratio, one.threshold_max, two.threshold_ratio, two.threshold_max) == (0.95, 1.5, 0.95, 1.0)
     assert one.unet.conv_in.weight.dtype == torch.float16
     assert torch.equal(two.noising.betas, schedule.linear().betas)
@@ -127,7 +127,7 @@ def test_scheduler_file_errors(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [{"block_out_channels": 5}, {"attention_head_dim": None}, {"attention_head_dim": 0}, {"encoder_hid_dim": None},
-     {"norm_num_groups": 7}, {"time_embedding_act_fn": "silu"}, {"class_embed_type": "projection"},
+     {"norm_num_groups": 7}, {"time_embedding_act_fn": "silu"}, {"class_embed_type": "timestep"},
      {"layers_per_block": "two"}],
 )  # fmt: skip
 def test_configs_that_cannot_be_built_name_their_file(tmp_path, wrong):

@@ -74,14 +74,15 @@ def test_other_t5_versions_and_bare_configs_are_refused(tmp_path):
 def test_an_encoder_is_streamed_if_it_would_take_half_of_the_free_memory(tmp_path, monkeypatch):
     folder, cpu = write_encoder(tmp_path / "m"), torch.device("cpu")
     size = sum(4 * math.prod(shape) for shape in checkpoint.Checkpoint(folder, "text_encoder").shapes.values())
-    assert not text.should_stream(folder, torch.float32, cpu)
+    _, encoder = text.plan_text_encoder(folder, checkpoint.Checkpoint(folder, "text_encoder"))
+    assert not text.should_stream(encoder, torch.float32, cpu)
     for free, streamed in ((2 * size, False), (2 * size - 2, True)):
         monkeypatch.setattr(text, "free_memory", lambda free=free: free)
-        assert text.should_stream(folder, torch.float32, cpu) is streamed
+        assert text.should_stream(encoder, torch.float32, cpu) is streamed
     monkeypatch.setattr(text, "free_memory", lambda: None)  # a system that does not tell
-    assert not text.should_stream(folder, torch.float32, cpu)
+    assert not text.should_stream(encoder, torch.float32, cpu)
     monkeypatch.setattr(text, "UNKNOWN_MEMORY", size - 1)
-    assert text.should_stream(folder, torch.float32, cpu)
+    assert text.should_stream(encoder, torch.float32, cpu)
 
 
 def test_free_memory_counts_the_page_cache_and_heeds_a_container(monkeypatch):

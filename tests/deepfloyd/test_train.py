@@ -84,7 +84,7 @@ def test_both_stages_train_and_load_as_a_released_model_does(captioned, tmp_path
     assert chart.equal(images.from_pil(charts.chart([("whole run", {"training": losses(two)})], {})))
     encode = text.load_text_encoder(one, torch.float32)
     for stage, folder in ((1, one), (2, two)):
-        loaded = stages.load_stage(weights.resolve(str(folder), stage), torch.float32, "cpu")
+        loaded = stages.plan_stage(weights.resolve(str(folder), stage), torch.float32)[1]()
         ema = {k: v.half().float() for k, v in state(folder)["ema"].items() if k.startswith("unet.")}
         assert all(torch.equal(v, ema["unet." + k]) for k, v in loaded.unet.state_dict().items())
         assert (folder / "training" / "samples" / f"step-000000{stage + 2}.png").is_file()
@@ -354,7 +354,8 @@ def test_captions_in_another_encoding_are_named_with_their_file(captioned, encod
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"),
-     ("[{}]", "row 0 has no caption"), ("[3]", "other things than rows"), ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
+     ("[{}]", "row 0 has no caption"), ("[3]", "other things than rows"),
+     ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
      ('[{"captions": ["a"]}, {"captions": ["b"]}]', "1 images, but captions of 2")],
 )  # fmt: skip
 def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):

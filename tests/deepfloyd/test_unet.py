@@ -78,7 +78,7 @@ def test_half_precision(name, dtype):
 
 
 @torch.inference_mode()
-def test_pictures_of_a_batch_do_not_touch_each_other():
+def test_images_of_a_batch_do_not_touch_each_other():
     unet, (x, t, prompt_embeds, labels) = build("stage_2"), inputs("stage_2", "three")
     together = unet(x, t, prompt_embeds, labels)
     for i in range(3):
@@ -230,7 +230,7 @@ def test_defaults_are_the_released_values():
     """What a released config.json may leave out."""
     made = UNetConfig.from_dict(RELEASED["IF-I-M"][0])
     assert (made.attention_head_dim, made.encoder_hid_dim, made.norm_num_groups) == (64, 4096, 32)
-    assert (made.norm_eps, made.out_channels, made.time_dim) == (1e-5, 6, 768)
+    assert (made.norm_eps, made.time_dim) == (1e-5, 768)
     assert (made.resnet_out_scale_factor, made.resnet_skip_time_act, made.only_cross_attention) == (1.0, False, False)
 
 
@@ -248,12 +248,14 @@ def test_config_errors():
         UNetConfig.from_dict({"block_out_channels": [32]})
     with pytest.raises(ValueError, match=r"unknown down_block_types \['DownBlock2D'\]; known: SimpleCross"):
         config(down_block_types=["DownBlock2D", S, S])
-    with pytest.raises(ValueError, match=r"up_block_types must mirror down_block_types, that is \['SimpleCrossAttnUp"):
-        config(up_block_types=["ResnetUpsampleBlock2D"] * 3)
+    with pytest.raises(ValueError, match="time_embedding_act_fn is 'silu', but an IF UNet has 'gelu'"):
+        config(time_embedding_act_fn="silu")
     with pytest.raises(ValueError, match="block_out_channels, layers_per_block, down_block_types differ in length"):
         config(layers_per_block=[2, 2])
     with pytest.raises(ValueError, match="64 channels do not split into heads of attention_head_dim"):
-        config(attention_head_dim=48)
+        UNet(config(attention_head_dim=48))
+    with pytest.raises(ValueError, match=r"encoder_hid_dim 32 does not split into 5 heads"):
+        UNet(config(addition_embed_type_num_heads=5))
 
 
 def test_input_errors():
@@ -268,6 +270,6 @@ def test_input_errors():
         stage_1(x[..., :6], t, prompt_embeds)
     with pytest.raises(ValueError, match=r"prompt_embeds must be \(B, L, 32\), got \(1, 77, 31\); were they made by"):
         stage_1(x, t, prompt_embeds[..., 1:])
-    for net, picture, labels in ((stage_1, x, t), (stage_2, torch.cat([x, x], 1), None)):
+    for net, image, labels in ((stage_1, x, t), (stage_2, torch.cat([x, x], 1), None)):
         with pytest.raises(ValueError, match=r"class_labels \(the noise level\) belong to stage 2, and stage 2 needs"):
-            net(picture, t, prompt_embeds, labels)
+            net(image, t, prompt_embeds, labels)
