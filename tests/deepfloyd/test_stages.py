@@ -114,6 +114,9 @@ def test_scheduler_file_errors(tmp_path):
         path.write_text(json.dumps(RELEASED_SCHEDULER | wrong))
         with pytest.raises(ValueError, match="scheduler_config.json describes no process of IF"):
             stages.plan_stage(folder, None)
+    path.write_text(json.dumps(RELEASED_SCHEDULER | {"variance_type": "fixed_small"}))
+    with pytest.warns(UserWarning, match="variance_type is 'fixed_small'; IF's 'learned_range' is used"):
+        stages.plan_stage(folder, None)
     path.write_text(json.dumps(RELEASED_SCHEDULER))
     (folder / "image_noising_scheduler").mkdir()
     (folder / "image_noising_scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "cubic"}')
