@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results += rows[-1]
     if len(results) == 1 and cascade.has_upper:
         rows, labels = [[small[0], large[0]]], [["64 px, " + labels[0][0], "256 px"]]
-    title = args.prompts[0] if len(args.prompts) == 1 else ""
+    title = (args.prompts[0] or "(empty prompt)") if len(args.prompts) == 1 else ""
     per_image = seeds * (len(results) // len(seeds))
-    metadata = flags.finish(args, "generate", results, per_image, rows, labels, title or "(empty prompt)", cascade)
+    metadata = flags.finish(args, "generate", results, per_image, rows, labels, title, cascade)
     if args.show_every:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)
         images.save(sheet, steps_out, metadata | {"minidiff": "sheet"})

@@ -203,6 +203,15 @@ def test_generate_sweeps_guidance_and_shows_its_steps(cascade, tmp_path, sheets)
     assert (tmp_path / "s.png").is_file() and (tmp_path / "s-sheet.png").is_file()
 
 
+@pytest.mark.parametrize(("prompts", "title"), [(["a castle"], "a castle"), ([""], "(empty prompt)"),
+                                                (["a castle", ""], "")])  # fmt: skip
+def test_the_title_of_a_sheet_is_the_only_prompt(cascade, tmp_path, monkeypatch, prompts, title):
+    titles, sheet = [], images.sheet
+    monkeypatch.setattr(images, "sheet", lambda *args: titles.append(args[2]) or sheet(*args))
+    run(generate.main, cascade, tmp_path / "x.png", *prompts, "--quick", stage2=False)
+    assert titles == [title]
+
+
 def test_sigma_on_the_steps_sheet_is_the_largest_deviation_of_the_step(small):
     """sqrt(1 - alpha_bar_t / alpha_bar_prev), by hand from the table; 0 for the step to clean."""
     record = []
