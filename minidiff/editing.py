@@ -115,6 +115,9 @@ def box(corners: Sequence[float], size: int) -> Tensor:
 
     Raises ValueError unless 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64.
     """
+    if isinstance(corners, str) or not isinstance(corners, Sequence) or len(corners) != 4:
+        raise ValueError("a mask is an image file, a tensor (1, 1, H, W), or four numbers x0 y0 x1 y1, got "
+                         f"{type(corners).__name__}")  # fmt: skip
     x0, y0, x1, y1 = corners
     if not (0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64):
         raise ValueError(f"a box is x0 y0 x1 y1 with 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64, got {list(corners)}")

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -201,6 +202,9 @@ def test_boxes_and_feathers():
     for corners in ((10, 0, 10, 5), (0, 0, 65, 5), (-1, 0, 5, 5)):
         with pytest.raises(ValueError, match="a box is x0 y0 x1 y1 with 0 <= x0 < x1 <= 64"):
             editing.box(corners, 64)
+    for other in (np.zeros((1, 1, 64, 64)), (1, 2, 3), 5):
+        with pytest.raises(ValueError, match="a mask is an image file, a tensor .* or four numbers x0 y0 x1 y1, got"):
+            editing.mask_at(other, 64)
 
 
 def test_masks_that_do_not_fit():
