@@ -150,7 +150,8 @@ def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) 
     table = _read_course(path) if path.suffix in (".pth", ".pt") else _read_embeds(path, encoder)
     missing = [p for p in prompts if clean(p) not in table]
     if missing:
-        raise ValueError(f"{path} lacks {missing}; it holds {sorted(table)}")
+        empty = "; '' is the empty prompt, which guidance leads away from: encode it, too" if "" in missing else ""
+        raise ValueError(f"{path} lacks {missing}; it holds {sorted(table)}{empty}")
     found = [table[clean(p)] for p in prompts]
     for prompt, states in zip(prompts, found):
         _check_states(path, prompt, states, found[0].shape[-1])

@@ -126,8 +126,11 @@ def test_the_courses_dictionary_is_read(tmp_path):
 
 def test_files_that_cannot_serve_are_told(tmp_path):
     text.write_embeds(tmp_path / "e.safetensors", ["a castle", ""], torch.zeros(2, 77, 8), "abc")
-    with pytest.raises(ValueError, match=r"lacks \['a volcano'\]; it holds \['', 'a castle'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['a volcano'\]; it holds \['', 'a castle'\]$"):
         text.read_embeds(tmp_path / "e.safetensors", ["a volcano"])
+    text.write_embeds(tmp_path / "e.pth", ["a castle"], torch.zeros(1, 77, 8), "abc")
+    with pytest.raises(ValueError, match=r"lacks \[''\]; it holds \['a castle'\]; '' is the empty prompt, which guid"):
+        text.read_embeds(tmp_path / "e.pth", ["a castle", ""])
     with pytest.raises(ValueError, match="made by another text encoder"):
         text.read_embeds(tmp_path / "e.safetensors", ["a castle"], "xyz")
     with pytest.raises(ValueError, match="no file of encoded prompts at .*minidiff.encode"):
