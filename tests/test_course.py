@@ -140,6 +140,25 @@ def test_the_python_of_the_course_page_runs(monkeypatch, few_calls, tmp_path):
     assert namespace
 
 
+def test_your_loop_beside_ours(monkeypatch, tmp_path):
+    """The page's own `mine`, for three steps and four of Euler: the same to rounding. A wrong one stands out."""
+    monkeypatch.chdir(ROOT)
+    names = """from minidiff import images
+from minidiff.cascade import Cascade
+from minidiff.factorized import Part
+image = images.load("walkthrough/village.png", 64)
+"""
+    section = TEXTS[COURSE].split("## Your loop beside ours")[1]
+    code = names + "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)).replace("out/", f"{tmp_path}/")
+    code = code.replace("[], 10\n", "[], 30\n").replace("count, x = 50", "count, x = 4")
+    for right, wrong in (("null, 7)", "null, 7)"), ("null, 7)", "null, 6)"), ("5 * (cond", "4 * (cond")):
+        namespace, bad = {}, right != wrong
+        exec(code.replace(right, wrong), namespace)
+        assert len(namespace["record"]) == 3 and (tmp_path / "flow.gif").is_file()
+        assert (namespace["apart"] > 1e-3) == (bad and "null" in right)
+        assert (namespace["flow_apart"] > 1e-3) == (bad and "cond" in right)
+
+
 # --- the notebook -----------------------------------------------------------------------------------------------------
 
 
