@@ -6,7 +6,7 @@
 
 The same formula as for images of prompts (`factorized.py`), with classes for prompts and the DDPM of digits for the
 cascade. The judge looks at every sample both ways and counts those that are the first digit one way and the second the
-other. Beside it stands the same count for plain samples of the first digit, merely turned: what luck alone would give.
+other. Beside it stands the same count for plain samples of the first digit: what luck alone gives.
 
 Read `minidiff/anagram.py` and `mnist/sample.py` first.
 """

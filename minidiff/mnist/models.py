@@ -151,8 +151,10 @@ def draw(
 ) -> Tensor:
     """The end of the walk from each seed, (B, 1, 28, 28) on the CPU, `at_once` at a time.
 
-    answer_of(part) -> the answer for this part of the seeds.
+    answer_of(part) -> the answer for this part of the seeds.    Raises ValueError if there are none.
     """
+    if not seeds:
+        raise ValueError("there is no image to draw; pass --num-images 1 or more")
     ends, n = [], at_once(device)
     for part in (slice(i, i + n) for i in range(0, len(seeds), n)):
         states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minidiff import checkpoint, images
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
@@ -81,14 +80,6 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
-def verdict(row: Row, x: Tensor, labels: Tensor | None, seed: int, judging: judge.Loaded) -> list[str]:
-    """What the judge says about a row x (B, 1, 28, 28).  labels: the classes they should be, if any."""
-    drawn, judges = row.config["dataset"], judging.config["dataset"]
-    if drawn != judges:
-        return [f"not judged: the judge knows {judges}, these are of {drawn}"]
-    return judge.report(judging, x, labels, seed)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         answer_of = lambda part, row=row: models.guided_unet(row.unet, labels[part], row.scale)  # noqa: E731
         x = models.draw(answer_of, seeds, device, row.steps, row.sampler)
-        classes = {} if row.scale is None else {"labels": labels}
+        dataset, classes = row.config["dataset"], {} if row.scale is None else {"labels": labels}
         if args.tensors and row is rows[0]:
             tensors = {"images": x, "seed": torch.tensor(args.seed)} | classes
-            checkpoint.save(tensors, args.tensors, {"dataset": row.config["dataset"]})
+            checkpoint.save(tensors, args.tensors, {"dataset": dataset})
         print(f"{', '.join(row.words())}, trained {row.config['trained']}:",
-              *verdict(row, x, classes.get("labels"), args.seed, judging), sep="\n  ")  # fmt: skip
+              *judge.report(judging, x, classes.get("labels"), args.seed, dataset), sep="\n  ")  # fmt: skip
         tens += (parts := x[:IN_FIGURE].split(10))
         texts += [""] * (len(parts) - 1) + [", ".join(word for word in row.words() if word not in common)]
     title = ", ".join([*common, f"seeds {seeds[0]} to {seeds[-1]}"])

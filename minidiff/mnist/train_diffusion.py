@@ -14,9 +14,8 @@ small beside the noise, and digits come out; the price is a little of the right 
 
 `better` is larger and trains longer; `small` is for a machine without fast half precision.
 
-Figures in the folder: samples/ and training/loss.png; at the end sampling.gif, cleaned.png (noisy test digits made
-clean by the last part of the same walk) and, for `class`, guidance.png (0, 1, 5, 10) and unconditional.gif (without
-a class). `--figures weights/mnist/ddpm` draws the figures of the end with a trained network.
+At the end come sampling.gif, cleaned.png (noisy test digits made clean by the last part of the same walk) and, for
+`class`, guidance.png (scales 0, 1, 5, 10) and unconditional.gif (without a class).
 
 Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/trainer.py` first. Next: `mnist/train_flow.py`.
 Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes dropped with probability 0.1.
@@ -79,17 +78,15 @@ def cleaned(
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train, draw on the way, and draw the figures of the end."""
-    plan, model = trainer.plan_of(args, PRESETS), trainer.network(args, "ddpm", PRESETS, device)
-    train, test = trainer.digits(args, device)
+    model, (train, test) = trainer.network(args, "ddpm", PRESETS, device), trainer.digits(args, device)
     about, schedule, has_classes = settings(args, "mnist.train_diffusion"), course_schedule(), model.config.num_classes
     samples = models.Samples(model, "ddpm", *((6, 1) if args.quick else (T, 4)), args.seed, args.out, about)
 
     def reference() -> dict[str, float]:
         return levels.of_task(levels.ddpm(schedule), train, DROPOUT if has_classes else 1.0)
 
-    config = {"kind": "ddpm", "preset": args.preset, "dataset": args.dataset}
-    loss = Diffusion(schedule)
-    if args.figures or trainer.fit(args, model, loss, train, test, plan, config, reference, samples.save):
+    loss, config = Diffusion(schedule), {"kind": "ddpm"}
+    if args.figures or trainer.fit(args, model, loss, train, test, config, reference, samples.save):
         samples.save_ends()
         if has_classes:
             models.save_animation(samples.walk(0.0), args.out / "unconditional.gif")

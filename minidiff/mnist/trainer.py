@@ -7,7 +7,7 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
     samples/                                after the first, every fifth and the last epoch
 
 The same command again goes on from there. With --figures FOLDER nothing is trained: the trainer draws the figures of
-its end with the network in FOLDER, be its training over or not.
+its end with the network in FOLDER, also before its training has ended.
 
 Read `training.py` and `mnist/models.py` first. Next: `mnist/judge.py`, the smallest trainer.
 """
@@ -51,7 +51,7 @@ class Plan:
 
     def __str__(self) -> str:
         falling = f", falling to {self.lr_at(self.epochs - 1):.3g}" if self.lr_decay < 1 else ""
-        return f"{self.epochs} x all digits, batches of {self.batch_size}, learning rate {self.lr:g}{falling}"
+        return f"epochs: {self.epochs}, batch size {self.batch_size}, learning rate {self.lr:g}{falling}"
 
 
 class Preset(NamedTuple):
@@ -91,8 +91,9 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
 
 
 def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
-    """Choose --out. With --figures, preset and data set become those of the network in its folder.
+    """Choose --out, and take the plan's numbers from the preset where no flag says them; of --quick, few and small.
 
+    With --figures, preset and data set become those of the network in its folder.
     Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, or if --out cannot
     be written.
     """
@@ -103,13 +104,10 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
         flags = [name for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
         args.out = Path("out", "mnist", "-".join([kind, *names, *flags]).replace("_", "-"))
     images.check_output(args.out / "figure.png")
-    return config
-
-
-def plan_of(args: argparse.Namespace, presets: Presets) -> Plan:
-    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick."""
     plan = Plan(epochs=1, batch_size=16, lr=1e-2) if args.quick else presets[args.preset].plan
-    return replace(plan, **{f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None})
+    for name, value in asdict(plan).items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    return config
 
 
 def digits(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
@@ -135,22 +133,22 @@ def network(args: argparse.Namespace, kind: str, presets: Presets, device: torch
 
 
 def fit(
-    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, plan: Plan,
-    config: Mapping[str, object], levels: Callable[[], Mapping[str, float]] = dict,
-    draw: Callable[[int], object] = lambda epoch: None,
+    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, config: Mapping[str, object],
+    levels: Callable[[], Mapping[str, float]] = dict, draw: Callable[[int], object] = lambda epoch: None,
 ) -> bool:  # fmt: skip
     """Train; write the network into args.out after every epoch; draw(epoch) after the first, every fifth and the last.
 
-    config: for the network; a run goes on only with the same.  levels() -> reference levels, which take a while.
+    config: for the network, its "kind" first; a run goes on only with the same.
+    levels() -> reference levels, which take a while.
     Returns whether this is the first process and the plan's end is reached; on Ctrl-C it is not.
     Raises ValueError as `check` and `training.run`, and FloatingPointError as `training.run`.
     """
-    settings = check(args, plan, config, len(train))
+    plan, settings = check(args, config, len(train))
     device, n = train.images.device, len(train) // plan.batch_size
     dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
     model.to(memory_format=torch.channels_last if dtype == "bfloat16" else torch.contiguous_format)  # the faster one
     reference, record = levels() if training.rank() == 0 else {}, None
-    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights")
+    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}")
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=device.type in ("cpu", "cuda"))
     for record in training.run(
         model, lambda net, batch: loss(net, *batch), batches(train, plan, args.seed), optimizer,
@@ -161,7 +159,8 @@ def fit(
         say(record)
         if config["kind"] != "judge":
             trained = f"{record.step / n:.3g} of {plan.epochs} epochs"
-            more = {"plan": asdict(plan), "seed": args.seed, "trained": trained, "unet": asdict(model.config)}
+            more = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(plan), "seed": args.seed}
+            more |= {"trained": trained, "unet": asdict(model.config)}
             models.write(args.out, model, dict(config) | more)
         if not record.stopped and (record.step in (n, record.steps) or record.step // n % 5 == 0):
             draw(record.step // n)
@@ -178,19 +177,21 @@ def say(text: object) -> None:
         tqdm.write(str(text))
 
 
-def check(args: argparse.Namespace, plan: Plan, config: Mapping[str, object], count: int) -> dict[str, object]:
-    """The settings of the run, which must be the same when it goes on; the teacher may lie elsewhere.
+def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[Plan, dict[str, object]]:
+    """The plan, and the settings that must be the same when the run goes on; the teacher may lie elsewhere.
 
     Raises ValueError if they are not, on a plan that `count` digits do not allow, or if a trained network would be
     replaced.
     """
+    plan = Plan(*(getattr(args, f.name) for f in fields(Plan)))
     if plan.epochs < 1 or not 1 <= plan.batch_size <= count:
         raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {plan}")
-    settings = {key: value for key, value in config.items() if key != "teacher"}
-    settings |= {"images": count} | asdict(plan) | {"ema": args.ema, "seed": args.seed}
+    settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(plan)}
+    settings |= {"ema": args.ema, "seed": args.seed}
+    settings.pop("teacher", None)
     if training.previous(args.out / "training", settings) is None and (args.out / "config.json").is_file():
         raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
-    return settings
+    return plan, settings
 
 
 def batches(train: Digits, plan: Plan, seed: int) -> Callable[[int], tuple[Digits, torch.Generator]]:

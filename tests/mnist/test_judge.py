@@ -110,7 +110,7 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     distance = judge.frechet(judge.gaussian(features), reference)
     assert f"the training digits, in the judge's 64 features: {distance:.3f};" in shown and distance > 0.001
     assert "of real test digits: 0.500 for 100" in shown
-    few = judge.report(judge.load(trained), some.images[:5], None, 0)
+    few = judge.report(judge.load(trained), some.images[:5], None, 0, "mnist")
     assert len(few) == 2 and "Frechet" not in "".join(few)
 
 
@@ -159,7 +159,6 @@ def test_bad_input_is_named(tmp_path, trained, capsys):
         save_file(wrong, file, metadata)
         assert "write it with sample --tensors" in fails(capsys, judge.main, "score", file)
     save_file(one, file, {"dataset": "fashion"})
-    assert "holds samples of fashion, " in fails(capsys, judge.main, "score", file, "--judge", trained)
     assert "no trained judge in" in fails(capsys, judge.main, "score", file, "--judge", tmp_path)
 
 
@@ -179,7 +178,7 @@ def test_the_embedded_judge_knows_real_digits(digits):
     assert judge.agreement(verdicts, digits.labels) > 0.974
     _, turned = judge.look(loaded, digits.images.rot90(2, (-2, -1)))
     assert judge.agreement(turned, digits.labels) < 0.6
-    lines = judge.report(judge.load(judge.EMBEDDED), digits.images[:100], digits.labels[:100], 0)
+    lines = judge.report(judge.load(judge.EMBEDDED), digits.images[:100], digits.labels[:100], 0, "mnist")
     assert lines[0].endswith("right about 99.31% of test digits")
     assert lines[-1].endswith("1.082 for 100, 0.129 for 1000, 0.027 for 5000, 0.015 for 10000")
 

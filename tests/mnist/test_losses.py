@@ -223,10 +223,10 @@ def test_figures_of_the_flow_name_their_rows():
 
 def test_the_mean_image_is_recognised_as_such(digits):
     mean = digits.images.mean(0, keepdim=True)
-    *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: (mean + 0.1).expand_as(z), digits)
-    assert distance == pytest.approx(0.1, rel=1e-5) and spread == pytest.approx(0, abs=1e-6)
-    *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: mean + 0.2 * z, digits)  # each by itself
-    assert distance == pytest.approx(0.2, rel=0.02) and spread == pytest.approx(0.2, rel=0.02)
+    *_, distance = train_denoiser.pure_noise_figure(lambda z: (mean + 0.1).expand_as(z), digits)
+    assert distance == pytest.approx(0.1, rel=1e-5)
+    *_, distance = train_denoiser.pure_noise_figure(lambda z: mean + 0.2 * z, digits)  # each by itself
+    assert distance == pytest.approx(0.2, rel=0.02)
 
 
 def test_cleaning_starts_at_its_time_and_ends_at_the_digit(digits):

@@ -54,16 +54,10 @@ def test_train_denoiser_makes_its_figures(folder, tmp_path, capsys):
     assert run(train_denoiser, tmp_path / "p", folder, "--pure-noise", "--preset", "small") == [
         "mean-image.png", "noising.png", "samples/epoch-01.png", "training/loss.png",
     ]  # fmt: skip
-    first = capsys.readouterr().out
     ends = ["noising.png", "out-of-distribution.png"]
     assert figures(train_denoiser, tmp_path / "d", tmp_path / "e", folder) == ends
-    capsys.readouterr()
     ends = ["mean-image.png", "noising.png"]
     assert figures(train_denoiser, tmp_path / "p", tmp_path / "q", folder) == ends  # its config says so
-    texts = first.splitlines() + capsys.readouterr().out.splitlines()
-    lines = [line for line in texts if "outputs differ" in line]
-    numbers = [[float(word) for word in line.split() if word[0].isdigit()] for line in lines]
-    assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)  # the network's, but for float16
 
 
 @pytest.fixture
@@ -292,7 +286,7 @@ def test_every_preset_begins_a_run_and_stands_in_the_help(module, folder, tmp_pa
     for name, preset in module.PRESETS.items():
         assert f"  {name:12}  {preset.plan}" in printed
     if module is train_diffusion:
-        assert "20 x all digits, batches of 128, learning rate 0.001, falling to 0.000112; 64 channels" in printed
+        assert "epochs: 20, batch size 128, learning rate 0.001, falling to 0.000112; 64 channels" in printed
     begun = []
     monkeypatch.setattr(trainer, "fit", lambda args, model, *more: begun.append((args.preset, model.config)))
     for name in set(module.PRESETS) - {"reflow"}:
