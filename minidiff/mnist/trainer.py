@@ -80,7 +80,7 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
                    help="draw and write an average of the weights, 0.999 for example (default: none)")  # fmt: skip
     p.add_argument("--data", type=file_path, default=Path("data"), help="where the digits are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
-    p.add_argument("--out", type=file_path, help="folder of the run (default: see above)")
+    p.add_argument("--out", type=file_path, help="folder (default: out/mnist/ and kind, preset, data set)")
     if presets[p.get_default("preset")].unet:  # the judge has no figures
         more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
         p.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
