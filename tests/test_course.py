@@ -53,8 +53,8 @@ def no_work(monkeypatch, tmp_path):
     monkeypatch.setattr(Cascade, "load", classmethod(
         lambda cls, model, stage2, **_: load_cascade(cls, *("none" if n == "none" else "mini" for n in (model, stage2)))
     ))  # fmt: skip
-    monkeypatch.setattr(models, "load", lambda folder, kind, device: load_digits(
-        folder if (folder / "config.json").is_file() else weights.WEIGHTS / "mnist" / kind, kind, device))  # fmt: skip
+    monkeypatch.setattr(models, "load", lambda folder, device, *kinds: load_digits(
+        folder if (folder / "config.json").is_file() else weights.WEIGHTS / "mnist" / kinds[0], device, *kinds))  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for name in ("walkthrough", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
