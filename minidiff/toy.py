@@ -3,7 +3,7 @@
 Read `guidance.py` first. A trained network is a black box; to know that a sampler is right one needs a model whose
 exact output can be written down. For data N(mean, std^2) everything that diffusion does is Gaussian, so the best
 possible eps follows from Bayes. A mixture with one component per "prompt" adds what guidance needs: unconditional
-(all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); a point in the plane
+(all components) and conditional (one of them) answers. Images are any tensor (B, C, H, W); a point in the plane
 is (B, 2, 1, 1).
 
 Next: `flow.py`; or straight on to `deepfloyd/tokenizer.py`.
@@ -26,7 +26,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
         E[x_start | x_t] = mean + sqrt(alpha_bar) std^2 / (alpha_bar std^2 + 1 - alpha_bar) (x_t - sqrt(alpha_bar) mean)
         eps = (x_t - sqrt(alpha_bar) E[x_start | x_t]) / sqrt(1 - alpha_bar)
 
-    mean: a number, or a tensor that broadcasts to (B, C, H, W).  std: 0 for a single picture.
+    mean: a number, or a tensor that broadcasts to (B, C, H, W).  std: 0 for a single image.
     pred_var is -1, the lower bound, which is exact for std 0 (DDPM Sec. 3.2); the bounds meet as steps shrink.
     """
 
@@ -52,7 +52,7 @@ class Mixture:
     std: float
 
     def prompt(self, k: int) -> Tensor:
-        """(1, 1, K): component k and no other. Raises ValueError if there is none such."""
+        """(1, 1, K): component k and no other. Raises ValueError if there is no such component."""
         if not 0 <= k < len(self.means):
             raise ValueError(f"the mixture has components 0..{len(self.means) - 1}, got {k}")
         return torch.eye(len(self.means))[None, None, k]
