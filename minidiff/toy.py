@@ -3,13 +3,11 @@
 Read `guidance.py` first. A trained network is a black box; to know that a sampler is right one needs a model whose
 exact output can be written down. For data N(mean, std^2) everything that diffusion does is Gaussian, so the best
 possible eps follows from Bayes. A mixture with one component per "prompt" adds what guidance needs: unconditional
-(all components) and conditional (one of them) answers. Images are any tensor (B, C, H, W); a point in the plane
+(all components) and conditional (one of them) answers. An image is any tensor (B, C, H, W); a point in the plane
 is (B, 2, 1, 1).
 
 Next: `flow.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -41,7 +39,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data that is one of K Gaussians, all equally likely: a model for `guidance.guided`.
+    """Data from K Gaussians, all equally likely: a model for `guidance.guided`.
 
     means: (K, C, H, W).  std: of every component.  A "prompt" is a row of K numbers, as prompt_embeds (B, 1, K): which
     components it allows and how likely each is. `prompt(k)` asks for one component, `empty_prompt()` for any.
