@@ -13,8 +13,9 @@ and, one thing at a time:
     small = cascade.draw(parts, generators)                # stage 1: (1, 3, 64, 64)
     large = cascade.enlarge(small, parts, generators)      # stage 2: (1, 3, 256, 256)
 
-Stage 2 goes on with the random numbers where stage 1 stopped, as in `cascade(...)`. Numbers in place of generators,
-seeds=[2], begin anew: right for an image that stage 1 did not draw, and another image than that of `cascade(...)`.
+Stage 2 goes on with the random numbers where stage 1 stopped, as in `cascade(...)`. With seeds=[2] in place of the
+generators they begin anew. Do that for an image that stage 1 did not draw; for one that it drew, the result is not
+that of `cascade(...)`.
 
 `load` finds and checks everything and reads nothing large. The text encoder is read by `encode` and then freed; a
 stage is read when it first draws. So T5-XXL and the UNets are never in memory together.
@@ -62,7 +63,8 @@ from minidiff.schedule import respaced, strided
 from minidiff.solvers import STEPS
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
-EDIT_SMALL, EDIT_LARGE, KEPT = 3, 5, 1  # streams: of walks that edit an image; what they keep is KEPT streams further
+EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
+KEPT = 1  # how many streams further the noise of what they keep comes from
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
 Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, W), or the corners of a box in pixels of 64
@@ -289,7 +291,7 @@ def _times(steps: int | str | Tensor, i_start: int) -> tuple[Tensor, bool]:
 
 
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
-    """Of a walk that edits, in a stream of its own: an image edited with the seed that made it would find itself."""
+    """The generators of a walk. One that edits has its own stream: the noise that made an image leads back to it."""
     generators = [s if isinstance(s, torch.Generator) else seeded([s])[0] for s in seeds]
     return generators if image is None and keep is None else other_stream(generators, edit)
 
@@ -309,7 +311,7 @@ def _text_encoder(
     model: str, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
     prompt_embeds: str | Path | None,
 ) -> tuple[dict | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
-    """The vocabulary of a model, if it brings one, and what makes texts (N) to states (N, 77, width).
+    """The vocabulary of a model, if it brings one, and a function from N texts to states (N, 77, width).
 
     With prompt_embeds the states come from that file; else the text encoder is found now, and read at every call.
     """

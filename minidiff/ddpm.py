@@ -12,7 +12,7 @@ in as (B, 1, 1, 1) float64 on the CPU, and are cast and moved only after the coe
 A strided sampler jumps from t to any earlier time `prev`. All formulas then hold with
 alpha_t = alpha_bar_t / alpha_bar_prev and beta_t = 1 - alpha_t, so both alpha-bars are arguments everywhere.
 
-Next: `sampling.py`, the loop around `step`.
+Next: `solvers.py`, two other steps.
 """
 
 import math
@@ -94,7 +94,9 @@ def learned_log_var(pred_var: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tenso
         log_var = f log(beta_t) + (1 - f) log(beta_tilde_t),    f = (pred_var + 1) / 2
 
     pred_var: (B, C, H, W), -1 for the lower bound and 1 for the upper; not clamped, as in IF.
-    beta_tilde is floored at 1e-20, since it is 0 for the step to the clean image.    Source: iDDPM Eq. 15.
+    beta_tilde is 0 for the step to the clean image and is floored at 1e-20, as in diffusers. iDDPM's code takes the
+    beta_tilde of t = 1 there. No sample shows it, for this step draws no noise; `bound` at t = 0 does.
+    Source: iDDPM Eq. 15.
     """
     beta_t = 1 - alpha_bar_t / alpha_bar_prev
     lower = posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)

@@ -1,7 +1,7 @@
 """Editing a given image: where the walk starts, and what of it is kept.
 
-Read `sampling.py` first. Of its three places to intervene, `factorized.py` used the first, what is predicted. These are
-the other two, and all three combine.
+Read `sampling.py` first. Of its four places to intervene, `factorized.py` is about what is predicted, and `solvers.py`
+about how a step goes. These are the other two, and all four combine.
 
     SDEdit       start from the image noised to a middle time: coarse things stay, details are drawn anew
     inpainting   after every step put the known region back, so that only the masked one is new:

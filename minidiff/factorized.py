@@ -3,11 +3,12 @@
     eps(x_t) = sum_k  C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
 Read `guidance.py`, `views.py` and `components.py` first. With one part, the identity view and the whole image this
-is plain guidance. With views and C_k = 1/K it is an anagram, with components that add up to the whole a hybrid image,
-and nothing keeps one from mixing them. All K parts and both branches of guidance go through the network as one batch.
+is plain guidance. With views and C_k = 1/K it is an anagram, with components that add up to the whole a hybrid image.
+A part may have both a view and a component. All K parts and both branches of guidance go through the network as one
+batch.
 
 Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
-visual_anagrams/samplers.py@14582c0.    Next: `editing.py`, the other two places to intervene.
+visual_anagrams/samplers.py@14582c0.    Next: `editing.py`, the last two places to intervene.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from minidiff.views import IDENTITY, View, named
 
 @dataclass(frozen=True)
 class Part:
-    """What one prompt has a say in.  prompt_embeds: (1, L, D), or (B, L, D) for B images."""
+    """One prompt, with its view and its component.  prompt_embeds: (1, L, D), or (B, L, D) for B images."""
 
     prompt_embeds: Tensor
     view: View = IDENTITY
@@ -56,7 +57,7 @@ def factorized(
         embeds = [part.prompt_embeds.expand(len(x_t), -1, -1) for part in parts]
         if split_batch:
             each = [guided(model, e, negative_prompt_embeds, guidance_scale, True) for e in embeds]
-            answers = [predict(x, t) for predict, x in zip(each, inputs)]
+            answers = [ask(x, t) for ask, x in zip(each, inputs)]
         else:
             ask = guided(model, torch.cat(embeds), negative_prompt_embeds, guidance_scale)
             eps, pred_var = ask(torch.cat(inputs), t.repeat(len(parts)))
@@ -97,7 +98,7 @@ class InTurns(tuple[Part, ...]):
 
 
 def alternating(predictions: Sequence[Prediction], timesteps: Tensor) -> Prediction:
-    """Take turns: at the i-th of the timesteps the prediction i modulo their number is asked, alone.
+    """Take turns: at each of the timesteps one prediction is asked, the first, then the second, and so on round.
 
     Raises ValueError at a time that is not among timesteps.
     """

@@ -37,11 +37,11 @@ def guided(
 ) -> Prediction:
     """Give a model its text: a prediction with classifier-free guidance.
 
-    prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all images alike; the negative one is the
-    encoding of the empty prompt (of text never zeros) unless something is to be avoided.
+    prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all images alike. The negative one encodes what
+    is to be avoided, or the empty prompt, which a text encoder never makes zeros.
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
-    pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all, and with 0
-    the conditional one is not: the prompt then has no say, in pred_var neither.
+    pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all. With 0 the
+    conditional one is not, and the prompt has no say, not even in pred_var.
     """
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -117,13 +117,13 @@ def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | 
         raise ValueError(
             f"jumps need a length and a number of samples of at least 1, got {jump_length}, {jump_n_sample}"
         )
-    left = {j: jump_n_sample - 1 for j in range(0, len(down) - jump_length, jump_length)}  # jumps yet to make
+    jumps_left = {j: jump_n_sample - 1 for j in range(0, len(down) - jump_length, jump_length)}  # at each place
     times, k = [], len(down)  # k counts entries from the end
     while k > 0:
         k -= 1
         times.append(down[-1 - k])
-        if left.get(k, 0):
-            left[k] -= 1
+        if jumps_left.get(k, 0):
+            jumps_left[k] -= 1
             for _ in range(jump_length):
                 k += 1
                 times.append(down[-1 - k])

@@ -3,8 +3,11 @@
 Read `ddpm.py` first. `ddpm.step` draws noise anew in every step and so needs many of them. The same network also
 defines an ordinary differential equation, which has no noise in it and bears longer steps:
 
-    ddim_step   first order: eps stays as it is during the step          error falls as 1 / steps
-    dpm_step    second order: x_start moves on in a straight line        error falls as 1 / steps^2
+    ddim_step   first order: eps stays as it is during the step               error falls as 1 / steps
+    dpm_step    second order: x_start moves on in a straight line over lambda error falls as 1 / steps^2
+
+The orders hold once steps are short. In lambda the step into t = 0 is a long one, and there `dpm_step` goes too far.
+With few steps it does better on `respaced(steps + 1)[:-1]`, which leaves t = 0 out, as diffusers' own list does.
 
 All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
 `sampling.denoise` takes any of them. The two of this file do not use pred_var.
@@ -60,10 +63,13 @@ def dpm_step(
         D = x_start + (x_start - x_start before) / (2 r)
         r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
 
-    with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
-    The first step, which has no previous one, and the step to clean, whose lambda is infinite, take D = x_start: they
-    are DDIM's.  previous: (time before, x_start before).  Other arguments and result: as for `ddim_step`.
-    Source: DPM-Solver++ Alg. 2 (arXiv 2211.01095v2), data prediction.
+    with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma). The paper writes the bracket as
+    a_prev (1 - exp(-h)) with h = lambda_prev - lambda_t, and a_prev exp(-h) is sigma_prev a_t / sigma_t.
+    Two steps take D = x_start: the first, which has no previous one, and the step to clean, whose lambda is infinite.
+    They are DDIM's, except that where fix_x_start changes the estimate, DDIM keeps the old eps.
+    The paper ends at a time with noise left; the step to clean is that of diffusers (final_sigmas_type "zero").
+    previous: (time before, x_start before).  Other arguments and result: as for `ddim_step`.
+    Source: DPM-Solver++ Alg. 2 (arXiv 2211.01095v2), data prediction; as diffusers' DPMSolverMultistepScheduler.
     """
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
@@ -104,7 +110,7 @@ def invert(
     for later in timesteps.flip(0).tolist():
         t_later = torch.full_like(t, later)
         eps = predict(x_t, t_later)[0].float()
-        x_t, _ = ddim_step(schedule, x_t, t, t_later, eps, None, torch.zeros_like(x_t))
+        x_t, _ = ddim_step(schedule, x_t, t, t_later, eps, None, torch.zeros_like(x_t))  # eta 0 leads either way
         t = t_later
     return x_t
 

@@ -3,13 +3,11 @@
 Read `guidance.py` first. A trained network is a black box; to know that a sampler is right one needs a model whose
 exact output can be written down. For data N(mean, std^2) everything that diffusion does is Gaussian, so the best
 possible eps follows from Bayes. A mixture with one component per "prompt" adds what guidance needs: unconditional
-(all components) and conditional (one of them) answers. A picture is any tensor (B, C, H, W); a point in the plane
+(all components) and conditional (one of them) answers. An image is any tensor (B, C, H, W); a point in the plane
 is (B, 2, 1, 1).
 
 Next: `flow.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
         E[x_start | x_t] = mean + sqrt(alpha_bar) std^2 / (alpha_bar std^2 + 1 - alpha_bar) (x_t - sqrt(alpha_bar) mean)
         eps = (x_t - sqrt(alpha_bar) E[x_start | x_t]) / sqrt(1 - alpha_bar)
 
-    mean: a number, or a tensor that broadcasts to (B, C, H, W).  std: 0 for a single picture.
+    mean: a number, or a tensor that broadcasts to (B, C, H, W).  std: 0 for a single image.
     pred_var is -1, the lower bound, which is exact for std 0 (DDPM Sec. 3.2); the bounds meet as steps shrink.
     """
 
@@ -41,7 +39,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data that is one of K Gaussians, all equally likely: a model for `guidance.guided`.
+    """Data from K Gaussians, all equally likely: a model for `guidance.guided`.
 
     means: (K, C, H, W).  std: of every component.  A "prompt" is a row of K numbers, as prompt_embeds (B, 1, K): which
     components it allows and how likely each is. `prompt(k)` asks for one component, `empty_prompt()` for any.
@@ -52,7 +50,7 @@ class Mixture:
     std: float
 
     def prompt(self, k: int) -> Tensor:
-        """(1, 1, K): component k and no other. Raises ValueError if there is none such."""
+        """(1, 1, K): component k and no other. Raises ValueError if there is no such component."""
         if not 0 <= k < len(self.means):
             raise ValueError(f"the mixture has components 0..{len(self.means) - 1}, got {k}")
         return torch.eye(len(self.means))[None, None, k]

@@ -166,6 +166,17 @@ def python_blocks_of_readme() -> list[str]:
     return [block.text for block in blocks((ROOT / "README.md").read_text()) if block.kind == "python"]
 
 
+def test_readme_knows_how_long_its_files_are():
+    """The rows of "Start here": names and lines, within 3 %."""
+    rows = re.findall(r"^\| (`[^|]*) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for names, lines in rows:
+        files = re.findall(r"`(?:deepfloyd/)?(\w+\.py)`", names)
+        paths = [ROOT / "minidiff" / f for f in files]
+        paths = [path if path.exists() else path.parent / "deepfloyd" / path.name for path in paths]
+        assert int(lines) == pytest.approx(sum(len(path.read_text().splitlines()) for path in paths), rel=0.03), names
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """Its first block is the door: an image from a prompt. Whatever it writes goes to a folder of the test's own."""
     monkeypatch.chdir(ROOT)

@@ -2,7 +2,8 @@
 
 Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and checks a stage without its numbers, and hands
 over what reads them. `base_model` and `super_resolution_model` make the UNet a model: a network that waits for text.
-   Next: `minidiff/weights.py`, which finds the folders.
+
+Next: `minidiff/weights.py`, which finds the folders.
 """
 
 import warnings
@@ -45,7 +46,7 @@ class Stage:
 def plan_stage(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> tuple[Stage, Callable[[], Stage]]:
-    """A stage whose UNet has no numbers yet, and what reads them: in a moment, all that could be wrong shows.
+    """A stage whose UNet has no numbers yet, and a function that reads them. Errors show before anything large is read.
 
     dtype: what to compute in; None: what the device is fast at.
     Raises WeightsError if files are missing or broken, or describe another architecture or process.

@@ -5,7 +5,7 @@ once per prompt, so there are three ways around holding it:
 
     streamed     half a block at a time out of the mapped file: about 1 GiB, slower per prompt
     encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds
-    the course's prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read and written in the same way
+    the course   its prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read and written in the same way
 
 Next: `unet.py`, which reads the states.
 """
@@ -27,7 +27,7 @@ from minidiff.checkpoint import Checkpoint, WeightsError, built, default_dtype, 
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed
 from minidiff.deepfloyd.tokenizer import MAX_TOKENS, Tokenizer, clean
 
-UNKNOWN_MEMORY = 4 * 2**30
+UNKNOWN_MEMORY = 4 * 2**30  # bytes: the largest encoder held whole where free memory is not known
 STATES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the types that a file of states may have
 WHOLE = 2**22  # bytes of a tensor that `fingerprint` reads in full
 PAGES, PAGE = 64, 4096  # of a larger tensor: how many places, and bytes at each
@@ -83,7 +83,7 @@ def load_text_encoder(
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
 
-    Where free memory cannot be asked for (macOS, Windows): if it is larger than UNKNOWN_MEMORY.
+    Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY.
     """
     parameters = dict(encoder.named_parameters())
     size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize) for name, p in parameters.items())  # wo: float32

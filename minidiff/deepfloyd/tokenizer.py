@@ -64,4 +64,4 @@ class Tokenizer:
 
 def clean(prompt: str) -> str:
     """Lower case, without space around it: what IF's own pipelines do when their caption cleaning is switched off."""
-    return prompt.encode("utf-8", "backslashreplace").decode().lower().strip()  # bytes that are no text stay readable
+    return prompt.encode("utf-8", "backslashreplace").decode().lower().strip()  # of bytes that are no text: escapes

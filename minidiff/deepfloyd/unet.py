@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from minidiff.deepfloyd.t5 import config_fields
 
-# What every released config.json says of what this file builds only one way. Another value is refused where it would
-# change numbers alone; one that changes names or shapes shows when the weights are loaded, which is strict.
+# What this file builds in one way only, and what every released config.json says of it. Another value is refused. All
+# other settings of a config change names or shapes, and show when the weights are loaded, which is strict.
 FIXED = {
     "act_fn": "gelu", "addition_embed_type": "text", "center_input_sample": False, "cross_attention_norm": "group_norm",
     "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -300,8 +300,8 @@ class UNet(nn.Module):
     def _up(self, level: int) -> Level:
         channels, layers = self.config.block_out_channels, self.config.layers_per_block[level] + 1
         below = channels[min(level + 1, len(channels) - 1)]
-        hidden = [below] + [channels[level]] * (layers - 1)
-        skips = [channels[level]] * (layers - 1) + [channels[max(level - 1, 0)]]
+        hidden = [below] + [channels[level]] * (layers - 1)  # what each resnet gets from the one before it
+        skips = [channels[level]] * (layers - 1) + [channels[max(level - 1, 0)]]  # and from the twin
         return Level(self.config, level, [h + s for h, s in zip(hidden, skips)], "up" if level > 0 else "")
 
     def forward(self, x: Tensor, t: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@
 
 The same formula as for images of prompts (`factorized.py`), with classes for prompts and the DDPM of digits for the
 cascade. The judge looks at every sample both ways and counts those that are the first digit one way and the second the
-other. Beside it stands the same count for plain samples of the first digit, merely turned: what luck alone would give.
+other. Beside it stands the same count for plain samples of the first digit: what luck alone gives.
 
 Read `minidiff/anagram.py` and `mnist/sample.py` first.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minidiff import images, views
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
@@ -25,7 +24,6 @@ from minidiff.factorized import Part, averaged, factorized
 from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet
-from minidiff.sampling import seeded
 from minidiff.weights import WEIGHTS
 
 IN_FIGURE = 20  # samples
@@ -38,18 +36,34 @@ def answer(unet: UNet, digits: Sequence[int], turned: Sequence[views.View], guid
 
 
 def aligned(judge_of: judge.Judge, x: Tensor, digits: Sequence[int], turned: Sequence[views.View]) -> Tensor:
-    """Which samples (B, 1, 28, 28) the judge takes for each digit through its view: (B,) bool, all must agree.
+    """Which samples (B, 1, 28, 28) the judge takes for each digit through its view: (B,) bool, all must agree."""
+    return torch.stack([judge.look(judge_of, view.view(x))[1] == k for k, view in zip(digits, turned)]).all(0)
 
-    A sample that is not finite is none.
+
+def load(
+    folder: Path, judge_folder: Path, digits: Sequence[int], names: Sequence[str], device: torch.device
+) -> tuple[UNet, judge.Judge, list[views.View]]:
+    """The network, the judge, and the views of these names.
+
+    Raises ValueError if there is not one digit for each view, a view would leave 0 to 1, the network takes no digit, or
+    the judge knows another data set.
     """
-    agrees = [judge.look(judge_of, view.view(x))[1] == digit for digit, view in zip(digits, turned)]
-    return torch.stack([*agrees, x.isfinite().flatten(1).all(1)]).all(0)
+    turned = [views.named(name) for name in names]
+    values = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 28, 28)
+    results = [view.view(values) for view in turned]
+    if len(digits) != len(names) or not all(x.min() >= 0 and x.max() <= 1 for x in results):
+        raise ValueError(f"need one digit for each view, and views that leave values in 0 to 1, got {digits}, {names}")
+    (unet, config), (judge_of, judges, _) = models.load(folder, device, "ddpm"), judge.load(judge_folder)
+    if not unet.config.num_classes or config["dataset"] != judges["dataset"]:
+        raise ValueError(f"{folder} must take a digit (`train_diffusion --preset class`) and draw what {judge_folder} "
+                         f"judges, {judges['dataset']}; pass another --model or --judge")  # fmt: skip
+    return unet, judge_of, turned
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("digits", type=int, nargs="+", help="one for each view")
+    p.add_argument("digits", type=int, nargs="+", choices=range(CLASSES), help="one for each view")
     p.add_argument("--view", nargs="+", default=["identity", "rotate_180"], help="(default identity rotate_180)")
     p.add_argument("--num-images", type=int, default=100, help="default %(default)s")
     p.add_argument("--guidance-scale", type=finite, default=models.GUIDANCE_SCALE, help="default %(default)s")
@@ -65,11 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.steps, args.num_images = 4, 5
     images.check_output(args.out)
-    device, turned = device_of(args.device), checked_views(args)
-    unet, judge_of = load(args, device)
+    device = device_of(args.device)
+    unet, judge_of, turned = load(args.model, args.judge, args.digits, args.view, device)
     both = answer(unet, args.digits, turned, args.guidance_scale)
     plain = models.guided_unet(unet, torch.tensor(args.digits[:1]), args.guidance_scale)
-    x, alone = (draw(args, which, device) for which in (both, plain))
+    seeds = range(args.seed, args.seed + args.num_images)
+    x, alone = (models.draw(lambda _, a=a: a, seeds, device, args.steps, args.sampler) for a in (both, plain))
     good, lucky = (aligned(judge_of, samples, args.digits, turned) for samples in (x, alone))
     print(f"{int(good.sum())} of {len(x)} are {' and '.join(map(str, args.digits))} through {', '.join(args.view)}; "
           f"of plain samples of {args.digits[0]}: {int(lucky.sum())}; seeds from {args.seed} on")  # fmt: skip
@@ -79,41 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"{int(good.sum())} of {len(x)} succeed in the judge's eyes"
     models.save_strip(rows, labels, title, args.out, settings(args, "mnist.anagram"))
     print(f"wrote {args.out}   ({cost()})")
-
-
-def checked_views(args: argparse.Namespace) -> list[views.View]:
-    """The views of these names. Raises ValueError on wrong digits and numbers, and on views that leave 0..1."""
-    if len(args.digits) != len(args.view) or not all(0 <= digit < CLASSES for digit in args.digits):
-        raise ValueError(f"need one digit 0..9 for each view, got {args.digits} and {args.view}")
-    if args.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
-    turned = [views.named(name) for name in args.view]
-    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 28, 28)
-    for view in turned:
-        if (result := view.view(black_and_white)).min() < 0 or result.max() > 1:
-            raise ValueError(f"{view.name} is for images from -1 to 1; digits lie in 0 to 1, and would leave it")
-    return turned
-
-
-def load(args: argparse.Namespace, device: torch.device) -> tuple[UNet, judge.Judge]:
-    """The network and the judge. Raises ValueError if one is missing, or they are of different data sets."""
-    (unet, drawn), (judge_of, judged, _) = models.load(args.model, "ddpm", device), judge.load(args.judge)
-    drawn, judged = (config.get("dataset", "mnist") for config in (drawn, judged))
-    if drawn != judged:
-        raise ValueError(f"{args.model} draws {drawn}, {args.judge} judges {judged}; pass another --judge")
-    if not unet.config.num_classes:
-        raise ValueError(f"{args.model} takes no digit; pass one of `train_diffusion --preset class` as --model")
-    return unet, judge_of
-
-
-def draw(args: argparse.Namespace, which: models.Answer, device: torch.device) -> Tensor:
-    """--num-images digits, (N, 1, 28, 28), a part at a time, image i from seed + i."""
-    seeds, n, parts = range(args.seed, args.seed + args.num_images), models.at_once(device), []
-    with tqdm(total=args.steps * -(-len(seeds) // n), unit="step") as bar:
-        for i in range(0, len(seeds), n):
-            states = models.walk(which, seeded(seeds[i : i + n]), device, args.steps, args.sampler)
-            parts.append(models.last(states, bar.update))
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":

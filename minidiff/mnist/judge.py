@@ -3,32 +3,31 @@
     python -m minidiff.mnist.judge train
     python -m minidiff.mnist.judge score out/digits.safetensors
 
-`score` reads a file that `minidiff.mnist.sample --tensors` wrote (images (N, 1, 28, 28), labels (N,)) and says
+`score` reads a file that `minidiff.mnist.sample --tensors` wrote and says
 
     agreement     share of samples that the classifier takes for their class
     balance       share of each class, and the entropy of these shares: ln 10 = 2.303 if all classes are alike
-    Frechet       distance between samples and training digits, both taken as Gaussians in the 64 features that the
-                  classifier decides by; 0 is perfect, but real test digits do not reach it: the reference levels
-                  beside it are theirs, for 100, 1,000, 5,000 and 10,000 of them, since few samples look further away
+    Frechet       of more than 64 samples, the distance between samples and training digits, both taken as Gaussians
+                  in the 64 features that the classifier decides by. 0 is perfect; real test digits do not reach it.
+                  The distance of 100, 1,000, 5,000 and 10,000 test digits stands beside it: few have a larger one
 
-The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits. Such
-numbers are comparable only if features and N are the same, so both are printed with them.
+The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits.
+Distances are comparable only if features and N are the same.
 
 Read `mnist/trainer.py` first. Next: `mnist/train_denoiser.py`.
 """
 
 import argparse
-import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minidiff import training
+from minidiff import checkpoint, training
 from minidiff.cli import command, cost, file_path
 from minidiff.mnist import models, trainer
 from minidiff.mnist.data import CLASSES, Digits
@@ -65,7 +64,7 @@ class Judge(nn.Module):
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to LARGEST_SHIFT pixels either way, black coming in: another handwriting for nothing."""
+    """Each image moved by up to LARGEST_SHIFT pixels either way, black comes in from outside."""
     B, _, H, W = images.shape
     dy, dx = torch.randint(0, 2 * LARGEST_SHIFT + 1, (2, B, 1), generator=generator, device=images.device)
     rows = dy + torch.arange(H, device=images.device)  # (B, H)
@@ -130,30 +129,29 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
     return distances
 
 
-Loaded = tuple[Judge, dict, tuple[Tensor, Tensor]]  # as `load` returns it
+class Loaded(NamedTuple):
+    """A trained judge, its config (data set, test accuracy, levels), and the Gaussian of the training digits."""
+
+    judge: Judge
+    config: dict
+    reference: tuple[Tensor, Tensor]
 
 
 def load(folder: Path) -> Loaded:
-    """The trained judge, its config (test accuracy, reference levels), and the Gaussian of the training digits.
-
-    Raises ValueError as `models.read`, or if any of these is missing.
-    """
+    """Raises ValueError as `models.read`, or if a part is missing."""
     config, tensors = models.read(folder, "judge")
-    try:
-        reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
-        config = config | {"accuracy": float(config["accuracy"]), "floors": dict(config["floors"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} holds only part of a judge ({error!r}); copy it again, or train one") from error
     judge = Judge().eval()
-    models.fill(judge, tensors, folder)
-    return judge, config, reference
+    with checkpoint.blaming(folder, "holds only part of a judge"):
+        reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
+        judge.load_state_dict(tensors)
+    return Loaded(judge, config, reference)
 
 
-def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) -> list[str]:
+def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: int, dataset: str) -> list[str]:
     """The lines of `score` about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes they should be, if any."""
     judge, config, reference = loaded
-    if not len(images) or not images.isfinite().all():
-        return [f"N = {len(images)}, seed {seed}; no samples, or not finite: nothing to judge"]
+    if dataset != config["dataset"]:
+        return [f"not judged: the judge knows {config['dataset']}, these are of {dataset}; pass another --judge"]
     features, verdicts = look(judge, images)
     shares = torch.bincount(verdicts, minlength=CLASSES) / len(verdicts)
     lines = [f"N = {len(images)}, seed {seed}; the judge is right about {config['accuracy']:.2%} of test digits"]
@@ -161,13 +159,11 @@ def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: object) 
         lines.append(f"agreement with the class asked for: {agreement(verdicts, labels):.2%}")
     lines.append("balance: " + ", ".join(f"{k} {s:.1%}" for k, s in enumerate(shares.tolist()))
                  + f"; entropy {entropy(verdicts):.3f} of 2.303")  # fmt: skip
-    if len(images) > FEATURES:
+    if len(images) > FEATURES:  # a covariance of fewer says nothing
         real = ", ".join(f"{value:.3f} for {n}" for n, value in config["floors"].items())
         distance = frechet(gaussian(features), reference)
         lines.append(f"Frechet distance to the training digits, in the judge's {FEATURES} features: {distance:.3f}; "
                      f"of real test digits: {real}")  # fmt: skip
-    else:
-        lines.append(f"no Frechet distance: {FEATURES} features need more than {FEATURES} samples")
     return lines
 
 
@@ -175,67 +171,46 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train the judge, and keep with it what `score` compares with."""
     digits, test = trainer.digits(args, device)
     torch.manual_seed(args.seed)
-    judge, plan = Judge().to(device), trainer.plan_of(args, PRESETS[args.preset].plan)
-    config = {"kind": "judge", "dataset": args.dataset}
-    if not trainer.fit(args, judge, loss, digits, test, plan, config):
+    judge, kind = Judge().to(device), {"kind": "judge"}
+    if not trainer.fit(args, judge, loss, digits, test, kind):
         return
     features, verdicts = look(judge, test.images)
     accuracy = agreement(verdicts, test.labels)
     mean, covariance = gaussian(look(judge, digits.images)[0])
     distances = real_distances(features, (mean, covariance))
-    models.write(args.out, judge, config | {"accuracy": accuracy, "floors": distances},
-                 {"feature_mean": mean, "feature_covariance": covariance})  # fmt: skip
+    config = kind | {"dataset": args.dataset, "accuracy": accuracy, "floors": distances}
+    models.write(args.out, judge, config, {"feature_mean": mean, "feature_covariance": covariance})
     say(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
         + ", ".join(f"{value:.3f} for {n}" for n, value in distances.items()))  # fmt: skip
     say(f"wrote {args.out}   ({cost()})")
 
 
 def score(path: Path, folder: Path) -> None:
-    """Print the `report` of a file of samples. Raises ValueError if it holds none, or samples of another data set."""
+    """Print the `report` of a file of samples. Raises ValueError if it holds none."""
     try:
         with safe_open(path, "pt") as f:
-            tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, (f.metadata() or {}).get("dataset")
-        images = tensors["images"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} holds no images ({error}); write it with sample --tensors") from error
-    labels, seed = tensors.get("labels"), tensors["seed"].tolist() if "seed" in tensors else "unknown"
-    if images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
-        raise ValueError(
-            f"{path}: images must be (N, 1, 28, 28), floats from 0 to 1, got {tuple(images.shape)} {images.dtype}"
-        )
-    if labels is not None and labels.shape != images.shape[:1]:
-        shape = tuple(labels.shape)
-        raise ValueError(f"{path}: labels must be (N,), one for each of {len(images)} images, got {shape}")
-    mean = images.float().mean().item()
-    if dataset is None and math.isfinite(mean) and not -0.2 < mean < 1.2:  # of digits about 0.13, of clothes 0.29
-        raise ValueError(f"{path}: the mean of all values is {mean:.2f}; images must be scaled to 0..1, 0 for black, "
-                         "not to -1..1 or 0..255")  # fmt: skip
-    loaded = load(folder)
-    judged = loaded[1].get("dataset", "mnist")
-    if dataset not in (None, judged):
-        raise ValueError(f"{path} holds samples of {dataset}, {folder} judges {judged}; pass another --judge")
-    print("\n".join(report(loaded, images.float(), labels, seed)))
+            tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()["dataset"]
+        images, labels, seed = tensors["images"], tensors.get("labels"), tensors["seed"].item()
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no samples ({error}); write it with sample --tensors") from error
+    print("\n".join(report(load(folder), images, labels, seed, dataset)))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["score"]:
-        p = argparse.ArgumentParser(prog="judge score", description="judge a file of samples")
-        p.add_argument("file", type=file_path, help="written by `minidiff.mnist.sample --tensors`")
-        p.add_argument("--judge", type=file_path, default=EMBEDDED, help="default: the embedded one")
-        args = p.parse_args(argv[1:])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = p.add_subparsers(dest="part", required=True)
+    trainer.add_flags(parts.add_parser("train", help="train a judge"), PRESETS)
+    scoring = parts.add_parser("score", help="judge a file of samples")
+    scoring.add_argument("file", type=file_path, help="written by `minidiff.mnist.sample --tensors`")
+    scoring.add_argument("--judge", type=file_path, default=EMBEDDED, help="default: the embedded one")
+    args = p.parse_args(argv)
+    if args.part == "score":
         score(args.file, args.judge)
-    elif argv[:1] == ["train"]:
-        p = trainer.parser(__doc__, "judge", PRESETS)
-        p.prog += " train"
-        args = trainer.parsed(p, "judge", argv[1:])
-        with training.processes(args.device) as device:
-            train(args, device)
-    elif argv[:1] in (["--help"], ["-h"]):
-        print(__doc__)
-    else:
-        raise ValueError("say `judge train` or `judge score FILE`; `judge train --help` lists the flags")
+        return
+    trainer.complete(args, "judge", PRESETS)
+    with training.processes(args.device) as device:
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 A loss of 0.03 says nothing alone. Three levels, all computed from the digits themselves, say what it is worth:
 
-    mean image          the best answer without a look at the input: all that pure noise leaves
+    mean image          the best answer to pure noise
     linear optimum      the best answer that is linear in the input, exact if digits were Gaussian: a network that
                         learns shapes must fall well below it
-    training set known  the best answer of one who has the training digits before him and nothing else: the loss on
-                        them cannot fall below it. One who also knows the class is compared with a network that does
+    training set known  the best answer if x_start is one of the training digits, all equally likely (and of the class,
+                        if the network takes it): the loss on these digits cannot fall below it
 
 All are about x_t = a x_start + b noise. The denoiser has a = 1, b = sigma; DDPM a = sqrt(alpha_bar_t),
 b = sqrt(1 - alpha_bar_t); flow matching a = t, b = 1 - t. An error e in x_start is an error a e / b in eps and e / b in

@@ -9,22 +9,22 @@ token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draw
 Read `mnist/levels.py` first. Next: `mnist/trainer.py`.
 """
 
-import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minidiff import checkpoint, flow, images
 from minidiff.flow import Velocity
 from minidiff.guidance import Model, guided
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
-from minidiff.sampling import Prediction, denoise, draw_noise
+from minidiff.sampling import Prediction, denoise, draw_noise, seeded
 from minidiff.schedule import Schedule, linear, respaced
 from minidiff.solvers import STEPS
 
@@ -47,50 +47,35 @@ def write(
 
     config: what `load` needs to build the network again, its "kind" first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
     checkpoint.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "config.json", config)
+    checkpoint.write_json(folder / "config.json", dict(config))
 
 
-def read(folder: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     """The config, and the tensors as float32.
 
-    Raises ValueError naming the command that trains one if there is none, or what is wrong with it.
+    Raises ValueError if there is no network of one of the kinds, or its files are broken.
     """
-    how = f"train one with `python -m minidiff.mnist.{MAKERS[kind]}"
+    how = f"train one with `python -m minidiff.mnist.{MAKERS[kinds[0]]} --out FOLDER`, which writes it epoch by epoch"
     if not (folder / "config.json").is_file():
-        if (folder / "training" / "checkpoint.pt").is_file():
-            raise ValueError(f"there is no network in {folder} yet, only a run that has begun: it is written after the "
-                             "first epoch and on Ctrl-C, a judge at the end; begin it again to go on")  # fmt: skip
-        raise ValueError(f"no trained {kind} in {folder}; {how} --out {folder}`")
+        raise ValueError(f"no trained {' or '.join(kinds)} in {folder}; {how}")
+    config = checkpoint.read_config(folder)
+    if config.get("kind") not in kinds:
+        raise ValueError(f"{folder} holds a {config.get('kind')}, not a {' or '.join(kinds)}; {how}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.fp16.safetensors")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be read ({error}); {how}` into another folder") from error
-    found = config.get("kind") if isinstance(config, dict) else None
-    if found != kind:
-        raise ValueError(f"{folder} holds a {found}, not a {kind}; pass another folder, or {how}`")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read ({error}); copy it again, or {how}") from error
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Put the tensors of `read` into the network. Raises ValueError if they do not fit."""
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: config.json and model.fp16.safetensors do not fit each other ({error})") from error
-
-
-def load(folder: Path, kind: str, device: torch.device) -> tuple[UNet, dict]:
-    """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if the config is of no UNet."""
-    config, tensors = read(folder, kind)
-    try:
+def load(folder: Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
+    """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if config and file misfit."""
+    config, tensors = read(folder, *kinds)
+    with checkpoint.blaming(folder):
         unet = UNet(UNetConfig(**config["unet"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'config.json'} describes no network of digits ({error!r})") from error
-    fill(unet, tensors, folder)
+        unet.load_state_dict(tensors)
     if device.type == "cpu":
         unet.to(memory_format=torch.channels_last)  # there about a fifth faster
     return unet.to(device).eval(), config
@@ -119,7 +104,7 @@ def as_model(unet: UNet) -> Model:
     return lambda x, time, prompt_embeds: (unet(x, time, prompt_embeds[:, 0]), None)
 
 
-def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float | None = 1.0) -> Answer:
+def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Answer:
     """The network, waiting only for x and its time.  labels: (B,), guided towards; None for no class."""
     if not unet.config.num_classes:
         return lambda x, time: (unet(x, time), None)
@@ -136,6 +121,9 @@ def prediction(answer: Answer) -> Prediction:
 def velocity(answer: Answer) -> Velocity:
     """For `flow.solve`."""
     return lambda x, time: answer(x, time)[0]
+
+
+# ---------------------------------------------------------------------------------------------- samples
 
 
 def walk(
@@ -158,25 +146,27 @@ def walk(
         yield from flow.walk(velocity(answer), x, flow.grid(steps), sampler)
 
 
-def last(states: Iterator[Tensor], on_step: Callable[[], object] = lambda: None) -> Tensor:
-    """The end of a walk, on the CPU.  on_step() is called after every step."""
-    end = next(states)
+def draw(
+    answer_of: Callable[[slice], Answer], seeds: Sequence[int], device: torch.device, steps: int, sampler: str
+) -> Tensor:
+    """The end of the walk from each seed, (B, 1, 28, 28) on the CPU, `at_once` at a time.
+
+    answer_of(part) -> the answer for this part of the seeds.    Raises ValueError if there are none.
+    """
+    if not seeds:
+        raise ValueError("there is no image to draw; pass --num-images 1 or more")
+    ends, n = [], at_once(device)
+    for part in (slice(i, i + n) for i in range(0, len(seeds), n)):
+        states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)
+        ends.append(last(tqdm(states, f"digits from {part.start} on", leave=False)))
+    return torch.cat(ends)
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    """The end of a walk, on the CPU."""
     for state in states:
         end = state
-        on_step()
     return end.cpu()
-
-
-def scale_of(guidance_scale: float | None, unet: UNet, where: object = "this network") -> float | None:
-    """The guidance scale to draw with: GUIDANCE_SCALE by default, None if the network takes no class.
-
-    Raises ValueError if there is nothing to guide.
-    """
-    if unet.config.num_classes:
-        return GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-    if guidance_scale is not None:
-        raise ValueError(f"{where} takes no digit, so there is nothing to guide; leave out --guidance-scale")
-    return None
 
 
 def at_once(device: torch.device) -> int:
@@ -190,13 +180,7 @@ def at_once(device: torch.device) -> int:
 def save_strip(
     rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
 ) -> None:
-    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit.
-
-    What is not a number is drawn grey, with a warning: no training shall end over a figure.
-    """
-    bad = sum(int((~row.isfinite()).flatten(1).any(1).sum()) for row in rows)
-    if bad:
-        warnings.warn(f"{bad} of the digits in {path} hold values that are not finite", stacklevel=2)
+    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
     texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
     images.save(images.sheet([_scaled(row) for row in rows], texts, title), path, metadata)
 
@@ -210,22 +194,43 @@ def save_animation(states: Iterator[Tensor], path: Path) -> None:
     images.save_gif(pages + [pages[-1]] * 10, path)
 
 
-def save_samples(
-    x: Tensor, kind: str, guidance_scale: float | None, epoch: int, out: Path, metadata: dict
-) -> None:
-    """Samples (B, 1, 28, 28) of an epoch, ten in a row, as OUT/samples/epoch-NN.png."""
-    rows, path = x.split(CLASSES), out / "samples" / f"epoch-{epoch:02d}.png"
-    how = "no class" if guidance_scale is None else f"guidance {guidance_scale:g}"
-    save_strip(rows, [""] * len(rows), f"{kind} after epoch {epoch}, {how}", path, metadata)
+@dataclass(frozen=True)
+class Samples:
+    """What a network in training draws: image i is of class i modulo 10, if it takes classes, and from seed + i.
 
+    count: of each class.  out, about: the folder and the metadata of the images.
+    """
 
-def save_guidance(draw: Callable[[float], Tensor], out: Path, metadata: dict) -> None:
-    """The digits 0 to 9 at several scales, the same noise in each, as OUT/guidance.png.  draw(scale) makes them."""
-    scales = (0.0, 1.0, 5.0, 10.0)
-    save_strip([draw(s) for s in scales], [f"scale {s:g}" for s in scales],
-               "Guidance: 0 ignores the class, 1 is none", out / "guidance.png", metadata)  # fmt: skip
+    unet: UNet
+    sampler: str
+    steps: int
+    count: int
+    seed: int
+    out: Path
+    about: dict
+
+    def walk(self, guidance_scale: float = GUIDANCE_SCALE, count: int = 1) -> Iterator[Tensor]:
+        """From noise to the first samples, count of each class."""
+        n, device = count * CLASSES, next(self.unet.parameters()).device
+        answer = guided_unet(self.unet, torch.arange(n) % CLASSES, guidance_scale)
+        return walk(answer, seeded(range(self.seed, self.seed + n)), device, self.steps, self.sampler)
+
+    def save(self, epoch: int) -> None:
+        """All of them, ten in a row, as OUT/samples/epoch-NN.png."""
+        rows = last(self.walk(count=self.count)).split(CLASSES)
+        how = f"guidance {GUIDANCE_SCALE:g}" if self.unet.config.num_classes else "no class"
+        path = self.out / "samples" / f"epoch-{epoch:02d}.png"
+        save_strip(rows, [""] * len(rows), f"epoch {epoch}, {how}", path, self.about)
+
+    def save_ends(self) -> None:
+        """OUT/sampling.gif, and of a network with classes OUT/guidance.png, several scales from the same noise."""
+        save_animation(self.walk(), self.out / "sampling.gif")
+        if self.unet.config.num_classes:
+            scales = (0.0, 1.0, 5.0, 10.0)
+            save_strip([last(self.walk(s)) for s in scales], [f"scale {s:g}" for s in scales],
+                       "Guidance: 0 ignores the class, 1 is none", self.out / "guidance.png", self.about)  # fmt: skip
 
 
 def _scaled(row: Tensor) -> list[Tensor]:
-    """[0, 1] to the [-1, 1] of images.py; what is not a number becomes grey."""
+    """[0, 1] to the [-1, 1] of images.py; what is not a number becomes grey: no training shall end over a figure."""
     return list((2 * row.cpu() - 1).nan_to_num(nan=0.0))

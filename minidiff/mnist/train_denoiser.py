@@ -5,24 +5,23 @@
 
     z = x + sigma * noise          L = mean |network(z) - x|^2
 
-Without --preset it is the course's: 0.0082 on the test digits, where its staff report 0.0084 of their last training
-batch. `better` trains longer and at a higher rate; `small` has a sixteenth of the arithmetic, for a machine without
-fast half precision, and at that higher rate reaches 0.0079 all the same.
+The preset `course` reaches 0.0082 on the test digits; the course's staff report 0.0084 on their last training batch.
+`better` trains longer and at a higher rate. `small` has a sixteenth of the arithmetic, for a machine without fast half
+precision; at the higher rate it reaches 0.0079.
 
-Figures in the folder: noising.png, samples/ after every epoch, training/loss.png; at the end out-of-distribution.png:
-the same digits and the same noise at strengths that are new to the network, with the test error beside that of the best
-linear denoiser. `--figures FOLDER` draws the figures of the end with the network in FOLDER.
+At the end come noising.png and out-of-distribution.png: the same digits and the same noise at strengths that are new
+to the network, with the test error beside that of the best linear denoiser.
 
 `--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
-made by the same answer to every z: the mean E[x] of all training digits, a grey blur, and the loss cannot fall below
-the mean image's, 0.0673. mean-image.png shows both. Making digits of noise takes many small steps:
-`mnist/train_diffusion.py`.
+made by the same answer to every z: the mean E[x] of all training digits, a grey blur. The loss cannot fall below that
+of the mean image, 0.0673. mean-image.png shows both. It takes many small steps to make digits of noise.
 
 Read `mnist/trainer.py` first. Next: `mnist/train_diffusion.py`.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,11 +51,11 @@ def noised(x: Tensor, sigma: float | None, generator: torch.Generator) -> Tensor
     return noise if sigma is None else x + sigma * noise
 
 
+@dataclass(frozen=True)
 class Denoising:
     """The loss, for a strength of noise; None for noise alone, with no digit in it."""
 
-    def __init__(self, sigma: float | None):
-        self.sigma = sigma
+    sigma: float | None
 
     def __call__(self, model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
         z = noised(batch.images, self.sigma, generator)
@@ -74,11 +73,9 @@ def noising_figure(digits: Digits) -> tuple[list[Tensor], list[list[str]]]:
 
 @torch.no_grad()
 def sample_figure(model: nn.Module, digits: Digits, sigma: float | None) -> tuple[list[Tensor], list[str]]:
-    """Rows clean, noisy, denoised; ten columns."""
+    """Rows clean, noisy, denoised."""
     z = noised(digits.images, sigma, generator(digits.images.device, FIGURE))
-    kinds = zip(digits.images.split(10), z.split(10), model(z).split(10))
-    rows = [row for three in kinds for row in three]
-    return rows, ["clean", "noisy", "denoised"] * (len(rows) // 3)
+    return [digits.images, z, model(z)], ["clean", "noisy", "denoised"]
 
 
 @torch.no_grad()
@@ -101,41 +98,37 @@ def out_of_distribution(model: nn.Module, digits: Digits, table: list[tuple]) ->
 
 
 @torch.no_grad()
-def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], list[list[str]], float, float]:
-    """The mean digit beside the answers to eight noises; their rms distance, and the spread among the answers."""
+def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], list[list[str]], float]:
+    """The mean digit beside the answers to eight noises; the distance (rms) of 200 answers from the mean digit."""
     mean = train.images.mean(0, keepdim=True)
     z = torch.randn((200, *mean.shape[1:]), generator=generator(mean.device, FIGURE), device=mean.device)
     out = model(z)
-    distance = (out - mean).square().mean().sqrt().item()
-    spread = out.std(0).square().mean().sqrt().item()
     rows = [torch.cat([mean, z[:8]]), torch.cat([mean, out[:8]])]
-    return rows, [["mean digit"] + ["noise"] * 8, ["mean digit"] + ["output"] * 8], distance, spread
+    labels = [["mean digit"] + ["noise"] * 8, ["mean digit"] + ["output"] * 8]
+    return rows, labels, (out - mean).square().mean().sqrt().item()
 
 
 def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Digits, out: Path, about: dict) -> None:
-    """The figures of a trained network: out-of-distribution.png; mean-image.png if sigma is None."""
+    """noising.png, and of a trained network out-of-distribution.png, or mean-image.png if sigma is None."""
+    save_strip(*noising_figure(test[:4]), "z = x + sigma noise", out / "noising.png", about)
     if sigma is None:
-        rows, labels, distance, spread = pure_noise_figure(model, train)
-        say(f"outputs differ from the mean digit by {distance:.4f} (rms) and among themselves by {spread:.4f}")
+        rows, labels, distance = pure_noise_figure(model, train)
         title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
         save_strip(rows, labels, title, out / "mean-image.png", about)
         return
     judged = data.some(test, TEST_DIGITS)
     table = errors_by_sigma(model, judged, levels.spectrum(train.images))
     for strength, error, linear in table:
-        share = f", {error / linear:.0%} of it" if linear > 0 else ""
-        say(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}{share}")
+        say(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}")
     title = f"Trained at sigma {sigma}, tried at others (errors on {len(judged)} test digits)"
     rows, labels = out_of_distribution(model, test[:3], table)
     save_strip(rows, labels, title, out / "out-of-distribution.png", about)
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, draw after every epoch, and draw the figures of the end."""
-    preset, sigma = PRESETS[args.preset], None if args.pure_noise else SIGMA
-    plan, model = trainer.plan_of(args, preset.plan), trainer.network(args, "denoiser", preset.unet, device)
-    train, test = trainer.digits(args, device)
-    about, samples = settings(args, "mnist.train_denoiser"), test.of_each_class(4 if args.four else 1)
+def train(args: argparse.Namespace, sigma: float | None, device: torch.device) -> None:
+    """Train, draw on the way, and draw the figures of the end."""
+    model, (train, test) = trainer.network(args, "denoiser", PRESETS, device), trainer.digits(args, device)
+    about, samples = settings(args, "mnist.train_denoiser"), test.of_each_class(1)
 
     def reference() -> dict[str, float]:
         mean = {"mean image": levels.mean_image_mse(train.images)}
@@ -146,26 +139,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         path = args.out / "samples" / f"epoch-{epoch:02d}.png"
         save_strip(*sample_figure(model, samples, sigma), title, path, about)
 
-    config = {"kind": "denoiser", "preset": args.preset, "dataset": args.dataset, "sigma": sigma}
-    if not args.figures:
-        trainer.check(args, plan, config, len(train))  # before the first figure
-        save_strip(*noising_figure(test[:4]), "z = x + sigma noise", args.out / "noising.png", about)
-        if not trainer.fit(args, model, Denoising(sigma), train, test, plan, config, reference,
-                           range(1, plan.epochs), draw):  # fmt: skip
-            return
-    say("drawing the figures of the end")  # minutes, on a slow machine
-    save_figures(model, sigma, train, test, args.out, about)
-    say(f"wrote {args.out}   ({cost()})")
+    config = {"kind": "denoiser", "sigma": sigma}
+    if args.figures or trainer.fit(args, model, Denoising(sigma), train, test, config, reference, draw):
+        save_figures(model, sigma, train, test, args.out, about)
+        say(f"wrote {args.out}   ({cost()})")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = trainer.parser(__doc__, "denoiser", PRESETS)
+    p = argparse.ArgumentParser(description=__doc__)
+    trainer.add_flags(p, PRESETS)
     p.add_argument("--pure-noise", action="store_true", help="ask for a digit from noise alone: see above")
-    p.add_argument("--four", action="store_true", help="four of each digit in the samples, instead of one")
-    args = trainer.parsed(p, "denoiser", argv)
+    args = p.parse_args(argv)
+    config = trainer.complete(args, "denoiser", PRESETS)
+    sigma = config.get("sigma", None if args.pure_noise else SIGMA)
     with training.processes(args.device) as device:
-        train(args, device)
+        train(args, sigma, device)
 
 
 if __name__ == "__main__":

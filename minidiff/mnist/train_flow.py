@@ -6,20 +6,17 @@
 
     x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
 
-Presets: `time` and `class` are the course's. Their learning rate falls, because Adam's steps are about as long as it
-is: at a constant 0.01 the weights would go on jumping about the place they have found. `no-scheduler` is `class`
-without that: half the rate from the start, and half as many epochs again to make up for it. `better` is the course's
-larger network, 50 epochs, without the digit, at 0.01 in place of the course's 0.05, with which a small network learns
-worse (walkthrough, chapter 16). `small` is for a machine without fast half precision. All draw from the same noise,
-so that `sample --model` can lay any two side by side.
+The presets `time` and `class` are the course's. Their learning rate falls, because a step of Adam is about as long as
+the rate: at a constant 0.01 the weights never come to rest. `no-scheduler` is `class` at a constant 0.005, for 15
+epochs in place of 10. `better` is the course's larger network, without the digit, at 0.01 in place of the course's
+0.05, with which a small network learns worse. `small` is for a machine without fast half precision.
 
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
-lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50
-before and after, and both straightnesses are printed.
+lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50 steps
+before and after.
 
-Figures in the folder: samples/ and training/loss.png; at the end solvers.png (Euler, midpoint, Heun and
-Dormand-Prince, with the evaluations of each), sampling.gif and, with the digit, guidance.png.
-`--figures weights/mnist/flow` draws the figures of the end with a trained network.
+At the end come solvers.png (Euler, midpoint, Heun and Dormand-Prince, with the evaluations of each), sampling.gif and,
+with the digit, guidance.png; the straightness of the paths is printed.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
 """
@@ -27,13 +24,12 @@ Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.   
 import argparse
 import copy
 import hashlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,23 +38,22 @@ from minidiff.cli import command, cost, file_path, settings
 from minidiff.flow import Velocity
 from minidiff.mnist import data, levels, models, trainer
 from minidiff.mnist.data import CLASSES, Digits, generator
-from minidiff.mnist.models import DROPOUT, FLOW_STEPS, at_once, dropped, guided_unet, save_strip, velocity
+from minidiff.mnist.models import DROPOUT, FLOW_STEPS, GUIDANCE_SCALE, dropped, guided_unet, save_strip, velocity
 from minidiff.mnist.trainer import Plan, Preset, say
 from minidiff.mnist.unet import UNet, UNetConfig
-from minidiff.sampling import draw_noise, seeded
 from minidiff.weights import WEIGHTS
 
 PAIRS = 20000  # how many lines reflow learns
 IN_FILE = 500  # pairs
-COURSE, EPOCHS = Plan(epochs=10, batch_size=64, lr=1e-2, lr_decay=0.1), (1, 5, 10, 15, 20, 30, 40, 50)
+COURSE = Plan(epochs=10, batch_size=64, lr=1e-2, lr_decay=0.1)
 CLASS = UNetConfig(64, time=True, num_classes=CLASSES)
 PRESETS = {
-    "time": Preset(COURSE, UNetConfig(64, time=True, modulate="mul"), EPOCHS),
-    "class": Preset(COURSE, CLASS, EPOCHS),
-    "no-scheduler": Preset(Plan(epochs=15, batch_size=64, lr=5e-3), CLASS, EPOCHS),
-    "better": Preset(replace(COURSE, epochs=50), UNetConfig(128, time=True, modulate="mul"), EPOCHS),
-    "small": Preset(Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01), replace(CLASS, hidden=32), (1, 4)),
-    "reflow": Preset(Plan(epochs=10, batch_size=64, lr=1e-3, lr_decay=0.01), None, EPOCHS),
+    "time": Preset(COURSE, UNetConfig(64, time=True, modulate="mul")),
+    "class": Preset(COURSE, CLASS),
+    "no-scheduler": Preset(Plan(epochs=15, batch_size=64, lr=5e-3), CLASS),
+    "better": Preset(replace(COURSE, epochs=50), UNetConfig(128, time=True, modulate="mul")),
+    "small": Preset(Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01), replace(CLASS, hidden=32)),
+    "reflow": Preset(Plan(epochs=10, batch_size=64, lr=1e-3, lr_decay=0.01), None),
 }
 
 
@@ -83,54 +78,36 @@ def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits
     start to end.
     Source: Rectified Flow Sec. 2.1 (reflow).
     """
-    parts = zip(labels.split(n := at_once(x_0.device)), x_0.split(n))
+    parts = zip(labels.split(n := models.at_once(x_0.device)), x_0.split(n))
     ends = [flow.solve(velocity(guided_unet(teacher, c)), noise, flow.grid(steps)) for c, noise in parts]
     return Digits(torch.cat([torch.cat(ends), x_0], dim=1), labels)
 
 
 def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -> Digits:
-    """`make_pairs` of new noises, written down IN_FILE at a time, so that a run that was stopped goes on with the rest.
+    """`make_pairs` of new noises, IN_FILE to a file, so that a run that was stopped goes on with the rest.
 
-    Several processes share the work. Raises ValueError if pairs in the folder are damaged, of another teacher or other
-    settings.
+    Several processes share the work.
     """
-    device, parts = next(teacher.parameters()).device, []
-    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
-    made_from = {"teacher": digest, "count": str(count), "seed": str(seed), "steps": str(steps)}
+    device = next(teacher.parameters()).device
     x_0 = torch.randn(count, 1, 28, 28, generator=generator(device, seed, data.NOISES), device=device)
     labels = torch.arange(count, device=device) % CLASSES
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [(folder / f"pairs-{i:06d}.safetensors", slice(i, i + IN_FILE)) for i in range(0, count, IN_FILE)]
+    files = [(folder / f"{i:06d}.safetensors", slice(i, i + IN_FILE)) for i in range(0, count, IN_FILE)]
     for path, part in tqdm(files[training.rank() :: training.world()], f"{count} digits of the teacher", unit="part"):
         if not path.is_file():
-            made = make_pairs(teacher, labels[part], x_0[part], steps)
-            checkpoint.save({"images": made.images, "labels": made.labels}, path, made_from)
+            pairs = make_pairs(teacher, labels[part], x_0[part], steps)
+            checkpoint.save({"images": pairs.images, "labels": pairs.labels}, path)
     training.barrier()
-    for path, _ in files:
-        try:
-            with safe_open(path, "pt", device=str(device)) as f:
-                if f.metadata() != made_from:
-                    raise ValueError(f"{path} holds pairs of another teacher or other settings; pass another --out")
-                parts.append(Digits(f.get_tensor("images"), f.get_tensor("labels")))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
-    return Digits(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    parts = [load_file(path, str(device)) for path, _ in files]
+    return Digits(*(torch.cat([part[key] for part in parts]) for key in ("images", "labels")))
 
 
 def by_solver(v: Velocity, x_0: Tensor, steps: int) -> tuple[list[Tensor], list[str]]:
-    """The same noises by every solver, a row each, named with its number of evaluations.
-
-    Warns, and leaves the row out, if Dormand-Prince is stuck.
-    """
+    """The same noises by every solver, a row each, named with its number of evaluations."""
     few = max(1, steps // 5)
     rows = [flow.solve(v, x_0, flow.grid(n)) for n in (few, steps)]
     rows += [flow.solve(v, x_0, flow.grid(few), name) for name in ("midpoint", "heun")]
     names = [f"Euler, {few}", f"Euler, {steps}", f"midpoint, {2 * few}", f"Heun, {2 * few}"]
-    try:
-        x, evaluations = flow.dormand_prince(v, x_0)
-    except ValueError as error:  # a network that has hardly learned, or has exploded
-        warnings.warn(f"no row for Dormand-Prince: {error}", stacklevel=2)
-        return rows, names
+    x, evaluations = flow.dormand_prince(v, x_0)
     return [*rows, x], [*names, f"Dormand-Prince, {evaluations}"]
 
 
@@ -140,117 +117,72 @@ def few_steps(fields: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list
     return [flow.solve(fields[name], x_0, flow.grid(n)) for name, n in runs], [f"{name}, {n}" for name, n in runs]
 
 
-def save_comparisons(
-    networks: dict[str, UNet], labels: Tensor | None, x_0: Tensor, guidance_scale: float | None, steps: int, out: Path,
-    about: dict,
-) -> None:  # fmt: skip
-    """solvers.png of the last of the networks; reflow.png if there are two; the straightness of each is printed.
+def save_comparisons(samples: models.Samples, teacher: UNet | None) -> None:
+    """solvers.png; reflow.png if there is a teacher; the straightness of both is printed.
 
-    labels, x_0: (B,) and (B, 1, 28, 28); the first ten are drawn, the straightness is that of all, without guidance.
+    Ten noises are drawn from; the straightness is that of all samples, without guidance.
     """
-    model = list(networks.values())[-1]
-    ten, first = None if labels is None else labels[:CLASSES], x_0[:CLASSES]
-    strong = velocity(guided_unet(model, ten, guidance_scale))
-    save_strip(*by_solver(strong, first, steps), "Solvers and their evaluations", out / "solvers.png", about)
-    if len(networks) > 1:
-        plain = {name: velocity(guided_unet(unet, ten)) for name, unet in networks.items()}
-        title = "Euler steps before and after reflow"
-        save_strip(*few_steps(plain, first, steps), title, out / "reflow.png", about)
+    networks = {"this model": samples.unet} if teacher is None else {"the teacher": teacher, "this model": samples.unet}
+    x_0, steps, labels = next(samples.walk(count=samples.count)), samples.steps, torch.arange(samples.count * CLASSES)
+    labels, ten, first = labels % CLASSES, labels[:CLASSES], x_0[:CLASSES]
+    rows = by_solver(velocity(guided_unet(samples.unet, ten, GUIDANCE_SCALE)), first, steps)
+    save_strip(*rows, "Solvers and their evaluations", samples.out / "solvers.png", samples.about)
+    if teacher is not None:
+        rows = few_steps({name: velocity(guided_unet(unet, ten)) for name, unet in networks.items()}, first, steps)
+        save_strip(*rows, "Euler steps before and after reflow", samples.out / "reflow.png", samples.about)
     fields = {name: velocity(guided_unet(unet, labels)) for name, unet in networks.items()}
     straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in fields.items()}
     say("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
 
 
-def pairs_of(args: argparse.Namespace, teacher: UNet, plan: Plan, config: dict, steps: int) -> tuple[Digits, Digits]:
-    """The lines that reflow learns: `kept_pairs` for training, and a tenth for the test.
-
-    Raises ValueError as `trainer.check` (before the pairs are drawn, which takes long) and `kept_pairs`, and if the
-    pairs would not fill a batch.
-    """
-    pairs = args.pairs if args.pairs is not None else 40 if args.quick else PAIRS
-    tenth = pairs // 10
-    if not tenth or pairs - tenth < plan.batch_size:
-        raise ValueError(f"--pairs {pairs} is too few: a tenth is kept for the test, the rest must fill a batch "
-                         f"of {plan.batch_size}")  # fmt: skip
-    trainer.check(args, plan, config, pairs - tenth)
-    joined = kept_pairs(args.out / "training", teacher, pairs, args.seed, steps)
-    return joined[tenth:], joined[:tenth]
-
-
-def teacher_of(args: argparse.Namespace, device: torch.device) -> UNet | None:
-    """The teacher of reflow, by default the embedded flow model. Sets args.teacher, and args.dataset to the teacher's.
-
-    Raises ValueError if there is none, as `models.load`, if another data set was named, and on flags of reflow without
-    it.
-    """
-    if args.preset != "reflow":
-        if args.teacher is not None or args.pairs is not None:
-            raise ValueError("--teacher and --pairs are for --preset reflow")
-        return None
-    args.teacher = args.teacher or WEIGHTS / "mnist" / "flow"
-    if not args.teacher.is_dir():
-        raise ValueError(f"there is no folder {args.teacher}, the teacher of reflow; pass the right one as --teacher")
-    teacher, config = models.load(args.teacher, "flow", device)
-    drawn = config.get("dataset", "mnist")
-    if args.dataset not in (drawn, "mnist"):
-        raise ValueError(f"--teacher {args.teacher} draws {drawn}, which is what reflow learns; leave out --dataset")
-    args.dataset = drawn
-    return teacher
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, draw on the way, and draw the figures of the end."""
-    preset, teacher = PRESETS[args.preset], teacher_of(args, device)
-    plan, learner = trainer.plan_of(args, preset.plan), None if args.figures else copy.deepcopy(teacher)
-    model = learner or trainer.network(args, "flow", preset.unet, device)
-    scale, (steps, count) = models.scale_of(args.guidance_scale, model), (3, 1) if args.quick else (FLOW_STEPS, 4)
-    labels = torch.arange(CLASSES).repeat(count) if model.config.num_classes else None
-    seeds, about = range(args.seed, args.seed + count * CLASSES), settings(args, "mnist.train_flow")
-
-    def walk(scale: float | None, n: int = CLASSES) -> Iterator[Tensor]:
-        answer = guided_unet(model, None if labels is None else labels[:n], scale)
-        return models.walk(answer, seeded(seeds[:n]), device, steps, "euler")
-
-    def draw(epoch: int) -> None:
-        models.save_samples(models.last(walk(scale, count * CLASSES)), "Flow", scale, epoch, args.out, about)
-
-    if not args.figures and not fit(args, model, teacher, plan, steps, draw, device):
-        return
-    models.save_animation(walk(scale), args.out / "sampling.gif")
-    if labels is not None:
-        models.save_guidance(lambda scale: models.last(walk(scale)), args.out, about)
-    both = {"this model": model} if teacher is None else {"the teacher": teacher, "this model": model}
-    x_0 = draw_noise((count * CLASSES, 1, 28, 28), seeded(seeds)).to(device)
-    save_comparisons(both, labels, x_0, scale, steps, args.out, about)
-    say(f"wrote {args.out}   ({cost()})")
-
-
 def fit(
-    args: argparse.Namespace, model: UNet, teacher: UNet | None, plan: Plan, steps: int, draw: Callable[[int], object],
-    device: torch.device,
+    args: argparse.Namespace, model: UNet, teacher: UNet | None, samples: models.Samples, device: torch.device
 ) -> bool:  # fmt: skip
-    """`trainer.fit` with digits, or with the pairs of a teacher."""
-    config = {"kind": "flow", "preset": args.preset, "dataset": args.dataset}
+    """`trainer.fit` with digits, or with the pairs of a teacher, a tenth of them for the test."""
+    config = {"kind": "flow"}
     if teacher is None:
         train, test = trainer.digits(args, device)
         dropout = DROPOUT if model.config.num_classes else 1.0
         reference = lambda: levels.of_task(levels.flow, train, dropout)  # noqa: E731
     else:
-        config["teacher"] = str(args.teacher)
-        train, test = pairs_of(args, teacher, plan, config, steps)
-        value = trainer.loss_on(data.some(test, len(test)), teacher, matching, args.seed)
-        reference = lambda: {"the teacher": value}  # noqa: E731
-    sampled = args.sample_epochs or PRESETS[args.preset].sampled
-    return trainer.fit(args, model, matching, train, test, plan, config, reference, sampled, draw)
+        weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
+        config |= {"teacher": str(args.teacher), "teacher_sha256": hashlib.sha256(weights).hexdigest()}
+        count = args.pairs or (40 if args.quick else PAIRS)
+        tenth = max(1, count // 10)
+        trainer.check(args, config, count - tenth)  # before the pairs, which take long
+        folder = f"pairs-{config['teacher_sha256'][:12]}-{count}-{args.seed}-{samples.steps}"
+        pairs = kept_pairs(args.out / "training" / folder, teacher, count, args.seed, samples.steps)
+        train, test = pairs[tenth:], pairs[:tenth]
+        reference = lambda: {"the teacher": trainer.loss_on(data.some(test, tenth), teacher, matching, args.seed)}  # noqa: E731
+    return trainer.fit(args, model, matching, train, test, config, reference, samples.save)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train, draw on the way, and draw the figures of the end."""
+    teacher = None
+    if args.preset == "reflow":
+        teacher, config = models.load(args.teacher, device, "flow")
+        args.dataset = config["dataset"]
+    begins = teacher is not None and not args.figures
+    model = copy.deepcopy(teacher) if begins else trainer.network(args, "flow", PRESETS, device)
+    about, (steps, count) = settings(args, "mnist.train_flow"), (3, 1) if args.quick else (FLOW_STEPS, 4)
+    samples = models.Samples(model, "euler", steps, count, args.seed, args.out, about)
+    if args.figures or fit(args, model, teacher, samples, device):
+        samples.save_ends()
+        save_comparisons(samples, teacher)
+        say(f"wrote {args.out}   ({cost()})")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    p = trainer.parser(__doc__, "flow", PRESETS)
-    trainer.add_sample_flags(p)
+    p = argparse.ArgumentParser(description=__doc__)
+    trainer.add_flags(p, PRESETS)
     p.add_argument("--teacher", type=file_path, help="of reflow (default: the embedded flow model)")
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
-    args = trainer.parsed(p, "flow", argv)
+    args = p.parse_args(argv)
+    config = trainer.complete(args, "flow", PRESETS)
+    if args.preset == "reflow":
+        args.teacher = args.teacher or Path(config.get("teacher", WEIGHTS / "mnist" / "flow"))
     with training.processes(args.device) as device:
         train(args, device)
 

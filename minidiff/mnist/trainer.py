@@ -4,26 +4,27 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
 
     config.json, model.fp16.safetensors     the network, after every epoch and on Ctrl-C (of the judge only at the end)
     training/                               the state of the run and its curves (`training.py`)
+    samples/                                after the first, every fifth and the last epoch
 
 The same command again goes on from there. With --figures FOLDER nothing is trained: the trainer draws the figures of
-its end with the network in FOLDER, one that was stopped, or an embedded one.
+its end with the network in FOLDER, also before its training has ended.
 
 Read `training.py` and `mnist/models.py` first. Next: `mnist/judge.py`, the smallest trainer.
 """
 
 import argparse
 import functools
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import images, training
-from minidiff.cli import file_path, finite
+from minidiff.cli import file_path
 from minidiff.mnist import data, models
 from minidiff.mnist.data import DATASETS, Digits, generator
 from minidiff.mnist.unet import UNet, UNetConfig
@@ -44,110 +45,69 @@ class Plan:
     lr: float
     lr_decay: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Raises ValueError on numbers that no run can have."""
-        if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.lr < math.inf or not 0 < self.lr_decay <= 1:
-            raise ValueError(
-                "need epochs and batch_size of at least 1, lr of at least 0, and lr_decay in (0, 1], got "
-                f"{self.epochs}, {self.batch_size}, {self.lr:g}, {self.lr_decay:g}"
-            )
-
     def lr_at(self, epoch: int) -> float:
         """lr * lr_decay^(epoch / epochs): with lr_decay 0.1 the course's ExponentialLR of gamma 0.1^(1 / epochs)."""
         return self.lr * self.lr_decay ** (epoch / self.epochs)
 
     def __str__(self) -> str:
-        end = self.lr_at(self.epochs - 1)
-        falling = f", falling to {end:.3g}" if end < self.lr else ""
-        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        return f"{epochs}, batches of {self.batch_size}, learning rate {self.lr:g}{falling}"
+        falling = f", falling to {self.lr_at(self.epochs - 1):.3g}" if self.lr_decay < 1 else ""
+        return f"epochs: {self.epochs}, batch size {self.batch_size}, learning rate {self.lr:g}{falling}"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """unet: None for a copy of the teacher, and for the judge.  sampled: after these epochs, and the last, it draws."""
+class Preset(NamedTuple):
+    """unet: None for a copy of the teacher, and for the judge."""
 
     plan: Plan
     unet: UNetConfig | None
-    sampled: tuple[int, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.plan}; {self.unet.hidden} channels" if self.unet else str(self.plan)
 
+Presets = Mapping[str, Preset]  # the first is the default
 
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def parser(doc: str, kind: str, presets: Mapping[str, Preset]) -> argparse.ArgumentParser:
-    """The flags that every trainer of this kind of network has; the first preset is the default."""
-    width = max(map(len, presets))
-    epilog = "\n".join(["presets:", *(f"  {name:{width}}  {preset}" for name, preset in presets.items())])
-    form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=doc, epilog=epilog, formatter_class=form)
-    p.add_argument("--preset", choices=list(presets), default=list(presets)[0], help="see below (default %(default)s)")
+def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
+    """The flags that every trainer has, and its presets below them."""
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = [f"  {name:12}  {plan}" + (f"; {unet.hidden} channels" if unet else "") for name, (plan, unet) in
+             presets.items()]  # fmt: skip
+    p.epilog = "\n".join(["presets:", *lines])
+    p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="below (default %(default)s)")
     for f in fields(Plan):
-        more = "; the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
+        more = ": the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
         p.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"instead of the preset's{more}")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="draw and write an average of the weights, 0.999 for example (default: none)")  # fmt: skip
     p.add_argument("--data", type=file_path, default=Path("data"), help="where the digits are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
-    p.add_argument("--out", type=file_path, help=f"default out/mnist/{kind}, and -PRESET, -DATASET if not the default")
+    p.add_argument("--out", type=file_path, help="folder (default: out/mnist/ and kind, preset, data set)")
+    if presets[p.get_default("preset")].unet:  # the judge has no figures
+        more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
+        p.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--dtype", choices=training.DTYPES, default="auto", help="auto: bfloat16 where it is fast")
-    if kind != "judge":  # which draws nothing
-        more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
-        p.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
     p.add_argument("--quick", action="store_true", help="a tiny network, few digits and steps: a smoke test")
-    return p
 
 
-def add_sample_flags(p: argparse.ArgumentParser) -> None:
-    """The flags of trainers that draw samples on the way."""
-    p.add_argument("--guidance-scale", type=finite, help=f"of samples (default {models.GUIDANCE_SCALE:g})")
-    p.add_argument("--sample-epochs", type=int, nargs="+", metavar="N",
-                   help="draw after these and the last, instead of the preset's")  # fmt: skip
+def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
+    """Choose --out, and take the plan's numbers from the preset where no flag says them; of --quick, few and small.
 
-
-def parsed(p: argparse.ArgumentParser, kind: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, with an --out; with --figures, preset, data set and the like are those of the network in its folder.
-
-    Raises ValueError if a flag is out of range, as `models.read`, or if --out cannot be written.
+    With --figures, preset and data set become those of the network in its folder.
+    Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, or if --out cannot
+    be written.
     """
-    args = p.parse_args(argv)
-    if not (0 <= args.seed < 2**32 and 0 <= args.ema < 1):
-        raise ValueError(f"--seed must lie in 0..2^32 - 1 and --ema in [0, 1), got {args.seed} and {args.ema:g}")
-    figures = getattr(args, "figures", None)
-    if figures is not None:
-        config = models.read(figures, kind)[0]
-        args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
-        if kind == "denoiser":
-            args.pure_noise = config.get("sigma", 0) is None
-        if kind == "flow" and args.teacher is None and "teacher" in config:
-            args.teacher = Path(config["teacher"])
+    config = models.read(args.figures, kind)[0] if getattr(args, "figures", None) else {}
+    args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
     if args.out is None:
-        others = [v for name in ("preset", "dataset") if (v := getattr(args, name)) != p.get_default(name)]
-        others += [name.replace("_", "-") for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
-        args.out = Path("out", "mnist", "-".join([kind, *others]))
+        names = [v for v in (args.preset, args.dataset) if v not in (next(iter(presets)), "mnist")]
+        flags = [name for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
+        args.out = Path("out", "mnist", "-".join([kind, *names, *flags]).replace("_", "-"))
     images.check_output(args.out / "figure.png")
-    return args
-
-
-def plan_of(args: argparse.Namespace, plan: Plan) -> Plan:
-    """The preset's plan with what the flags change; one epoch of small batches at a high rate if --quick.
-
-    Raises ValueError as `Plan`, or if an epoch of --sample-epochs is not in the plan.
-    """
-    if args.quick:
-        plan = Plan(epochs=1, batch_size=16, lr=1e-2)
-    changes = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
-    plan = replace(plan, **changes)
-    if not all(1 <= epoch <= plan.epochs for epoch in getattr(args, "sample_epochs", None) or []):
-        raise ValueError(
-            f"--sample-epochs must lie in 1..{plan.epochs}, the epochs there are, got {args.sample_epochs}"
-        )
-    return plan
+    plan = Plan(epochs=1, batch_size=16, lr=1e-2) if args.quick else presets[args.preset].plan
+    for name, value in asdict(plan).items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    return config
 
 
 def digits(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digits]:
@@ -160,11 +120,12 @@ def digits(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digi
     return (train[:400], test[:400]) if args.quick else (train, test)
 
 
-def network(args: argparse.Namespace, kind: str, config: UNetConfig, device: torch.device) -> UNet:
+def network(args: argparse.Namespace, kind: str, presets: Presets, device: torch.device) -> UNet:
     """That of --figures, or a new one from the seed; tiny if --quick."""
-    if args.figures is not None:
-        return models.load(args.figures, kind, device)[0]
+    if args.figures:
+        return models.load(args.figures, device, kind)[0]
     torch.manual_seed(args.seed)
+    config = presets[args.preset].unet
     return UNet(replace(config, hidden=4) if args.quick else config).to(device)
 
 
@@ -172,35 +133,36 @@ def network(args: argparse.Namespace, kind: str, config: UNetConfig, device: tor
 
 
 def fit(
-    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, plan: Plan,
-    config: Mapping[str, object], levels: Callable[[], Mapping[str, float]] = dict, sampled: Collection[int] = (),
-    draw: Callable[[int], object] = lambda epoch: None,
+    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, config: Mapping[str, object],
+    levels: Callable[[], Mapping[str, float]] = dict, draw: Callable[[int], object] = lambda epoch: None,
 ) -> bool:  # fmt: skip
-    """Train, write the network into args.out after every epoch, and draw(epoch) after the sampled ones and the last.
+    """Train; write the network into args.out after every epoch; draw(epoch) after the first, every fifth and the last.
 
-    config: for the network; a run goes on only with the same.  levels() -> reference levels, which take a while.
+    config: for the network, its "kind" first; a run goes on only with the same.
+    levels() -> reference levels, which take a while.
     Returns whether this is the first process and the plan's end is reached; on Ctrl-C it is not.
     Raises ValueError as `check` and `training.run`, and FloatingPointError as `training.run`.
     """
-    device, n, before = train.images.device, len(train) // plan.batch_size, check(args, plan, config, len(train))
-    dtype = args.dtype if args.dtype != "auto" else before["dtype"] if before else training.fast_dtype(device)
+    plan, settings = check(args, config, len(train))
+    device, n = train.images.device, len(train) // plan.batch_size
+    dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
     model.to(memory_format=torch.channels_last if dtype == "bfloat16" else torch.contiguous_format)  # the faster one
     reference, record = levels() if training.rank() == 0 else {}, None
-    going_on = f"; going on from step {before['step']}" if before else ""
-    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}{going_on}")
+    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}")
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=device.type in ("cpu", "cuda"))
     for record in training.run(
         model, lambda net, batch: loss(net, *batch), batches(train, plan, args.seed), optimizer,
         training.Plan(plan.epochs * n, n, lambda step: plan.lr_at(step // n), ema_decay=args.ema),
-        args.out / "training", settings(args, plan, config, len(train)), dtype=dtype, levels=reference,
+        args.out / "training", settings, dtype=args.dtype, levels=reference,
         held_out=lambda: loss_on(data.some(test, TEST_DIGITS), model, loss, args.seed),
     ):  # fmt: skip
         say(record)
         if config["kind"] != "judge":
             trained = f"{record.step / n:.3g} of {plan.epochs} epochs"
-            more = {"plan": asdict(plan), "seed": args.seed, "trained": trained, "unet": asdict(model.config)}
+            more = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(plan), "seed": args.seed}
+            more |= {"trained": trained, "unet": asdict(model.config)}
             models.write(args.out, model, dict(config) | more)
-        if not record.stopped and (record.step // n in sampled or record.step == record.steps):
+        if not record.stopped and (record.step in (n, record.steps) or record.step // n % 5 == 0):
             draw(record.step // n)
     if record is None or record.stopped:
         return False
@@ -215,24 +177,21 @@ def say(text: object) -> None:
         tqdm.write(str(text))
 
 
-def settings(args: argparse.Namespace, plan: Plan, config: Mapping[str, object], count: int) -> dict[str, object]:
-    """What must be the same when a run goes on. The teacher may lie elsewhere."""
-    kept = {key: value for key, value in config.items() if key != "teacher"}
-    return kept | {"images": count} | asdict(plan) | {"ema": args.ema, "seed": args.seed}
+def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[Plan, dict[str, object]]:
+    """The plan, and the settings that must be the same when the run goes on; the teacher may lie elsewhere.
 
-
-def check(args: argparse.Namespace, plan: Plan, config: Mapping[str, object], count: int) -> dict | None:
-    """The state of the run in args.out, or None if it is new.
-
-    Raises ValueError as `training.previous`, if a batch is larger than the `count` digits, or if a trained network
-    would be replaced.
+    Raises ValueError if they are not, on a plan that `count` digits do not allow, or if a trained network would be
+    replaced.
     """
-    if plan.batch_size > count:
-        raise ValueError(f"batch_size must lie in 1..{count}, the digits there are, got {plan.batch_size}")
-    state = training.previous(args.out / "training", settings(args, plan, config, count))
-    if state is None and (args.out / "config.json").is_file():
+    plan = Plan(*(getattr(args, f.name) for f in fields(Plan)))
+    if plan.epochs < 1 or not 1 <= plan.batch_size <= count:
+        raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {plan}")
+    settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(plan)}
+    settings |= {"ema": args.ema, "seed": args.seed}
+    settings.pop("teacher", None)
+    if training.previous(args.out / "training", settings) is None and (args.out / "config.json").is_file():
         raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
-    return state
+    return plan, settings
 
 
 def batches(train: Digits, plan: Plan, seed: int) -> Callable[[int], tuple[Digits, torch.Generator]]:

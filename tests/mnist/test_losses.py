@@ -137,21 +137,18 @@ def test_pairs_join_each_noise_to_where_the_teacher_leads_it_for_its_class(tmp_p
     torch.manual_seed(0)
     teacher = UNet(UNetConfig(4, time=True, num_classes=10)).eval()
     monkeypatch.setattr(train_flow, "IN_FILE", 5)
-    monkeypatch.setattr(train_flow, "at_once", lambda device: 2)
+    monkeypatch.setattr(models, "at_once", lambda device: 2)
     pairs = train_flow.kept_pairs(tmp_path, teacher, 13, 0, 3)
     x_1, x_0 = pairs.images.split(1, dim=1)
     assert pairs.labels.tolist() == [*range(10), 0, 1, 2] and abs(x_0.std() - 1) < 5 / (2 * x_0.numel()) ** 0.5
     v = models.velocity(models.guided_unet(teacher, pairs.labels))
     torch.testing.assert_close(flow.solve(v, x_0, flow.grid(3)), x_1)
     # Killed after the second of three files: the third is made, the others are not, and all is as if in one go.
-    (tmp_path / "pairs-000010.safetensors").unlink()
+    (tmp_path / "000010.safetensors").unlink()
     made, make = [], train_flow.make_pairs
     monkeypatch.setattr(train_flow, "make_pairs", lambda *args: made.append(args) or make(*args))
     again = train_flow.kept_pairs(tmp_path, teacher, 13, 0, 3)
     assert len(made) == 1 and torch.equal(again.images, pairs.images) and torch.equal(again.labels, pairs.labels)
-    (tmp_path / "pairs-000005.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="pairs-000005.safetensors is damaged .*; delete it"):
-        train_flow.kept_pairs(tmp_path, teacher, 13, 0, 3)
 
 
 @pytest.mark.parametrize("loss", [train_diffusion.Diffusion(models.course_schedule()), train_flow.matching])
@@ -198,7 +195,7 @@ def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row
 def test_figures_of_the_denoiser_name_their_rows(digits):
     """A network that turns black to white: noisy comes from the digit, denoised from noisy."""
     rows, names = train_denoiser.sample_figure(lambda z: -z, digits[:20], 0.5)
-    assert names == ["clean", "noisy", "denoised"] * 2 and torch.equal(torch.cat(rows[::3]), digits.images[:20])
+    assert names == ["clean", "noisy", "denoised"] and torch.equal(torch.cat(rows[::3]), digits.images[:20])
     for clean, noisy, denoised in zip(rows[::3], rows[1::3], rows[2::3]):
         assert torch.equal(denoised, -noisy) and 0.4 < (noisy - clean).std() < 0.6
     table = [(sigma, 0.1 * sigma, 0.2) for sigma in train_denoiser.SIGMAS]
@@ -211,12 +208,7 @@ def test_figures_of_the_flow_name_their_rows():
     def v(x, time):
         return time.view(-1, 1, 1, 1) - x
 
-    def torn(x, time):
-        return torch.full_like(x, float("nan"))
-
     x_0 = draw_noise((2, 1, 28, 28), seeded([0, 1]))
-    with pytest.warns(UserWarning, match="no row for Dormand-Prince: the solver is stuck at time 0"):
-        assert len(train_flow.by_solver(torn, x_0, 10)[0]) == 4
     rows, names = train_flow.by_solver(v, x_0, 10)
     assert names[:4] == ["Euler, 2", "Euler, 10", "midpoint, 4", "Heun, 4"]
     methods = (("euler", 2), ("euler", 10), ("midpoint", 2), ("heun", 2))
@@ -231,10 +223,10 @@ def test_figures_of_the_flow_name_their_rows():
 
 def test_the_mean_image_is_recognised_as_such(digits):
     mean = digits.images.mean(0, keepdim=True)
-    *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: (mean + 0.1).expand_as(z), digits)
-    assert distance == pytest.approx(0.1, rel=1e-5) and spread == pytest.approx(0, abs=1e-6)
-    *_, distance, spread = train_denoiser.pure_noise_figure(lambda z: mean + 0.2 * z, digits)  # each by itself
-    assert distance == pytest.approx(0.2, rel=0.02) and spread == pytest.approx(0.2, rel=0.02)
+    *_, distance = train_denoiser.pure_noise_figure(lambda z: (mean + 0.1).expand_as(z), digits)
+    assert distance == pytest.approx(0.1, rel=1e-5)
+    *_, distance = train_denoiser.pure_noise_figure(lambda z: mean + 0.2 * z, digits)  # each by itself
+    assert distance == pytest.approx(0.2, rel=0.02)
 
 
 def test_cleaning_starts_at_its_time_and_ends_at_the_digit(digits):

@@ -137,17 +137,3 @@ def test_both_places_listen_to_time_and_class():
         told = c if kind is CLASS else None
         other = (x, time, c.roll(1, 1)) if alone.endswith("c") else (x, time / 2, told)
         assert (unet(*other) - unet(x, time, told)).abs().max() > 1e-9, alone
-
-
-def test_bad_input_is_told():
-    x, time, c = inputs()
-    with pytest.raises(ValueError, match="inputs of this network: time True, classes 0; got time: False, class: False"):
-        small(**TIME)(x)
-    with pytest.raises(ValueError, match="inputs of this network: time True, classes 10; got time: True, class: False"):
-        small(**CLASS)(x, time)
-    with pytest.raises(ValueError, match="inputs of this network: time False"):
-        small()(x, time)
-    with pytest.raises(ValueError, match="modulate must be one of add, mul, got 'film'"):
-        UNetConfig(4, time=True, modulate="film")
-    with pytest.raises(ValueError, match="a network with classes needs the time, too"):
-        UNetConfig(4, num_classes=10)
