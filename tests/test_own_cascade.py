@@ -22,7 +22,7 @@ FEW = {"--steps": "2", "--save-every": "2", "--batch-size": "2"}
 
 def commands() -> list[list[str]]:
     """[module, argument, ...] of every line of the chapter's console block."""
-    (block,) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+    (block, _) = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
     lines = block.replace("\\\n", " ").strip().splitlines()
     assert all(line.startswith("python -m ") for line in lines)
     return [shlex.split(line)[2:] for line in lines]

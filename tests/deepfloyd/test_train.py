@@ -301,7 +301,7 @@ def test_times_are_drawn_less_often_where_little_noise_is_left():
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(12, 3), (2, 1), (40, 5)])
-def test_captions_are_matched_for_a_quarter_of_the_steps(pictures, tmp_path, monkeypatch, steps, expected):
+def test_captions_are_matched_for_a_quarter_of_the_steps(captioned, tmp_path, monkeypatch, steps, expected):
     """At least once, and never more often than CONTRASTIVE_STEPS, here 5."""
     drawn, draw = [], CaptionedImages.draw
 
@@ -312,7 +312,7 @@ def test_captions_are_matched_for_a_quarter_of_the_steps(pictures, tmp_path, mon
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 5)
     monkeypatch.setattr(CaptionedImages, "draw", counted)
     monkeypatch.setattr(training, "run", lambda *_, **__: [])  # no diffusion
-    run(1, pictures, tmp_path / "one", steps)
+    run(1, captioned, tmp_path / "one", steps)
     assert drawn == [{"dropout": 0}] * expected
 
 
