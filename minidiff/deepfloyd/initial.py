@@ -108,9 +108,7 @@ def match_captions(
         loss = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50, (steps - step) / (steps / 3))
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50, (steps - step) / (steps / 3))
         optimizer.step()
         found.append(same.gather(1, scores.argmax(1, keepdim=True)).mean().item())
-    last = found[-20:]
-    return sum(last) / max(len(last), 1)
+    return sum(found[-20:]) / len(found[-20:])
