@@ -1,7 +1,7 @@
 """Fewer steps: DDIM and DPM-Solver++ as other ways to take one reverse step.
 
-Read `ddpm.py` first. `ddpm.step` draws noise anew in every step and so needs many of them. The same network also
-defines an ordinary differential equation, which has no noise in it and bears longer steps:
+Read `ddpm.py` first. `ddpm.step` draws noise anew in every step. The same network also defines an ordinary
+differential equation, which has no noise in it and, with an exact network, bears longer steps:
 
     ddim_step   first order: eps stays as it is during the step               error falls as 1 / steps
     dpm_step    second order: x_start moves on in a straight line over lambda error falls as 1 / steps^2
