@@ -1,9 +1,9 @@
 """An image that is one thing, and another when it is turned: visual anagrams.
 
     python -m minidiff.anagram "an old man" "a campfire" --view identity rotate_180
-    python -m minidiff.anagram "a castle" "a volcano" "a skull" --view identity rotate_cw rotate_ccw
-    python -m minidiff.anagram "a castle" "a dog" --view identity jigsaw --num-images 6
-    python -m minidiff.anagram "a castle" "a skull" --image photo.png --box 16 16 48 48          inside an image
+    python -m minidiff.anagram "a snowy mountain village" "a volcano" "waterfalls" --view identity rotate_cw rotate_ccw
+    python -m minidiff.anagram "a volcano" "waterfalls" --view identity jigsaw --num-images 6
+    python -m minidiff.anagram "a volcano" "waterfalls" --image photo.png --box 16 16 48 48      inside an image
     python -m minidiff.anagram --check square_hinge                                              is this a good view?
 
 Each prompt sees x_t through its view; its eps is turned back, and the mean of all is taken (or, with --reduction
@@ -135,7 +135,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.check:
         return args
     if not args.prompts:
-        raise ValueError('no prompts; pass one for each view, before --view: "a castle" "a skull" --view identity flip')
+        raise ValueError('no prompts; pass one for each view, before --view: "a volcano" "a coast" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
     flags.check_views(args.view or [], args.prompts)

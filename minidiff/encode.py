@@ -1,7 +1,7 @@
 """Encode prompts once, into a small file that the commands that draw read with --prompt-embeds.
 
-    python -m minidiff.encode "a rocket ship" "a pencil" --out embeds.safetensors
-    python -m minidiff.encode "a rocket ship" --model IF-I-XL-v1.0 --text-encoder streamed --out embeds.safetensors
+    python -m minidiff.encode "a volcano" "waterfalls" --out embeds.safetensors
+    python -m minidiff.encode "a volcano" --model IF-I-XL-v1.0 --text-encoder streamed --out embeds.safetensors
 
 The empty prompt, which guidance needs, is always added. A .safetensors file holds (N, 77, D) states, the prompts, and
 the fingerprint of the encoder that made them; a .pth file is the dictionary {prompt: (1, 77, D)} of the course.

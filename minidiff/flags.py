@@ -18,6 +18,7 @@ from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
 QUICK_STEPS = 4
+NEUTRAL = "a high quality photo"  # what to say of any image, in the course and in the training of mini
 
 
 def seed_number(text: str) -> int:
@@ -168,12 +169,6 @@ def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
     for size in [64] * (args.model != "none") + [256] * (args.stage2 != "none"):
         images.mask_share(editing.feather(editing.mask_at(mask, size), args.feather), f" at {size} pixels")
     return mask
-
-
-def neutral_prompt(model: str) -> str:
-    """What to say of any image: the course's "a high quality photo", or nothing to the embedded model, which has never
-    seen a photo."""
-    return "" if model == "mini" else "a high quality photo"
 
 
 def check_starts(starts: Sequence[int], last: int, quick: bool) -> None:

@@ -1,12 +1,12 @@
 """A prompt becomes an image: 64x64 from pure noise, then 256x256.
 
-    python -m minidiff.generate "a rocket ship"
+    python -m minidiff.generate "a volcano"
     python -m minidiff.generate --prompts                             what the embedded model knows
-    python -m minidiff.generate "a castle" --seed 0 1 3 4 5           an image of each seed
-    python -m minidiff.generate "a castle" "a volcano" --steps 5 20   a row for each prompt and number of steps
-    python -m minidiff.generate "a castle" --guidance-scale 1 7 --num-images 5 --stage2 none     without and with CFG
-    python -m minidiff.generate "a castle" --show-every 3             what happens on the way
-    python -m minidiff.generate "a rocket ship" --model IF-I-M-v1.0   the released weights
+    python -m minidiff.generate "a volcano" --seed 0 1 3 4 5          an image of each seed
+    python -m minidiff.generate "waterfalls" "a volcano" --steps 5 20   a row for each prompt and number of steps
+    python -m minidiff.generate "a volcano" --guidance-scale 1 7 --num-images 5 --stage2 none    without and with CFG
+    python -m minidiff.generate "a volcano" --show-every 3            what happens on the way
+    python -m minidiff.generate "a volcano" --model IF-I-M-v1.0   the released weights
 
 Writes the image itself, at its own size (several: OUT-0, OUT-1, ...), and a labelled sheet beside it, OUT-sheet. One
 seed is one image, whatever is drawn with it. With several --steps, stage 2 takes as many, unless --stage2-steps says
@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--show-every", type=int, metavar="K", help="also write a sheet of every K-th step")
     args = p.parse_intermixed_args(argv)
     if not args.prompts and not args.list:
-        raise ValueError('no prompt; pass one, such as "a rocket ship", or --prompts to list what the model knows')
+        raise ValueError('no prompt; pass one, such as "a volcano", or --prompts to list what the model knows')
     if args.list and args.model.removeprefix("DeepFloyd/") in weights.RELEASED:  # which need not be fetched for this
         raise ValueError(f"{args.model} brings no list of what it knows; mini does")
     if args.show_every is not None:

@@ -1,11 +1,11 @@
 """An image that is one thing from afar and another from nearby: hybrid images, and other divided images.
 
     python -m minidiff.hybrid "a skull" "a waterfall"                         far, near
-    python -m minidiff.hybrid "a castle" "a lion" "a rocket ship" --kind triple
-    python -m minidiff.hybrid "a castle" "a fire" --kind color                in grey, with colour
-    python -m minidiff.hybrid "a dog" "a castle" --kind motion                moving, still
-    python -m minidiff.hybrid "a castle" "a volcano" --kind scale --weights 0.5 0.5      composition (negative: without)
-    python -m minidiff.hybrid "a castle" --reference photo.png                far is the photo, near is new
+    python -m minidiff.hybrid "a volcano" "waterfalls" "a campfire" --kind triple
+    python -m minidiff.hybrid "a volcano" "a campfire" --kind color           in grey, with colour
+    python -m minidiff.hybrid "waterfalls" "a volcano" --kind motion          moving, still
+    python -m minidiff.hybrid "waterfalls" "a volcano" --kind scale --weights 0.5 0.5    composition (negative: without)
+    python -m minidiff.hybrid "a volcano" --reference photo.png               far is the photo, near is new
 
 Each prompt decides one component of the noise (`components.py`); together they are the whole. With --reference the
 first component is taken from an image instead of a prompt, and the prompts are for the others.

@@ -1,9 +1,9 @@
 """A region of an image painted anew: the mask is white where new content goes.
 
-    python -m minidiff.inpaint photo.png mask.png "a castle"
-    python -m minidiff.inpaint photo.png "a castle" --box 16 16 48 48 --feather 1
+    python -m minidiff.inpaint photo.png mask.png "a volcano"
+    python -m minidiff.inpaint photo.png "a volcano" --box 16 16 48 48 --feather 1
     python -m minidiff.inpaint photo.png mask.png --method renoise clean repaint         three ways side by side
-    python -m minidiff.inpaint photo.png mask.png "a castle" --num-images 8              choose the best of eight
+    python -m minidiff.inpaint photo.png mask.png "a volcano" --num-images 8             choose the best of eight
 
 After every step the known region is put back: noised to the new time (renoise, the course's way), clean (IF's way), or
 noised with jumps back up in the walk, after which both regions agree better (repaint; --jump-length and
@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"{words[0]} is an image, but --mask or --box says where to paint already; leave one out")
     if len(words) > 1:
         raise ValueError(f"too many words: {words}; put the prompt in quotation marks, and pass one mask or --box")
-    args.prompt = words[0] if words else flags.neutral_prompt(args.model)
+    args.prompt = words[0] if words else flags.NEUTRAL
     del args.words
     return args
 

@@ -1,9 +1,9 @@
 """An image made anew from the middle of the walk: its coarse shapes stay, the model draws the rest.
 
-    python -m minidiff.sdedit drawing.png "a castle"
+    python -m minidiff.sdedit drawing.png "a volcano"
     python -m minidiff.sdedit photo.png --i-start 1 3 5 7 10 20
-    python -m minidiff.sdedit sketch.png "a castle" --i-start 25 --guidance-scale 7 --seed 9 --stage2 mini
-    python -m minidiff.sdedit photo.png "a rocket ship" --box 20 0 44 30           only inside a box
+    python -m minidiff.sdedit sketch.png "a volcano" --i-start 25 --guidance-scale 7 --seed 9 --stage2 mini
+    python -m minidiff.sdedit photo.png "waterfalls" --box 20 0 44 30           only inside a box
 
 The image (any size and kind; a drawing with transparency is laid over white) is noised to the i-th of the steps 990,
 960, ..., 0 and walked down from there. A small i is nearly pure noise and leaves little of it, a large i little to
@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/sdedit.png")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", help="what the image becomes (default: a high quality photo; mini: nothing)")
+    p.add_argument("prompt", nargs="?", help="what the image becomes (default: a high quality photo)")
     p.add_argument("--i-start", type=int, nargs="+", help=f"where on the steps to begin (default {STARTS})")
     flags.add_edit_flags(p, image=False)
     flags.add_cascade_flags(p, steps="course", stage2="none")
     args = p.parse_intermixed_args(argv)
-    args.prompt = flags.neutral_prompt(args.model) if args.prompt is None else args.prompt
+    args.prompt = flags.NEUTRAL if args.prompt is None else args.prompt
     return args
 
 

@@ -1,10 +1,10 @@
 """Any image four times as large: stage 2 as a super-resolution network of its own.
 
-    python -m minidiff.upscale small.png "a castle"
+    python -m minidiff.upscale small.png "a volcano"
     python -m minidiff.upscale photo.jpg "a dog" --model IF-II-M-v1.0 --noise-level 100
-    python -m minidiff.upscale photo.jpg "a castle" --i-start 10               start from the image itself (SDEdit)
-    python -m minidiff.upscale photo.jpg "a castle" --box 16 16 48 48          enlarge inside a box only
-    python -m minidiff.upscale anagram.png "a castle" "a skull" --view identity rotate_180
+    python -m minidiff.upscale photo.jpg "a volcano" --i-start 10              start from the image itself (SDEdit)
+    python -m minidiff.upscale photo.jpg "a volcano" --box 16 16 48 48         enlarge inside a box only
+    python -m minidiff.upscale anagram.png "a snowy mountain village" "a volcano" --view identity rotate_180
 
 The image is cropped to a square and shrunk to 64x64, enlarged again bilinearly, and noised to --noise-level: beside
 this, stage 2 draws 256x256. More noise lets the network invent more.

@@ -516,9 +516,7 @@ def test_the_linter_as_a_command(capsys):
     assert "good: linear, orthogonal" in printed and "bad: the deviation of noise is 1.5, not 1" in printed
 
 
-def test_without_a_prompt_mini_hears_nothing_and_others_the_courses_neutral_one(photo):
-    """The embedded model has never seen a photo, and would take the word for one that it knows."""
+def test_without_a_prompt_the_courses_neutral_one_is_taken(photo):
     for parse in (sdedit._parse, denoise._parse):
-        assert parse([str(photo)]).prompt == "" and parse([str(photo), "a dog"]).prompt == "a dog"
-        assert parse([str(photo), "--model", "IF-I-M-v1.0"]).prompt == "a high quality photo"
-    assert inpaint._parse([str(photo), "--box", "0", "0", "9", "9"]).prompt == ""
+        assert parse([str(photo)]).prompt == "a high quality photo" and parse([str(photo), "a dog"]).prompt == "a dog"
+    assert inpaint._parse([str(photo), "--box", "0", "0", "9", "9"]).prompt == "a high quality photo"
