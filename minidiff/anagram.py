@@ -135,7 +135,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.check:
         return args
     if not args.prompts:
-        raise ValueError('no prompts; pass one for each view, before --view: "a volcano" "a coast" --view identity flip')
+        raise ValueError('no prompts; pass one for each view, before --view: "a coast" "a fire" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
     flags.check_views(args.view or [], args.prompts)

@@ -21,6 +21,7 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 
 import argparse
 import contextlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -63,10 +64,7 @@ MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with t
 EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
-PREVIEW = (
-    "a rocket ship;a pencil;a skull;a castle;a volcano;a dog;an old man;a man wearing a hat;waterfalls;"
-    "a lion on a beach;a snowy mountain village;people around a campfire at night;an oil painting of an old man;"
-    "a lithograph of a skull;a cartoon of a cat;a 3d render of a rocket").split(";")  # fmt: skip
+PREVIEWS = 16  # prompts that are drawn after a checkpoint
 
 
 class Trainee(nn.Module):
@@ -207,11 +205,13 @@ def examine(model: Trainee, tokenizer: Tokenizer, x_start: Tensor, texts: list[s
 
 
 def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, dataset: CaptionedImages) -> None:
-    """Samples of the weights just written: the PREVIEW prompts, or two training images enlarged by stage 2."""
+    """Samples of the weights just written: captions of held-out images drawn, or two training images enlarged."""
     if stage == 1:
-        cascade, n = Cascade.load(str(out), "none", dtype=torch.float32), len(PREVIEW)
-        x = cascade.draw([Part(torch.cat(cascade.encode(*PREVIEW)))], range(n), steps=20, guidance_scale=4.0)
-        sheet = images.sheet(*images.grid(list(x), PREVIEW))
+        texts = dataset.held_out()[1]
+        prompts = texts[:: math.ceil(len(texts) / PREVIEWS)]
+        cascade, seeds = Cascade.load(str(out), "none", dtype=torch.float32), range(len(prompts))
+        x = cascade.draw([Part(torch.cat(cascade.encode(*prompts)))], seeds, steps=20, guidance_scale=4.0)
+        sheet = images.sheet(*images.grid(list(x), prompts))
     else:
         cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
         x_start, texts = dataset.draw(2, torch.Generator().manual_seed(1))

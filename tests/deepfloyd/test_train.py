@@ -25,7 +25,7 @@ from minidiff.deepfloyd.unet import UNet
 from minidiff.schedule import squaredcos_cap_v2
 from tests.tiny import CONFIGS, T5
 
-PREVIEW = train.preview
+DRAW_PREVIEW = train.preview
 TINY = CONFIGS
 TINY_T5 = replace(T5, vocab_size=60)
 
@@ -35,7 +35,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train, "MINI_1", TINY[1])
     monkeypatch.setattr(train, "MINI_2", TINY[2])
     monkeypatch.setattr(train, "MINI_T5", TINY_T5)
-    monkeypatch.setattr(train, "PREVIEW", ["a red square"] * 2)
+    monkeypatch.setattr(train, "PREVIEWS", 2)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_BATCH", 4)
@@ -75,7 +75,7 @@ def state(out):
 
 
 def test_both_stages_train_and_load_as_a_released_model_does(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "preview", PREVIEW)
+    monkeypatch.setattr(train, "preview", DRAW_PREVIEW)
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, captioned, one, 3)
     run(2, captioned, two, 4, "--text-encoder", str(one))
