@@ -16,6 +16,7 @@ Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first. Next: `mnist/an
 
 import argparse
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,6 @@ import torch
 from minidiff import checkpoint, images
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
 from minidiff.mnist import judge, models
-from minidiff.mnist.data import CLASSES
 from minidiff.mnist.models import FLOW_STEPS, GUIDANCE_SCALE, SAMPLERS, T
 from minidiff.mnist.unet import UNet
 from minidiff.weights import WEIGHTS
@@ -35,14 +35,12 @@ IN_FIGURE = 100  # images of one row of the figure, at most
 
 
 def parse_digits(text: str) -> list[int]:
-    """The type of --digits: "0-9", "3,7" or "0-2,9" to digits. Raises ValueError on anything else."""
-    digits: list[int] = []
-    for part in text.split(","):
-        first, _, end = part.partition("-")
-        digits += range(int(first), int(end or first) + 1)
-    if not digits or max(digits) >= CLASSES:
-        raise ValueError
-    return digits
+    """The type of --digits: "0-9", "3,7" or "0-2,9" to digits. Raises ArgumentTypeError on anything else."""
+    if re.fullmatch(r"\d(-\d)?(,\d(-\d)?)*", text):
+        ends = [part.split("-") for part in text.split(",")]
+        if digits := [digit for end in ends for digit in range(int(end[0]), int(end[-1]) + 1)]:
+            return digits
+    raise argparse.ArgumentTypeError(f"digits must be like 0-9, 3,7 or 0-2,9, got {text!r}")
 
 
 class Row(NamedTuple):

@@ -26,8 +26,8 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--digits", "7-3"], "argument --digits: invalid parse_digits value: '7-3'"),
-        (["--digits", "8-10"], "invalid parse_digits value: '8-10'"),
+        (["--digits", "7-3"], "argument --digits: digits must be like 0-9, 3,7 or 0-2,9, got '7-3'"),
+        (["--digits", "8-10"], "digits must be like 0-9, 3,7 or 0-2,9, got '8-10'"),
         (
             ["--model", "nowhere"],
             "no trained ddpm or flow in nowhere; train one with `python -m minidiff.mnist.train_d",
