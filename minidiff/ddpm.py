@@ -149,20 +149,22 @@ def loss(
     eps: Tensor,
     pred_var: Tensor | None,
     weight: Tensor | float = 1.0,
+    bound_weight: Tensor | float = 1.0,
 ) -> Tensor:
     """What training minimises, one number per image: (B,).
 
-        L_simple = mean |noise - eps|^2                                   DDPM Eq. 14
-        L_hybrid = weight * L_simple + 0.001 * T * bound                  iDDPM Eq. 16
+        L_simple = mean |noise - eps|^2                                               DDPM Eq. 14
+        L_hybrid = weight * L_simple + bound_weight * 0.001 * T * bound               iDDPM Eq. 16
 
-    weight: 1, or (B,), how much each image's time counts.  Without pred_var, L_simple is all. With it, one term of the
-    variational bound (`bound`) trains the variance and is kept from touching eps; T times a term at a random time
-    estimates the sum over all times, and 0.001 is its weight.
+    weight, bound_weight: 1, or (B,), how much each image's time counts.  Without pred_var, L_simple is all. With it,
+    one term of the variational bound (`bound`) trains the variance and is kept from touching eps; T times a term at a
+    random time estimates the sum over all times, and 0.001 is its weight.
     """
     simple = weight * (noise - eps).square().flatten(1).mean(1)
     if pred_var is None:
         return simple
-    return simple + bound(schedule, x_start, noise, t, eps.detach(), pred_var) * schedule.num_train_timesteps * 1e-3
+    of_variance = bound(schedule, x_start, noise, t, eps.detach(), pred_var)
+    return simple + bound_weight * of_variance * schedule.num_train_timesteps * 1e-3
 
 
 def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor) -> Tensor:

@@ -52,14 +52,11 @@ class CaptionedImages:
     def draw(
         self, batch_size: int, generator: torch.Generator, dropout: float = CAPTION_DROPOUT
     ) -> tuple[Tensor, list[str]]:
-        """A batch (B, 3, size, size) in [-1, 1], half of it mirrored, each image with one of its captions."""
-        picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        x_start = self.take(picks.tolist())
-        mirror = torch.rand(batch_size, generator=generator) < 0.5
-        x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
+        """A batch (B, 3, size, size) in [-1, 1], each image with one of its captions."""
+        picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator).tolist()
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
-        texts = [_pick(self.captions[i], c) for i, (c, _, _) in zip(picks.tolist(), choice)]
-        return x_start, [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
+        texts = [_pick(self.captions[i], c) for i, (c, _, _) in zip(picks, choice)]
+        return self.take(picks), [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""

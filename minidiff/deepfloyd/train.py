@@ -63,6 +63,7 @@ MIN_SNR_GAMMA = 5.0
 MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
 EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
+VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
 PREVIEWS = 16  # prompts that are drawn after a checkpoint
 
@@ -97,7 +98,8 @@ class Trainee(nn.Module):
         # Where nearly all is noise, a small error in eps is a large one in the image, and there the prompt decides:
         # weighed by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
         weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float().to(x_start.device)
-        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight)
+        bound_weight = variance_weight(self.schedule, t).to(x_start.device)
+        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight, bound_weight)
 
     def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small image, and its noise level."""
@@ -108,6 +110,21 @@ class Trainee(nn.Module):
         corners = zip(random["top"].tolist(), random["left"].tolist())
         both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
         return both[:, :3], both[:, 3:], random["level"]
+
+
+def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
+    """How much the bound counts at times t, (B,): as much for the place of the variance at one time as at another.
+
+        bound_weight = min(VARIANCE_SHARE / log(beta_t / beta_tilde_t)^2, MAX_BOUND_WEIGHT)
+
+    In one step the two limits of the variance nearly touch, and the bound hardly tells where between them it belongs:
+    at t = 38 by a ten-thousandth of a bit. In a walk of few steps they lie far apart, and a variance in the wrong place is
+    grain. The lowest point of the bound stays where it was.
+    """
+    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).flatten() for s in (t, t - 1))
+    lower = ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
+    distance = ((1 - alpha_bar_t / alpha_bar_prev) / lower).log()
+    return (VARIANCE_SHARE / distance.square()).clamp(max=MAX_BOUND_WEIGHT).float()
 
 
 def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
