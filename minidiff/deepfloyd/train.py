@@ -24,7 +24,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -118,8 +118,8 @@ def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
         bound_weight = min(VARIANCE_SHARE / log(beta_t / beta_tilde_t)^2, MAX_BOUND_WEIGHT)
 
     In one step the two limits of the variance nearly touch, and the bound hardly tells where between them it belongs:
-    at t = 38 by a ten-thousandth of a bit. In a walk of few steps they lie far apart, and a variance in the wrong place is
-    grain. The lowest point of the bound stays where it was.
+    at t = 38 by a ten-thousandth of a bit. In a walk of few steps they lie far apart, and a variance in the wrong place
+    is grain. The lowest point of the bound stays where it was.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).flatten() for s in (t, t - 1))
     lower = ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
@@ -264,7 +264,7 @@ def first_weights(
 ) -> Trainee:
     """The networks as a run begins with them: of --start-from, or new, with a text encoder that matches captions."""
     torch.manual_seed(args.seed)
-    default = MINI_1 if args.stage == 1 else MINI_2
+    default = replace(MINI_1, sample_size=args.size) if args.stage == 1 else MINI_2
     unet = UNet(UNetConfig.from_dict(checkpoint.read_json(args.config)) if args.config else default)
     t5 = T5Encoder(MINI_T5)
     if args.stage == 2:

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 from minidiff import charts, ddpm, images, training, weights
+from minidiff.cascade import Cascade
 from minidiff.ddpm import add_noise
 from minidiff.deepfloyd import initial, stages, text, train, vocabulary
 from minidiff.deepfloyd.dataset import CaptionedImages, read_rows
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
+from minidiff.factorized import Part
 from minidiff.schedule import squaredcos_cap_v2
 from tests.tiny import CONFIGS, T5
 
@@ -150,6 +152,17 @@ def test_training_goes_on_from_the_weights_of_a_folder(captioned, tmp_path, caps
     run(1, captioned, tmp_path / "four", 1, "--start-from", str(one), "--lr", "0")
     (one / "training" / "checkpoint.pt").write_bytes(b"PK cut")
     assert "is no checkpoint of a run; pass another --out" in fails(capsys, 1, captioned, one, 2)
+
+
+def test_what_learns_at_32_pixels_is_written_and_drawn_as_a_network_of_32_pixels(captioned, tmp_path):
+    run(1, captioned, tmp_path / "small", 1, "--size", "32")
+    assert json.loads((tmp_path / "small" / "unet" / "config.json").read_text())["sample_size"] == 32
+    run(1, captioned, tmp_path / "large", 1, "--start-from", str(tmp_path / "small"))
+    assert json.loads((tmp_path / "large" / "unet" / "config.json").read_text())["sample_size"] == 64
+    for name, size in (("small", 32), ("large", 64)):
+        cascade = Cascade.load(str(tmp_path / name), "none")
+        x = cascade.draw([Part(*cascade.encode("a red square"))], [0], steps=2)
+        assert x.shape == (1, 3, size, size)
 
 
 @pytest.mark.parametrize("which", ["loss", "gradient"])
