@@ -166,7 +166,8 @@ def fit(
             draw(record.step // n)
     if record is None or record.stopped:
         return False
-    say(f"loss on {len(test)} test digits: {loss_on(data.some(test, len(test)), model, loss, args.seed):.5f}"
+    held_out = "held-out pairs" if "teacher" in config else "test digits"
+    say(f"loss on {len(test)} {held_out}: {loss_on(data.some(test, len(test)), model, loss, args.seed):.5f}"
         + "".join(f"; {name} {level:.4f}" for name, level in reference.items()))  # fmt: skip
     return True
 
