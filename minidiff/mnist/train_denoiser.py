@@ -120,7 +120,8 @@ def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Dig
     judged = data.some(test, TEST_DIGITS)
     table = errors_by_sigma(model, judged, levels.spectrum(train.images))
     for strength, error, linear in table:
-        say(f"sigma {strength}: error {error:.4f}, best linear denoiser of training digits {linear:.4f}")
+        say(f"sigma {strength}: error {error:.4f} on {len(judged)} test digits, "
+            f"best linear {linear:.4f} on training digits")  # fmt: skip
     title = f"Trained at sigma {sigma}: errors on {len(judged)} test digits; linear: the best, on training digits"
     rows, labels = out_of_distribution(model, test[:3], table)
     save_strip(rows, labels, title, out / "out-of-distribution.png", about)

@@ -58,7 +58,7 @@ def test_the_confidence_interval_by_hand():
 
 
 def test_the_border_by_hand():
-    """Of 108 outermost pixels one corner is 0.5, another above 1, which counts as 1; what lies inside does not count."""
+    """Of 2 * 108 outermost pixels one is 0.5, one above 1 (it counts as 1), one below 0 (as 0). No other counts."""
     x = torch.zeros(2, 1, 28, 28)
     x[0, 0, 1:-1, 1:-1], x[0, 0, 0, 0], x[1, 0, -1, -1], x[1, 0, 5, 0] = 1, 0.5, 1.8, -0.7
     assert judge.border(x) == pytest.approx(1.5 / 216)
