@@ -10,8 +10,9 @@
     border        mean of the outermost pixels, a measure of grain: 0.0002 in MNIST's training digits
     Frechet       of more than 64 samples, the distance between samples and training digits, both taken as Gaussians
                   in the 64 features that the classifier decides by. 0 is perfect; real test digits do not reach it.
-                  Beside it stands the distance of N test digits: few have a larger one. If N is none of 100, 1,000,
-                  5,000 and 10,000, the nearest two stand there
+                  Beside it stands the distance of N test digits drawn at random, or of the nearest two of 100, 1,000,
+                  5,000 and 10,000. With equal classes, which samples have, it is 0.40 for 100 test digits of MNIST,
+                  0.072 for 1,000 and 0.039 for 8,900
 
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits.
 Distances are comparable only if features and N are the same.
@@ -193,7 +194,7 @@ def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: int, dat
     if n > FEATURES:  # a covariance of fewer says nothing
         distance = frechet(gaussian(features), reference)
         lines.append(f"Frechet distance to the training digits, in the judge's {FEATURES} features: {distance:.3f}; "
-                     f"of real test digits: {near(config['floors'], n)}")  # fmt: skip
+                     f"of real test digits drawn at random: {near(config['floors'], n)}")  # fmt: skip
     return lines
 
 

@@ -144,7 +144,7 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     assert f"entropy {judge.entropy(verdicts):.3f} of" in shown and f"border: {judge.border(some.images):.4f}," in shown
     distance = judge.frechet(judge.gaussian(features), reference)
     assert f"the training digits, in the judge's 64 features: {distance:.3f};" in shown and distance > 0.001
-    assert "of real test digits: 0.500 for 100" in shown
+    assert "of real test digits drawn at random: 0.500 for 100" in shown
     few = judge.report(judge.load(trained), some.images[:5], None, 0, "mnist")
     assert len(few) == 3 and "Frechet" not in "".join(few)
 
@@ -215,7 +215,7 @@ def test_the_embedded_judge_knows_real_digits(digits):
     assert judge.agreement(turned, digits.labels) < 0.6
     lines = judge.report(judge.load(judge.EMBEDDED), digits.images[:100], digits.labels[:100], 0, "mnist")
     assert lines[0].endswith("right about 99.31% of test digits")
-    assert lines[-1].endswith("; of real test digits: 1.082 for 100")
+    assert lines[-1].endswith("; of real test digits drawn at random: 1.082 for 100")
 
 
 def test_noise_blur_and_other_classes_look_worse_to_the_embedded_judge_step_by_step(digits):
