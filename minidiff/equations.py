@@ -26,7 +26,8 @@ TESTS, WALKTHROUGH = HERE.parent / "tests" / "test_equations.py", HERE.parent / 
 KEYS = (
     "Attention Is All You Need", "CLIP", "DDIM", "DDPM", "DPM-Solver++", "Dormand-Prince", "FFJORD", "FM",
     "Factorized Diffusion", "FiLM", "Frechet distance", "GEGLU", "GLIDE", "Imagen", "Min-SNR", "Neural ODE",
-    "Progressive Distillation", "RePaint", "Rectified Flow", "SDEdit", "T5", "Visual Anagrams", "iDDPM",
+    "Progressive Distillation", "RePaint", "Rectified Flow", "SDEdit", "T5", "Visual Anagrams", "Wilson interval",
+    "iDDPM",
 )  # fmt: skip
 TAG = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, KEYS))})(?: (?:Eq|Sec|Alg)\. \d+(?:\.\d+)*|(?!\w))")
 LONGEST = 120  # characters of a formula in the table

@@ -768,6 +768,17 @@ def test_min_snr_sec34_times():
         assert abs(((t >= start) & (t < start + 50)).sum().item() - expected) < 5 * expected**0.5
 
 
+def test_wilson_interval():
+    """Wilson interval: (share + z^2 / 2n +- z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96. Of 93
+    of 100: (0.93 + 0.019208 +- 1.96 * 0.027332) / 1.038416 = 0.8625 and 0.9657. Its ends solve
+    |share - end| = z sqrt(end (1 - end) / n)."""
+    from minidiff.mnist import judge
+
+    assert judge.wilson(0.93, 100) == pytest.approx((0.862503, 0.965681), abs=1e-6)
+    for end in judge.wilson(0.3, 50):
+        assert abs(0.3 - end) == pytest.approx(1.96 * (end * (1 - end) / 50) ** 0.5, rel=1e-10)
+
+
 def test_frechet_distance():
     """Frechet distance: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)). One dimension: (3 - 1)^2 +
     (2 - 5)^2 = 13 for deviations 2 and 5. Variances (4, 9) against (1, 1): (2 - 1)^2 + (3 - 1)^2 = 5. Turned by 45

@@ -3,13 +3,16 @@
     python -m minidiff.mnist.judge train
     python -m minidiff.mnist.judge score out/digits.safetensors
 
-`score` reads a file that `minidiff.mnist.sample --tensors` wrote and says
+`score` reads a file that `minidiff.mnist.sample --tensors` wrote, clamps it to [0, 1] as an image does, and says
 
-    agreement     share of samples that the classifier takes for their class
+    agreement     share of samples that the classifier takes for their class, with its 95 % confidence interval
     balance       share of each class, and the entropy of these shares: ln 10 = 2.303 if all classes are alike
+    border        mean of the outermost pixels, a measure of grain: 0.0002 in MNIST's training digits
     Frechet       of more than 64 samples, the distance between samples and training digits, both taken as Gaussians
                   in the 64 features that the classifier decides by. 0 is perfect; real test digits do not reach it.
-                  The distance of 100, 1,000, 5,000 and 10,000 test digits stands beside it: few have a larger one
+                  Beside it stands the distance of N test digits drawn at random, or of the nearest two of 100, 1,000,
+                  5,000 and 10,000. With equal classes, which samples have, it is 0.40 for 100 test digits of MNIST,
+                  0.072 for 1,000 and 0.039 for 8,900
 
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits.
 Distances are comparable only if features and N are the same.
@@ -18,6 +21,7 @@ Read `mnist/trainer.py` first. Next: `mnist/train_denoiser.py`.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -81,15 +85,33 @@ def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of these images, (N, 64) float64, and the verdicts, (N,)."""
+    """The features of these images, clamped to [0, 1], (N, 64) float64, and the verdicts, (N,)."""
     judge.eval()
-    features = torch.cat([judge.features(x) for x in images.split(500)])
+    features = torch.cat([judge.features(x.clamp(0, 1)) for x in images.split(500)])
     return features.cpu().double(), judge.head(features).argmax(1).cpu()
 
 
 def agreement(verdicts: Tensor, labels: Tensor) -> float:
     """The share of verdicts that are the label."""
     return (verdicts == labels.cpu()).float().mean().item()
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share counted among n independent samples; it stays within 0 to 1.
+
+        (share + z^2 / 2n +- z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n),    z = 1.96
+
+    Source: Wilson interval.
+    """
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def border(images: Tensor) -> float:
+    """The mean of the outermost pixels of images (N, 1, 28, 28), clamped to [0, 1]."""
+    x = images.clamp(0, 1)
+    return torch.cat([x[..., [0, -1], :].flatten(), x[..., 1:-1, [0, -1]].flatten()]).mean().item()
 
 
 def entropy(verdicts: Tensor) -> float:
@@ -129,6 +151,13 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
     return distances
 
 
+def near(distances: dict[str, float], n: int) -> str:
+    """Of `real_distances`: that of n digits, or of the nearest smaller and larger numbers of digits."""
+    sizes = sorted(map(int, distances))
+    pair = [size for size in sizes if size < n][-1:] + [size for size in sizes if size > n][:1]
+    return ", ".join(f"{distances[str(size)]:.3f} for {size}" for size in ([n] if n in sizes else pair))
+
+
 class Loaded(NamedTuple):
     """A trained judge, its config (data set, test accuracy, levels), and the Gaussian of the training digits."""
 
@@ -148,22 +177,24 @@ def load(folder: Path) -> Loaded:
 
 
 def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: int, dataset: str) -> list[str]:
-    """The lines of `score` about images (N, 1, 28, 28) in [0, 1].  labels: (N,), the classes they should be, if any."""
+    """The lines of `score` about images (N, 1, 28, 28).  labels: (N,), the classes they should be, if any."""
     judge, config, reference = loaded
     if dataset != config["dataset"]:
         return [f"not judged: the judge knows {config['dataset']}, these are of {dataset}; pass another --judge"]
     features, verdicts = look(judge, images)
     shares = torch.bincount(verdicts, minlength=CLASSES) / len(verdicts)
-    lines = [f"N = {len(images)}, seed {seed}; the judge is right about {config['accuracy']:.2%} of test digits"]
+    lines = [f"N = {(n := len(images))}, seeds {seed} to {seed + n - 1}, values clamped to [0, 1]; the judge is right "
+             f"about {config['accuracy']:.2%} of test digits"]  # fmt: skip
     if labels is not None:
-        lines.append(f"agreement with the class asked for: {agreement(verdicts, labels):.2%}")
+        low, high = wilson(share := agreement(verdicts, labels), n)
+        lines.append(f"agreement with the class asked for: {share:.2%} (95 % interval {low:.2%} to {high:.2%})")
     lines.append("balance: " + ", ".join(f"{k} {s:.1%}" for k, s in enumerate(shares.tolist()))
                  + f"; entropy {entropy(verdicts):.3f} of 2.303")  # fmt: skip
-    if len(images) > FEATURES:  # a covariance of fewer says nothing
-        real = ", ".join(f"{value:.3f} for {n}" for n, value in config["floors"].items())
+    lines.append(f"border: {border(images):.4f}, the mean of the outermost pixels (MNIST's training digits: 0.0002)")
+    if n > FEATURES:  # a covariance of fewer says nothing
         distance = frechet(gaussian(features), reference)
         lines.append(f"Frechet distance to the training digits, in the judge's {FEATURES} features: {distance:.3f}; "
-                     f"of real test digits: {real}")  # fmt: skip
+                     f"of real test digits drawn at random: {near(config['floors'], n)}")  # fmt: skip
     return lines
 
 

@@ -1,6 +1,6 @@
 """Reference levels: the losses of three simple answers, to read a loss curve by.
 
-A loss of 0.03 says nothing alone. Three levels, all computed from the digits themselves, say what it is worth:
+A loss of 0.03 says nothing alone. Three levels, all computed from the training digits, say what it is worth:
 
     mean image          the best answer to pure noise
     linear optimum      the best answer that is linear in the input, exact if digits were Gaussian: a network that
@@ -52,7 +52,7 @@ def of_task(task: Task, digits: Digits, dropout: float = 1.0, samples: int = 300
     a, b, weight = task(samples)
     linear = (weight * linear_mse(spectrum(digits.images), a, b)).mean().item()
     known = known_mse(digits, *task(min(samples, len(digits))), dropout)
-    return {"linear optimum": linear, "training set known": known}
+    return {"linear optimum (training digits)": linear, "training set known": known}
 
 
 def mean_image_mse(images: Tensor) -> float:

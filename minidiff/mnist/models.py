@@ -30,7 +30,10 @@ from minidiff.solvers import STEPS
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
-SAMPLERS = {"ddpm": tuple(STEPS), "flow": (*flow.METHODS, "dormand-prince")}  # of each kind, the default first
+OF_DDPM = (*STEPS, "ddpm-lower")
+SAMPLERS = {  # of each kind, the default first
+    "ddpm": (*OF_DDPM, *(f"{name}-clip" for name in OF_DDPM)), "flow": (*flow.METHODS, "dormand-prince"),
+}  # fmt: skip
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
 DROPOUT = 0.1  # how often the class is withheld in training, so that the network can draw without one
 GUIDANCE_SCALE = 5.0
@@ -113,9 +116,12 @@ def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float 
     return guided(as_model(unet), classes, nothing, 1.0 if labels is None else guidance_scale)
 
 
-def prediction(answer: Answer) -> Prediction:
-    """For `sampling.denoise`: the network's time is (t + 1) / T, the course's t / T."""
-    return lambda x_t, t: answer(x_t, (t + 1) / T)
+def prediction(answer: Answer, lower: bool = False) -> Prediction:
+    """For `sampling.denoise`: the network's time is (t + 1) / T, the course's t / T.
+
+    lower: a pred_var of -1 comes with eps, so `ddpm.step` takes its smaller variance, beta_tilde in place of beta.
+    """
+    return lambda x_t, t: ((eps := answer(x_t, (t + 1) / T)[0]), -torch.ones_like(eps) if lower else None)
 
 
 def velocity(answer: Answer) -> Velocity:
@@ -129,15 +135,18 @@ def velocity(answer: Answer) -> Velocity:
 def walk(
     answer: Answer, generators: Sequence[torch.Generator], device: torch.device, steps: int, sampler: str
 ) -> Iterator[Tensor]:
-    """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on. Estimates are not clipped.
+    """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on.
 
-    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it; dormand-prince chooses its own steps.
+    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-clip"
+    clips each estimate to [0, 1], and dormand-prince chooses its own steps.
     """
     x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
-    if sampler in STEPS:
+    if sampler in SAMPLERS["ddpm"]:
         yield x
-        times, step = respaced(steps, T), STEPS[sampler]
-        for state in denoise(prediction(answer), x, times, course_schedule(), generators, step=step):
+        predict, step = prediction(answer, "-lower" in sampler), STEPS[sampler.partition("-")[0]]
+        clip = (lambda x_start: x_start.clamp(0, 1)) if sampler.endswith("-clip") else None
+        schedule, times = course_schedule(), respaced(steps, T)
+        for state in denoise(predict, x, times, schedule, generators, step=step, fix_x_start=clip):
             yield state.x_prev
     elif sampler == "dormand-prince":
         yield x
@@ -149,9 +158,9 @@ def walk(
 def draw(
     answer_of: Callable[[slice], Answer], seeds: Sequence[int], device: torch.device, steps: int, sampler: str
 ) -> Tensor:
-    """The end of the walk from each seed, (B, 1, 28, 28) on the CPU, `at_once` at a time.
+    """The end of the walk from each seed, (B, 1, 28, 28) on the CPU, clamped to [0, 1] as an image holds it.
 
-    answer_of(part) -> the answer for this part of the seeds.    Raises ValueError if there are none.
+    answer_of(part) -> the answer for this part of the seeds, `at_once` of them.    Raises ValueError if there are none.
     """
     if not seeds:
         raise ValueError("there is no image to draw; pass --num-images 1 or more")
@@ -159,7 +168,7 @@ def draw(
     for part in (slice(i, i + n) for i in range(0, len(seeds), n)):
         states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)
         ends.append(last(tqdm(states, f"digits from {part.start} on", leave=False)))
-    return torch.cat(ends)
+    return torch.cat(ends).clamp(0, 1)
 
 
 def last(states: Iterator[Tensor]) -> Tensor:

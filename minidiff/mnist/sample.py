@@ -4,12 +4,14 @@
     python -m minidiff.mnist.sample --kind flow                            from the embedded flow model
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --sampler ddpm ddim dpm++ --steps 10 20
+    python -m minidiff.mnist.sample --sampler ddpm ddpm-lower ddpm-clip     less noise in a step; estimates in [0, 1]
     python -m minidiff.mnist.sample --kind flow --sampler euler midpoint heun --steps 5 10
     python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, sampler and number of steps, from the same noise in all of them: image i of a
-row comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance.
+row comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance. Samples are clamped to [0, 1] before they
+are drawn, written and judged.
 
 Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first. Next: `mnist/anagram.py`, the last file.
 """

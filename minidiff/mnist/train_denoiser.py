@@ -10,11 +10,12 @@ The preset `course` reaches 0.0082 on the test digits; the course's staff report
 precision; at the higher rate it reaches 0.0079.
 
 At the end come noising.png and out-of-distribution.png: the same digits and the same noise at strengths that are new
-to the network, with the test error beside that of the best linear denoiser.
+to the network, with the error on 2,000 test digits beside that of the best linear denoiser on the training digits.
 
 `--pure-noise` asks for a digit from noise alone, z = noise. There is nothing in z about x, so the least square error is
 made by the same answer to every z: the mean E[x] of all training digits, a grey blur. The loss cannot fall below that
-of the mean image, 0.0673. mean-image.png shows both. It takes many small steps to make digits of noise.
+of the mean image, 0.0673 on training digits. mean-image.png shows both. It takes many small steps to make digits of
+noise.
 
 Read `mnist/trainer.py` first. Next: `mnist/train_diffusion.py`.
 """
@@ -80,7 +81,7 @@ def sample_figure(model: nn.Module, digits: Digits, sigma: float | None) -> tupl
 
 @torch.no_grad()
 def errors_by_sigma(model: nn.Module, test: Digits, variances: Tensor) -> list[tuple[float, float, float]]:
-    """(sigma, mean square error, linear optimum) for every sigma, with the same noise at each."""
+    """(sigma, mean square error on test, linear optimum of these variances) for every sigma, the same noise at each."""
     table = []
     for sigma in SIGMAS:
         random = generator(test.images.device, FIGURE, 1)
@@ -119,8 +120,9 @@ def save_figures(model: nn.Module, sigma: float | None, train: Digits, test: Dig
     judged = data.some(test, TEST_DIGITS)
     table = errors_by_sigma(model, judged, levels.spectrum(train.images))
     for strength, error, linear in table:
-        say(f"sigma {strength}: error {error:.4f}, best linear denoiser {linear:.4f}")
-    title = f"Trained at sigma {sigma}, tried at others (errors on {len(judged)} test digits)"
+        say(f"sigma {strength}: error {error:.4f} on {len(judged)} test digits, "
+            f"best linear {linear:.4f} on training digits")  # fmt: skip
+    title = f"Trained at sigma {sigma}: errors on {len(judged)} test digits; linear: the best, on training digits"
     rows, labels = out_of_distribution(model, test[:3], table)
     save_strip(rows, labels, title, out / "out-of-distribution.png", about)
 
@@ -131,7 +133,7 @@ def train(args: argparse.Namespace, sigma: float | None, device: torch.device) -
     about, samples = settings(args, "mnist.train_denoiser"), test.of_each_class(1)
 
     def reference() -> dict[str, float]:
-        mean = {"mean image": levels.mean_image_mse(train.images)}
+        mean = {"mean image (training digits)": levels.mean_image_mse(train.images)}
         return mean if sigma is None else mean | levels.of_task(levels.denoiser(sigma), train)
 
     def draw(epoch: int) -> None:

@@ -148,7 +148,9 @@ def fit(
     dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
     model.to(memory_format=torch.channels_last if dtype == "bfloat16" else torch.contiguous_format)  # the faster one
     reference, record = levels() if training.rank() == 0 else {}, None
-    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}")
+    what = "pairs of the teacher" if "teacher" in config else "test digits"
+    say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}; held-out "
+        f"images: {min(TEST_DIGITS, len(test))} {what}")  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=device.type in ("cpu", "cuda"))
     for record in training.run(
         model, lambda net, batch: loss(net, *batch), batches(train, plan, args.seed), optimizer,
@@ -166,7 +168,7 @@ def fit(
             draw(record.step // n)
     if record is None or record.stopped:
         return False
-    say(f"loss on {len(test)} test digits: {loss_on(data.some(test, len(test)), model, loss, args.seed):.5f}"
+    say(f"loss on {len(test)} {what}: {loss_on(data.some(test, len(test)), model, loss, args.seed):.5f}"
         + "".join(f"; {name} {level:.4f}" for name, level in reference.items()))  # fmt: skip
     return True
 

@@ -49,6 +49,42 @@ def test_agreement_and_entropy_by_hand():
     assert judge.entropy(torch.arange(10)) == pytest.approx(math.log(10))
 
 
+def test_the_confidence_interval_by_hand():
+    """z^2 = 3.8416. 93 of 100: (0.93 + 0.019208 +- 1.96 sqrt(0.000651 + 0.00009604)) / 1.038416 = 0.8625 and 0.9657.
+    Of 100 of 100 the lower end is n / (n + z^2) = 0.9630, of none of 100 the upper one is z^2 / (n + z^2)."""
+    assert judge.wilson(0.93, 100) == pytest.approx((0.862503, 0.965681), abs=1e-6)
+    assert judge.wilson(1.0, 100) == pytest.approx((100 / 103.8416, 1))
+    assert judge.wilson(0.0, 100) == pytest.approx((0, 3.8416 / 103.8416))
+
+
+def test_the_border_by_hand():
+    """Of 2 * 108 outermost pixels one is 0.5, one above 1 (it counts as 1), one below 0 (as 0). No other counts."""
+    x = torch.zeros(2, 1, 28, 28)
+    x[0, 0, 1:-1, 1:-1], x[0, 0, 0, 0], x[1, 0, -1, -1], x[1, 0, 5, 0] = 1, 0.5, 1.8, -0.7
+    assert judge.border(x) == pytest.approx(1.5 / 216)
+    assert judge.border(torch.ones(3, 1, 28, 28)) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1000, "0.2 for 1000"), (300, "1.0 for 100, 0.2 for 1000"), (70, "1.0 for 100"), (20000, "0.1 for 5000")],
+)
+def test_the_distance_of_real_digits_is_at_the_same_number_or_at_both_neighbours(n, expected):
+    shown = judge.near({"100": 1.0, "1000": 0.2, "5000": 0.1}, n)
+    assert shown == expected.replace(" for", "00 for")
+
+
+def test_values_are_judged_as_an_image_holds_them(digits):
+    """Values outside [0, 1] count as 0 and 1, in features, verdicts and every line of the report."""
+    loaded, x = judge.load(judge.EMBEDDED), digits.images[:80]
+    wide = torch.where(x == 0, -0.15, torch.where(x == 1, 1.3, x))
+    for found, expected in zip(judge.look(loaded.judge, wide), judge.look(loaded.judge, x)):
+        assert torch.equal(found, expected)
+    reports = [judge.report(loaded, images, digits.labels[:80], 0, "mnist") for images in (x, wide)]
+    assert reports[0] == reports[1] and "border: 0.000" in reports[0][3]
+    assert (loaded.judge.features(wide) - loaded.judge.features(x)).abs().max() > 0.05
+
+
 def test_shifting_moves_each_image_by_itself_and_brings_in_black():
     x = torch.zeros(300, 1, 28, 28)
     x[:, 0, 10, 20] = 1
@@ -102,16 +138,15 @@ def test_score_prints_everything_that_makes_its_numbers_comparable(trained, digi
     net, _, reference = judge.load(trained)
     features, verdicts = judge.look(net, some.images)
     wrong = judge.agreement(verdicts, (some.labels + 1) % 10)
-    assert "N = 100, seed 7; the judge is right about" in shown and wrong < 0.2
-    assert (
-        f"agreement with the class asked for: {wrong:.2%}" in shown
-        and f"entropy {judge.entropy(verdicts):.3f} of" in shown
-    )
+    assert "N = 100, seeds 7 to 106, values clamped to [0, 1]; the judge is right about" in shown and wrong < 0.2
+    low, high = judge.wilson(wrong, 100)
+    assert f"agreement with the class asked for: {wrong:.2%} (95 % interval {low:.2%} to {high:.2%})" in shown
+    assert f"entropy {judge.entropy(verdicts):.3f} of" in shown and f"border: {judge.border(some.images):.4f}," in shown
     distance = judge.frechet(judge.gaussian(features), reference)
     assert f"the training digits, in the judge's 64 features: {distance:.3f};" in shown and distance > 0.001
-    assert "of real test digits: 0.500 for 100" in shown
+    assert "of real test digits drawn at random: 0.500 for 100" in shown
     few = judge.report(judge.load(trained), some.images[:5], None, 0, "mnist")
-    assert len(few) == 2 and "Frechet" not in "".join(few)
+    assert len(few) == 3 and "Frechet" not in "".join(few)
 
 
 def test_training_keeps_weights_accuracy_and_levels(fashion, tmp_path, capsys):
@@ -180,7 +215,7 @@ def test_the_embedded_judge_knows_real_digits(digits):
     assert judge.agreement(turned, digits.labels) < 0.6
     lines = judge.report(judge.load(judge.EMBEDDED), digits.images[:100], digits.labels[:100], 0, "mnist")
     assert lines[0].endswith("right about 99.31% of test digits")
-    assert lines[-1].endswith("1.082 for 100, 0.129 for 1000, 0.027 for 5000, 0.015 for 10000")
+    assert lines[-1].endswith("; of real test digits drawn at random: 1.082 for 100")
 
 
 def test_noise_blur_and_other_classes_look_worse_to_the_embedded_judge_step_by_step(digits):

@@ -162,5 +162,5 @@ def test_the_levels_of_a_task_are_named(images, digits):
     found = levels.of_task(levels.denoiser(0.5), known)
     linear_part = levels.linear_mse(levels.spectrum(images), 1, 0.5).item()
     known_part = known_loss(known, levels.denoiser(0.5))
-    assert list(found) == ["linear optimum", "training set known"]
+    assert list(found) == ["linear optimum (training digits)", "training set known"]
     assert list(found.values()) == pytest.approx([linear_part, known_part], rel=1e-6)

@@ -91,8 +91,10 @@ def test_ddpm_sampling_equals_the_courses_algorithm_written_out():
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
 
 
-def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep():
-    """Walked from t to s, beta is 1 - alpha_bar_t / alpha_bar_s; estimates of x_0 are not clipped."""
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm-lower", "ddpm-clip", "ddpm-lower-clip"])
+def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep(sampler):
+    """Walked from t to s, beta is 1 - alpha_bar_t / alpha_bar_s. The smaller variance is beta times (1 - alpha_bar_s) /
+    (1 - alpha_bar_t). Estimates of x_0 are clipped to [0, 1] only by the samplers that say so."""
     unet, T = net(classes=False), 300
     alpha_bar = [1.0]
     for i in range(T):
@@ -104,15 +106,26 @@ def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep():
         beta = 1 - alpha_bar[t] / alpha_bar[s]
         eps = unet(x, torch.full((2,), t / T))
         x_0 = (x - (1 - alpha_bar[t]) ** 0.5 * eps) / alpha_bar[t] ** 0.5
+        x_0 = x_0.clamp(0, 1) if "clip" in sampler else x_0
         x = (alpha_bar[s] ** 0.5 * beta / (1 - alpha_bar[t]) * x_0
              + (1 - beta) ** 0.5 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * x)  # fmt: skip
-        x = x + beta**0.5 * draw_noise(x.shape, generators) if s else x
-    found = models.last(models.walk(models.guided_unet(unet), seeded([3, 4]), torch.device("cpu"), 4, "ddpm"))
+        variance = beta * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) if "lower" in sampler else beta
+        x = x + variance**0.5 * draw_noise(x.shape, generators) if s else x
+    found = models.last(models.walk(models.guided_unet(unet), seeded([3, 4]), torch.device("cpu"), 4, sampler))
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-3)
-    assert found.max() > 1.5  # as far out as clipping would not leave it
+    assert (found.max().item() > 1.5) is ("clip" not in sampler)  # as far out as clipping would not leave it
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_clipping_reaches_the_samplers_without_noise():
+    """An answer of 0: the estimate x_t / sqrt(alpha_bar) of the last step is the end, and lies outside [0, 1]."""
+    for sampler in ("ddim", "dpm++"):
+        ends = [models.last(models.walk(lambda x, time: (torch.zeros_like(x), None), seeded([0]), torch.device("cpu"),
+                                        4, name)) for name in (sampler, f"{sampler}-clip")]  # fmt: skip
+        assert ends[0].min() < -3 and ends[0].max() > 3
+        assert ends[1].min() == 0 and ends[1].max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sampler", models.SAMPLERS["ddpm"])
 def test_ddpm_asks_once_for_every_time(sampler):
     times, cpu = [], torch.device("cpu")
 
@@ -213,7 +226,8 @@ def test_each_of_many_is_what_its_label_and_seed_draw_alone(sampler, monkeypatch
     for i in range(6):
         answer = models.guided_unet(unet, labels[i : i + 1], 5.0)
         expected = models.last(models.walk(answer, seeded([3 + i]), cpu, 3, sampler))
-        torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-3)
+        assert ((expected > 0) & (expected < 1)).sum() > 20  # clamped, the rest is 0 or 1
+        torch.testing.assert_close(found[i : i + 1], expected.clamp(0, 1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("classes", [True, False])

@@ -41,7 +41,9 @@ def test_train_denoiser_makes_its_figures(folder, tmp_path, capsys):
     made = run(train_denoiser, tmp_path / "d", folder)
     assert made == ["noising.png", "out-of-distribution.png", "samples/epoch-01.png", "training/loss.png"]
     first = capsys.readouterr().out
-    assert "loss on 100 test digits: 0." in first and "sigma 0.8: error 0." in first and "; linear optimum 0.0" in first
+    assert "; held-out images: 100 test digits" in first and "loss on 100 test digits: 0." in first
+    assert "; linear optimum (training digits) 0.0" in first and "sigma 0.8: error 0." in first
+    assert " on 100 test digits, best linear 0.0" in first
     run(train_denoiser, tmp_path / "d", folder)  # again: nothing is trained, all numbers come again
     again = capsys.readouterr().out
     assert "step 25 of 25: loss nan" in again and again.splitlines()[2:-1] == first.splitlines()[2:-1]
@@ -102,7 +104,8 @@ def test_reflow_starts_from_its_teacher(teacher, folder, tmp_path, capsys):
     """With a learning rate of 0 it ends there, too."""
     made = run(train_flow, tmp_path / "r", folder, "--preset", "reflow", "--teacher", str(teacher), "--lr", "0")
     printed = capsys.readouterr().out
-    assert "reflow.png" in made and "; the teacher " in printed and "(0 is straight): the teacher" in printed
+    assert "loss on 4 pairs of the teacher: " in printed and "; the teacher " in printed
+    assert "reflow.png" in made and "(0 is straight): the teacher" in printed
     (_, before), (config, after) = (models.read(path, "flow") for path in (teacher, tmp_path / "r"))
     assert config["dataset"] == "fashion" and config["teacher"] == str(teacher)
     assert all(torch.equal(after[k], v) for k, v in before.items() if "running" not in k and "num_" not in k)
