@@ -87,8 +87,7 @@ def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str) ->
 class Checkpoint:
     """One part of a model folder: `config`, and tensors that stay in the file until they are used.
 
-    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: which variant to prefer if there are
-    several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
+    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: as for `choose_files`.
     config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
     Raises WeightsError if config or weights are missing, unreadable or damaged.
     """
@@ -103,20 +102,12 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
         for path in self.files:
             with _open(path) as f:
-                for stored in f.keys():
-                    self._add(RENAMED.get(stored, stored), path, stored, f.get_slice(stored))
-
-    def _add(self, key: str, path: Path, stored: str, entry: object) -> None:
-        """Take one tensor into the tables. Raises WeightsError on types that no model has."""
-        if key.startswith(IGNORED):
-            return
-        if entry.get_dtype() not in DTYPES:
-            raise WeightsError(f"{path}: {stored} is {entry.get_dtype()}; known types: {', '.join(DTYPES)}")
-        self._stored[key] = path, stored
-        self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
-
-    def keys(self) -> list[str]:
-        return list(self.shapes)
+                for stored in (name for name in f.keys() if not name.startswith(IGNORED)):
+                    key, entry = RENAMED.get(stored, stored), f.get_slice(stored)
+                    if (kind := entry.get_dtype()) not in DTYPES:
+                        raise WeightsError(f"{path}: {stored} is {kind}; known types: {', '.join(DTYPES)}")
+                    self._stored[key] = path, stored
+                    self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[kind]
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, mapped from the file. Each call maps afresh: dropping its tensors unmaps their pages."""
@@ -157,14 +148,14 @@ def _diagnose(path: Path) -> str:
     """Why a file is no safetensors file, and what to do."""
     try:
         with path.open("rb") as f:
-            start, size = f.read(200).lstrip().lower(), path.stat().st_size
+            start, size = f.read(200).lstrip().lower(), f"({path.stat().st_size} bytes)"
     except OSError as error:
         return f"unreadable ({error.strerror}); make it a file that you may read"
     if start.startswith(b"version https://git-lfs"):
-        return f"a git-lfs pointer ({size} bytes), not the weights; run `git lfs pull`, or download the file itself"
+        return f"a git-lfs pointer {size}, not the weights; run `git lfs pull`, or download the file itself"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"a web page ({size} bytes) saved in place of the weights; delete it, log in and download it again"
-    return f"cut short or damaged ({size} bytes); delete it and fetch it again"
+        return f"a web page {size} saved in place of the weights; delete it, log in and download it again"
+    return f"cut short or damaged {size}; delete it and fetch it again"
 
 
 @contextlib.contextmanager
