@@ -57,10 +57,8 @@ def read_config(folder: Path) -> dict:
 
 def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str) -> list[str]:
     """Of the files of one part, those that hold its weights, in one variant (full, fp16 or bf16) and all its shards.
-
-    dtype: what it is wanted for; the variant of that type is preferred, fp16 if None, and else whatever is there.
-    Raises WeightsError if a variant is there twice, or no variant is complete, naming the missing shards.
-    """
+    dtype: the variant of that type is preferred, fp16 if None, and else whatever is there.
+    Raises WeightsError if a variant is there twice, or no variant is complete, naming the missing shards."""
     names = sorted(names)
     groups: dict[tuple[str, int], dict[int, str]] = {}  # (variant, how many shards) -> number of a shard -> file
     for name in names:
@@ -199,8 +197,7 @@ def fill(
 
     dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
-    keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision).
-    """
+    keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision)."""
     as_stored, converted = [], []
     for key, stored in checkpoint.dtypes.items():
         kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
@@ -234,12 +231,9 @@ def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The precision to compute in: float16, as the released files are, where that is fast; float32 elsewhere.
-
     CUDA: float16.  MPS: float32.  CPU: float16 if the processor has float16 arithmetic (AVX-512 FP16, AMX), where it is
-    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed.
-    """
-    kind = torch.device(device).type
-    fast = kind == "cuda"
+    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed."""
+    fast = (kind := torch.device(device).type) == "cuda"
     if kind == "cpu" and torch.backends.mkldnn.is_available():
         fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return torch.float16 if fast else torch.float32

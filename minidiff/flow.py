@@ -88,10 +88,8 @@ METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
 @torch.inference_mode()
 def walk(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -> Iterator[Tensor]:
     """Follow the velocity through these times, one step from each to the next: x at every time, the first included.
-
     x: (B, C, H, W), as it is at times[0].  times: (S + 1,), in either direction: `grid(50)` samples with 50 steps, its
-    flip goes from data back to noise.  method: one of METHODS.  Raises ValueError on an unknown method.
-    """
+    flip goes from data back to noise.  method: one of METHODS.  Raises ValueError on an unknown method."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     clock = times.tolist()
@@ -174,10 +172,8 @@ def straightness(velocity: Velocity, x_0: Tensor, steps: int = 50) -> Tensor:
 
 def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The velocity at x (B, C, H, W), and how fast it spreads its neighbourhood there, sum_i dv_i / dx_i: (B,).
-
     probe: like x, of independent entries +1 and -1; then probe . J probe, with J = dv / dx, one derivative instead of
-    one for each value, and in the mean over probes the same (Hutchinson's estimator).
-    """
+    one for each value, and in the mean over probes the same (Hutchinson's estimator)."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()  # a copy: the tensors of `walk` cannot be differentiated
         v = velocity(x, time)

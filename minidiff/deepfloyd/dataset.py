@@ -24,10 +24,8 @@ HELD_OUT = 128  # images on which the error is measured
 
 class CaptionedImages:
     """The training set in memory: `size` pixels a side, uint8, and the captions of each image.
-
     rows: of captions.json, or {"captions": [...]} from text files. Those with "split": "val", whose numbers are `held`,
-    are never drawn: `held_out` returns them.
-    """
+    are never drawn: `held_out` returns them."""
 
     def __init__(self, folder: Path, size: int):
         """Raises ValueError naming the file that is missing or wrong."""
@@ -57,8 +55,8 @@ class CaptionedImages:
         mirror = torch.rand(batch_size, generator=generator) < 0.5
         x_start = torch.where(mirror.view(-1, 1, 1, 1), x_start.flip(3), x_start)
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
-        texts = [_pick(self.captions[i], c) for i, (c, _, _) in zip(picks.tolist(), choice)]
-        return x_start, [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
+        return x_start, [_pick(NEUTRAL, n) if d < dropout else _pick(self.captions[i], c)
+                         for i, (c, d, n) in zip(picks.tolist(), choice)]  # fmt: skip
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""

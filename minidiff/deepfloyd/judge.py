@@ -73,10 +73,7 @@ class Judge(nn.Module):
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored or not, turned, scaled, moved, recolored, noised and blurred: never twice the same.
-
-    x: (B, 3, H, W) in [-1, 1]. Returns as much, in [-1, 1].
-    """
+    """Each image (B, 3, H, W) in [-1, 1] mirrored or not, turned, scaled, moved, recolored, noised and blurred."""
     B = len(x)
 
     def between(low: float, high: float, *shape: int) -> Tensor:
@@ -98,9 +95,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def loss(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of concept and style, and of each trait where the image shows a person.
-
-    scores: as of Judge.  labels: concept (B,), style (B,), traits (B, n) in {0, 1}, or -1 where no person is.
-    """
+    scores: as of Judge.  labels: concept (B,), style (B,), traits (B, n) in {0, 1}, or -1 where no person is."""
     concept, style = (F.cross_entropy(s.float(), y, label_smoothing=0.05) for s, y in zip(scores[:2], labels[:2]))
     mask = labels[2] >= 0
     traits = F.binary_cross_entropy_with_logits(scores[2].float(), labels[2].clamp(min=0), reduction="none")

@@ -59,9 +59,7 @@ class T5Config:
 
 def config_fields(kind: type, config: dict, where: str) -> dict:
     """The fields of a dataclass that a config names, lists as tuples.
-
-    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST].
-    """
+    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST]."""
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in config}
     for name, hint in hints.items():
         if not _has_type(config[name], hint):
@@ -187,10 +185,8 @@ class T5Encoder(nn.Module):
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D), padding rows included.
-
-        Padding is hidden from every token but is itself computed: the UNet reads all L rows.
-        """
+        """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D).
+        Padding is hidden from every token but is itself computed: the UNet reads all L rows."""
         h = self.shared(input_ids).float()  # (B, L, D)
         bias = attention_bias(self.config, self.encoder.block[0], attention_mask)
         for block in self.encoder.block:
@@ -200,9 +196,7 @@ class T5Encoder(nn.Module):
 
 def attention_bias(config: T5Config, first: Block, attention_mask: Tensor) -> Tensor:
     """What every block adds to its scores: the distance table of the first block, and -inf on padded keys.
-
-    attention_mask: (B, L). Returns (B, heads, L, L) float32.
-    """
+    attention_mask: (B, L). Returns (B, heads, L, L) float32."""
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     distance = position[None, :] - position[:, None]  # (L, L): key minus query
     buckets = relative_bucket(distance, config.relative_attention_num_buckets, config.relative_attention_max_distance)

@@ -48,9 +48,7 @@ class TextEncoder:
 
 def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, T5Encoder]:
     """The tokenizer, and a T5 of this checkpoint that has no numbers yet.
-
-    Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture.
-    """
+    Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     encoder = built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
     if (pieces := tokenizer.pieces.get_piece_size()) > (rows := encoder.config.vocab_size):
@@ -62,12 +60,9 @@ def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, 
 def load_text_encoder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
 ) -> TextEncoder:
-    """From a folder in the released layout.
-
+    """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
     dtype: what to compute in; None: what the device is fast at.
-    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`.
-    Raises ValueError as `plan_text_encoder`.
-    """
+    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = default_dtype(device) if dtype is None else dtype
     checkpoint = Checkpoint(folder, "text_encoder", precision)
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
@@ -81,9 +76,7 @@ def load_text_encoder(
 
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
-
-    Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY.
-    """
+    Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY."""
     size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize)  # wo: float32
                for name, p in encoder.named_parameters())  # fmt: skip
     if device.type == "cuda":
@@ -124,10 +117,8 @@ def fingerprint(folder: Path) -> str:
 
 def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: str) -> None:
     """Prompts and their states (N, 77, D). encoder: its fingerprint.
-
     A .pth or .pt is the course's dictionary {prompt: (1, 77, D)}, which has no place for the fingerprint. Any other
-    file is a safetensors file with prompts and fingerprint in the metadata.
-    """
+    file is a safetensors file with prompts and fingerprint in the metadata."""
     if path.suffix in (".pth", ".pt"):
         save_state({prompt: states.clone() for prompt, states in zip(prompts, embeds.cpu().split(1))}, path)
         return
@@ -137,12 +128,8 @@ def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: st
 
 def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
     """The states of these prompts, (N, 77, D), from a file of `write_embeds` or the course's .pth dictionary.
-
-    encoder: if given, the fingerprint the file must have been made with.
-    Raises ValueError if the file is missing, is neither of the two, lacks a prompt (and lists those it has), holds
-    something other than states, or was made by another encoder. A .pth is read with weights_only, so it can hold
-    tensors but run nothing.
-    """
+    encoder: if given, the fingerprint the file must have been made with.  Raises ValueError: a file that lacks a prompt
+    lists those it has. A .pth is read with weights_only, so it can hold tensors but run nothing."""
     path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"no file of encoded prompts at {path}; make one: python -m minidiff.encode PROMPT --out FILE")

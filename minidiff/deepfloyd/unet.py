@@ -311,7 +311,11 @@ class UNet(nn.Module):
         if not (torch.is_grad_enabled() and x.device.type == "cpu" and dtype == torch.float32):
             # Plain layout would spend up to half its time on copies; only CPU training in float32 is faster with it.
             x = x.contiguous(memory_format=torch.channels_last)
-        temb = self._conditions(t, prompt_embeds, class_labels)  # (B, time_dim)
+        temb = self.time_embedding(t)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        temb = temb + self.add_embedding(prompt_embeds)
+        temb = F.gelu(temb) if self.config.time_embedding_act_fn == "gelu" else temb  # (B, time_dim)
         text = self.encoder_hid_proj(prompt_embeds)  # (B, L, X)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
@@ -320,14 +324,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block.up(h, temb, text, skips)
         return self.conv_out(F.gelu(self.conv_norm_out(h)))
-
-    def _conditions(self, t: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> Tensor:
-        """temb, (B, time_dim): the time, the pooled prompt and, in stage 2, the noise level as one vector."""
-        temb = self.time_embedding(t)
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels)
-        temb = temb + self.add_embedding(prompt_embeds)
-        return F.gelu(temb) if self.config.time_embedding_act_fn == "gelu" else temb
 
     def _check(self, x: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> None:
         config, unit = self.config, 2 ** (len(self.config.block_out_channels) - 1)
