@@ -57,10 +57,8 @@ def read_config(folder: Path) -> dict:
 
 def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str) -> list[str]:
     """Of the files of one part, those that hold its weights, in one variant (full, fp16 or bf16) and all its shards.
-
-    dtype: what it is wanted for; the variant of that type is preferred, fp16 if None, and else whatever is there.
-    Raises WeightsError if a variant is there twice, or no variant is complete, naming the missing shards.
-    """
+    dtype: the variant of that type is preferred, fp16 if None, and else whatever is there.
+    Raises WeightsError if a variant is there twice, or no variant is complete, naming the missing shards."""
     names = sorted(names)
     groups: dict[tuple[str, int], dict[int, str]] = {}  # (variant, how many shards) -> number of a shard -> file
     for name in names:
@@ -87,8 +85,7 @@ def choose_files(names: Iterable[str], dtype: torch.dtype | None, where: str) ->
 class Checkpoint:
     """One part of a model folder: `config`, and tensors that stay in the file until they are used.
 
-    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: which variant to prefer if there are
-    several; float32 takes the full file, float16 (and None) the fp16 one, bfloat16 the bf16 one.
+    folder: in the released layout.  part: "unet" or "text_encoder".  dtype: as for `choose_files`.
     config: the dict of config.json.  shapes, dtypes: dicts by key, from the headers alone.  files: list of Path.
     Raises WeightsError if config or weights are missing, unreadable or damaged.
     """
@@ -103,20 +100,12 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, str]] = {}  # our key -> (file, the key in it)
         for path in self.files:
             with _open(path) as f:
-                for stored in f.keys():
-                    self._add(RENAMED.get(stored, stored), path, stored, f.get_slice(stored))
-
-    def _add(self, key: str, path: Path, stored: str, entry: object) -> None:
-        """Take one tensor into the tables. Raises WeightsError on types that no model has."""
-        if key.startswith(IGNORED):
-            return
-        if entry.get_dtype() not in DTYPES:
-            raise WeightsError(f"{path}: {stored} is {entry.get_dtype()}; known types: {', '.join(DTYPES)}")
-        self._stored[key] = path, stored
-        self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[entry.get_dtype()]
-
-    def keys(self) -> list[str]:
-        return list(self.shapes)
+                for stored in (name for name in f.keys() if not name.startswith(IGNORED)):
+                    key, entry = RENAMED.get(stored, stored), f.get_slice(stored)
+                    if (kind := entry.get_dtype()) not in DTYPES:
+                        raise WeightsError(f"{path}: {stored} is {kind}; known types: {', '.join(DTYPES)}")
+                    self._stored[key] = path, stored
+                    self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), DTYPES[kind]
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, mapped from the file. Each call maps afresh: dropping its tensors unmaps their pages."""
@@ -157,14 +146,14 @@ def _diagnose(path: Path) -> str:
     """Why a file is no safetensors file, and what to do."""
     try:
         with path.open("rb") as f:
-            start, size = f.read(200).lstrip().lower(), path.stat().st_size
+            start, size = f.read(200).lstrip().lower(), f"({path.stat().st_size} bytes)"
     except OSError as error:
         return f"unreadable ({error.strerror}); make it a file that you may read"
     if start.startswith(b"version https://git-lfs"):
-        return f"a git-lfs pointer ({size} bytes), not the weights; run `git lfs pull`, or download the file itself"
+        return f"a git-lfs pointer {size}, not the weights; run `git lfs pull`, or download the file itself"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"a web page ({size} bytes) saved in place of the weights; delete it, log in and download it again"
-    return f"cut short or damaged ({size} bytes); delete it and fetch it again"
+        return f"a web page {size} saved in place of the weights; delete it, log in and download it again"
+    return f"cut short or damaged {size}; delete it and fetch it again"
 
 
 @contextlib.contextmanager
@@ -208,8 +197,7 @@ def fill(
 
     dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
-    keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision).
-    """
+    keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision)."""
     as_stored, converted = [], []
     for key, stored in checkpoint.dtypes.items():
         kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
@@ -243,12 +231,9 @@ def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The precision to compute in: float16, as the released files are, where that is fast; float32 elsewhere.
-
     CUDA: float16.  MPS: float32.  CPU: float16 if the processor has float16 arithmetic (AVX-512 FP16, AMX), where it is
-    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed.
-    """
-    kind = torch.device(device).type
-    fast = kind == "cuda"
+    2 to 4 times as fast as float32; other processors emulate it at a tenth of the speed."""
+    fast = (kind := torch.device(device).type) == "cuda"
     if kind == "cpu" and torch.backends.mkldnn.is_available():
         fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return torch.float16 if fast else torch.float32

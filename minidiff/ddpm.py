@@ -23,6 +23,9 @@ from torch import Tensor
 
 from minidiff.schedule import Schedule
 
+FixXStart = Callable[[Tensor], Tensor]  # clips or thresholds an estimate of the clean image
+Previous = tuple[Tensor, Tensor]  # the time before this one, (B,), and its estimate
+
 
 def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     """The forward process in one jump: an image with the share alpha_bar_t of its variance left.
@@ -33,7 +36,7 @@ def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     Raises ValueError if the shapes differ.    Source: DDPM Eq. 4.
     """
     _same_shape(x_start=x_start, noise=noise)
-    return _cast(alpha_bar_t.sqrt(), x_start) * x_start + _cast((1 - alpha_bar_t).sqrt(), x_start) * noise
+    return cast(alpha_bar_t.sqrt(), x_start) * x_start + cast((1 - alpha_bar_t).sqrt(), x_start) * noise
 
 
 def add_more_noise(schedule: Schedule, x_t: Tensor, t: Tensor, t_later: Tensor, noise: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
     Raises ValueError if the shapes differ.    Source: DDPM Eq. 15.
     """
     _same_shape(x_t=x_t, eps=eps)
-    return (x_t - _cast((1 - alpha_bar_t).sqrt(), x_t) * eps) / _cast(alpha_bar_t.sqrt(), x_t)
+    return (x_t - cast((1 - alpha_bar_t).sqrt(), x_t) * eps) / cast(alpha_bar_t.sqrt(), x_t)
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_
     alpha_t = alpha_bar_t / alpha_bar_prev
     to_start = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
     to_noisy = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-    return _cast(to_start, x_t) * x_start + _cast(to_noisy, x_t) * x_t
+    return cast(to_start, x_t) * x_start + cast(to_noisy, x_t) * x_t
 
 
 def posterior_variance(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Tensor:
@@ -101,20 +104,13 @@ def learned_log_var(pred_var: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tenso
     beta_t = 1 - alpha_bar_t / alpha_bar_prev
     lower = posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
     f = (pred_var + 1) / 2
-    return f * _cast(beta_t.log(), pred_var) + (1 - f) * _cast(lower.log(), pred_var)
+    return f * cast(beta_t.log(), pred_var) + (1 - f) * cast(lower.log(), pred_var)
 
 
 def step(
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    t_prev: Tensor,
-    eps: Tensor,
-    pred_var: Tensor | None,
-    noise: Tensor,
-    fix_x_start: Callable[[Tensor], Tensor] | None = None,
-    previous: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    schedule: Schedule, x_t: Tensor, t: Tensor, t_prev: Tensor, eps: Tensor, pred_var: Tensor | None, noise: Tensor,
+    fix_x_start: FixXStart | None = None, previous: Previous | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One reverse step, from time t to the earlier time t_prev (-1: clean).
 
         x_prev = posterior_mean(pred_x_start, x_t) + sqrt(variance) * noise               DDPM Alg. 2
@@ -123,34 +119,25 @@ def step(
 
     The step to -1 adds no noise.  fix_x_start: clips or thresholds the estimate before use; DDPM Eq. 11 then fails.
     x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64, any number of times apart.
-    pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t
-    (DDPM Sec. 3.2's first choice).  previous: the time and estimate before this one, which only `solvers.dpm_step`
-    uses.  Returns (x_prev, pred_x_start).
+    pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t (DDPM Sec. 3.2's
+    first choice).  previous: only `solvers.dpm_step` uses it.  Returns (x_prev, pred_x_start).
     """
     _same_shape(x_t=x_t, eps=eps, noise=noise)
-    alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t_prev))
+    alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     pred_x_start = predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         pred_x_start = fix_x_start(pred_x_start)
     mean = posterior_mean(pred_x_start, x_t, alpha_bar_t, alpha_bar_prev)
-    if pred_var is None:
-        log_var = _cast((1 - alpha_bar_t / alpha_bar_prev).log(), x_t)
-    else:
-        log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
-    still_noisy = _cast((t_prev >= 0).view(-1, 1, 1, 1).to(x_t.device), x_t)
+    pred_var = torch.ones_like(x_t) if pred_var is None else pred_var
+    log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
+    still_noisy = cast((t_prev >= 0).view(-1, 1, 1, 1).to(x_t.device), x_t)
     return mean + still_noisy * (0.5 * log_var).exp() * noise, pred_x_start
 
 
 def loss(
-    schedule: Schedule,
-    x_start: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    pred_var: Tensor | None,
-    weight: Tensor | float = 1.0,
-    bound_weight: Tensor | float = 1.0,
-) -> Tensor:
+    schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Tensor, pred_var: Tensor | None,
+    weight: Tensor | float = 1.0, bound_weight: Tensor | float = 1.0,
+) -> Tensor:  # fmt: skip
     """What training minimises, one number per image: (B,).
 
         L_simple = mean |noise - eps|^2                                               DDPM Eq. 14
@@ -179,7 +166,7 @@ def bound(schedule: Schedule, x_start: Tensor, noise: Tensor, t: Tensor, eps: Te
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s) for s in (t, t - 1))
     x_t = add_noise(x_start, noise, alpha_bar_t)
     true_mean = posterior_mean(x_start, x_t, alpha_bar_t, alpha_bar_prev)
-    true_log_var = _cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
+    true_log_var = cast(posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20).log(), x_start)
     mean = posterior_mean(predict_x_start(x_t, eps, alpha_bar_t), x_t, alpha_bar_t, alpha_bar_prev)
     log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
     is_last = (t == 0).view(-1, 1, 1, 1).to(x_start.device)
@@ -208,7 +195,7 @@ def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return prob.clamp(min=1e-12).log()
 
 
-def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
+def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     """To the type first and the device second: tables are float64 on the CPU, which Apple's GPUs do not have."""
     return coefficient.to(like.dtype).to(like.device)
 

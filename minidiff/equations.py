@@ -52,19 +52,19 @@ def rows() -> list[Row]:
     """All equations in reading order. One tag has several rows where several functions compute parts of it."""
     found, tests, chapters = [], _tests(), _chapters()
     for file in re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE):
-        for name, docstring in _documented(HERE / f"{file}.py"):
+        for node, docstring in _documented(HERE / f"{file}.py"):
             for tag, formula in _formulas(docstring).items():
-                test, worked = _test_of(tag, name, tests)
-                home = f"{file}.py::{name}"
-                found.append(Row(tag, formula, home, test, _chapter_of(tag, chapters), docstring, worked))
+                test, worked = _test_of(tag, node.name, tests)
+                chapter = chapters.get(tag, "-" if chapters else "")
+                found.append(Row(tag, formula, f"{file}.py::{node.name}", test, chapter, docstring, worked))
     return found
 
 
-def _documented(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, docstring) of the functions and classes of a file, in its order."""
+def _documented(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.ClassDef, str]]:
+    """(node, docstring) of the functions and classes of a file, in its order."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            yield node.name, ast.get_docstring(node)
+            yield node, ast.get_docstring(node)
 
 
 def _formulas(docstring: str) -> dict[str, str]:
@@ -78,20 +78,15 @@ def _formulas(docstring: str) -> dict[str, str]:
         plain += [] if tags else [formula]
     behind = TAG.findall(docstring.partition("Source:")[2]) if plain else []
     together = {tag: plain for tag in behind} | tagged
-    return {tag: _one_line(lines) for tag, lines in together.items()}
-
-
-def _one_line(lines: Sequence[str]) -> str:
-    text = re.sub(r" +", " ", "; ".join(lines))
-    return text.replace("; +", " +").replace(",;", ",")
+    joined = {tag: re.sub(r" +", " ", "; ".join(lines)) for tag, lines in together.items()}
+    return {tag: text.replace("; +", " +").replace(",;", ",") for tag, text in joined.items()}
 
 
 def _tests() -> list[tuple[list[str], str, str, set[str]]]:
     """(tags its docstring begins with, name, docstring, names it uses) of every test of the equations."""
     found = []
-    for node in ast.parse(TESTS.read_text(encoding="utf-8")).body if TESTS.is_file() else []:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            docstring = ast.get_docstring(node) or ""
+    for node, docstring in _documented(TESTS) if TESTS.is_file() else ():
+        if node.name.startswith("test_"):
             used = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(node)}
             found.append((TAG.findall(docstring.partition(":")[0]), node.name, docstring, used))
     return found
@@ -99,26 +94,19 @@ def _tests() -> list[tuple[list[str], str, str, set[str]]]:
 
 def _test_of(tag: str, name: str, tests: list[tuple[list[str], str, str, set[str]]]) -> tuple[str, str]:
     """The test of this tag that uses this function, or else the first of this tag: (name, docstring)."""
-    fitting = [test for test in tests if tag in test[0]]
-    fitting.sort(key=lambda test: name not in test[3])
+    fitting = sorted((test for test in tests if tag in test[0]), key=lambda test: name not in test[3])
     return fitting[0][1:3] if fitting else ("", "")
 
 
-def _chapters() -> list[tuple[str, str]]:
-    """(number, text) of the walkthrough's chapters: walkthrough/02-walk.md is chapter 2."""
-    paths = sorted(WALKTHROUGH.glob("[0-9][0-9]-*.md"))
-    return [(str(int(path.name[:2])), path.read_text(encoding="utf-8")) for path in paths]
-
-
-def _chapter_of(tag: str, chapters: list[tuple[str, str]]) -> str:
-    return next((number for number, text in chapters if tag in TAG.findall(text)), "-" if chapters else "")
+def _chapters() -> dict[str, str]:
+    """{tag: the first chapter that names it}, where walkthrough/02-walk.md is chapter 2."""
+    paths = sorted(WALKTHROUGH.glob("[0-9][0-9]-*.md"), reverse=True)
+    return {tag: str(int(path.name[:2])) for path in paths for tag in TAG.findall(path.read_text(encoding="utf-8"))}
 
 
 def table() -> list[list[str]]:
     """The head and the rows as cells, formulas cut to LONGEST; without the columns that no row fills."""
-    cells = [list(Row._fields[:5])]
-    for row in rows():
-        cells.append([row.tag, _shortened(row.formula), row.home, row.test, row.chapter])
+    cells = [Row._fields[:5], *((row.tag, _shortened(row.formula), *row[2:5]) for row in rows())]
     return [list(row) for row in zip(*(column for column in zip(*cells) if any(column[1:])))]
 
 
@@ -135,9 +123,8 @@ def markdown() -> str:
     head, *body = table()
     lines = [head, ["---"] * len(head)]
     for tag, formula, home, *rest in body:
-        escaped = formula.replace("|", "\\|")
-        test = [f"`{cell}`" if i == 0 else cell for i, cell in enumerate(rest)]
-        lines.append([tag, f"`{escaped}`", f"`{home}`", *test])
+        code = [f"`{cell}`" for cell in (formula.replace("|", "\\|"), home, *rest[:1])]
+        lines.append([tag, *code, *rest[1:]])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

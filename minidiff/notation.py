@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.ddpm import cast
 
 
 def sigma_of(alpha_bar: Tensor) -> Tensor:
@@ -61,17 +62,17 @@ def alpha_bar_of_lambda(half_log_snr: Tensor) -> Tensor:
 
 def to_edm(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t on EDM's scale: x_t / sqrt(alpha_bar) = x_start + sigma eps."""
-    return x_t / _cast(alpha_bar.sqrt(), x_t)
+    return x_t / cast(alpha_bar.sqrt(), x_t)
 
 
 def to_flow(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t on the scale of `flow.path`, time x_start + (1 - time) eps: x_t / (sqrt(alpha_bar) + sqrt(1 - alpha_bar))."""
-    return x_t / _cast(alpha_bar.sqrt() + (1 - alpha_bar).sqrt(), x_t)
+    return x_t / cast(alpha_bar.sqrt() + (1 - alpha_bar).sqrt(), x_t)
 
 
 def from_x_start(x_t: Tensor, x_start: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """(eps, x_start) of a network that answers x_start: eps = (x_t - sqrt(alpha_bar) x_start) / sqrt(1 - alpha_bar)."""
-    return (x_t - _cast(alpha_bar.sqrt(), x_t) * x_start) / _cast((1 - alpha_bar).sqrt(), x_t), x_start
+    return (x_t - cast(alpha_bar.sqrt(), x_t) * x_start) / cast((1 - alpha_bar).sqrt(), x_t), x_start
 
 
 def from_v(x_t: Tensor, v: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,13 +81,13 @@ def from_v(x_t: Tensor, v: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v
         x_start = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
     """
-    signal, noise = _cast(alpha_bar.sqrt(), x_t), _cast((1 - alpha_bar).sqrt(), x_t)
+    signal, noise = cast(alpha_bar.sqrt(), x_t), cast((1 - alpha_bar).sqrt(), x_t)
     return noise * x_t + signal * v, signal * x_t - noise * v
 
 
 def from_score(x_t: Tensor, score: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """(eps, x_start) of a network that answers the score: eps = -sqrt(1 - alpha_bar) score."""
-    eps = -_cast((1 - alpha_bar).sqrt(), x_t) * score
+    eps = -cast((1 - alpha_bar).sqrt(), x_t) * score
     return eps, ddpm.predict_x_start(x_t, eps, alpha_bar)
 
 
@@ -96,7 +97,7 @@ def from_velocity(x_t: Tensor, velocity: Tensor, alpha_bar: Tensor) -> tuple[Ten
         eps = x - time velocity
         x_start = x + (1 - time) velocity
     """
-    x, time = to_flow(x_t, alpha_bar), _cast(time_of(alpha_bar), x_t)
+    x, time = to_flow(x_t, alpha_bar), cast(time_of(alpha_bar), x_t)
     return x - time * velocity, x + (1 - time) * velocity
 
 
@@ -107,7 +108,7 @@ def v_of(eps: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Source: Progressive Distillation Sec. 4.
     """
-    return _cast(alpha_bar.sqrt(), eps) * eps - _cast((1 - alpha_bar).sqrt(), eps) * x_start
+    return cast(alpha_bar.sqrt(), eps) * eps - cast((1 - alpha_bar).sqrt(), eps) * x_start
 
 
 def score_of(eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -115,13 +116,9 @@ def score_of(eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Source: Song et al., arXiv 2011.13456.
     """
-    return -eps / _cast((1 - alpha_bar).sqrt(), eps)
+    return -eps / cast((1 - alpha_bar).sqrt(), eps)
 
 
 def velocity_of(eps: Tensor, x_start: Tensor) -> Tensor:
     """The direction from noise to data, x_1 - x_0 in flow matching's letters: x_start - eps."""
     return x_start - eps
-
-
-def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
-    return coefficient.to(like.dtype).to(like.device)

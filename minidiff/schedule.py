@@ -59,9 +59,7 @@ class Schedule:
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
         """alpha-bar at each time of t: (B,) int64 in -1..T-1, where -1 is clean. Returns (B, 1, 1, 1) float64.
-
-        Raises ValueError if a time lies outside the table.
-        """
+        Raises ValueError if a time lies outside the table."""
         t = t.cpu()  # once: reading from a GPU waits for all that it still has to do
         if t.numel() and not (-1 <= int(t.min()) and int(t.max()) < self.num_train_timesteps):
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.tolist()}")
@@ -105,9 +103,7 @@ def strided(start: int = 990, stop: int = 0, stride: int = 30) -> torch.Tensor:
 
 def leading(num_inference_steps: int, num_train_timesteps: int = 1000) -> torch.Tensor:
     """Evenly spaced from 0 upwards, as diffusers does by default: t_i = (N - 1 - i) * (T // N). (N,) int64.
-
-    Starts below T - 1 (at 950 for N = 20), so the network takes pure noise for what still has a little of an image.
-    """
+    Starts below T - 1 (at 950 for N = 20), so the network takes pure noise for what still has a little of an image."""
     _check_count(num_inference_steps, num_train_timesteps)
     return torch.arange(num_inference_steps - 1, -1, -1) * (num_train_timesteps // num_inference_steps)
 

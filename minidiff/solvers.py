@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.ddpm import FixXStart, Previous, cast
 from minidiff.schedule import Schedule, check_timesteps
-
-Previous = tuple[Tensor, Tensor]  # the time before this one, (B,), and its x_start
-FixXStart = Callable[[Tensor], Tensor]
 
 
 def ddim_step(
@@ -49,8 +47,8 @@ def ddim_step(
     if eta:  # of a clean x_t it would be 0 / 0
         variance = eta**2 * ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev)
     to_noise = (1 - alpha_bar_prev - variance).clamp(min=0).sqrt()
-    x_prev = _cast(alpha_bar_prev.sqrt(), x_t) * x_start + _cast(to_noise, x_t) * eps
-    return x_prev + _cast(variance.sqrt(), x_t) * noise, x_start
+    x_prev = cast(alpha_bar_prev.sqrt(), x_t) * x_start + cast(to_noise, x_t) * eps
+    return x_prev + cast(variance.sqrt(), x_t) * noise, x_start
 
 
 def dpm_step(
@@ -81,20 +79,18 @@ def dpm_step(
         lambda_t, lambda_prev = _half_log_snr(alpha_bar_t), _half_log_snr(alpha_bar_prev)
         lambda_before = _half_log_snr(schedule.alpha_bar(before))
         r = (lambda_t - lambda_before) / (lambda_prev - lambda_t)
-        direction = x_start + _cast(0.5 / r, x_t) * (x_start - x_start_before)
+        direction = x_start + cast(0.5 / r, x_t) * (x_start - x_start_before)
     ratio = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
     to_start = alpha_bar_prev.sqrt() - ratio * alpha_bar_t.sqrt()
-    return _cast(ratio, x_t) * x_t + _cast(to_start, x_t) * direction, x_start
+    return cast(ratio, x_t) * x_t + cast(to_start, x_t) * direction, x_start
 
 
 STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --sampler names
 
 
 @torch.inference_mode()
-def invert(
-    predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], x_start: Tensor, timesteps: Tensor,
-    schedule: Schedule,
-) -> Tensor:  # fmt: skip
+def invert(predict: Callable[..., tuple[Tensor, Tensor | None]], x_start: Tensor, timesteps: Tensor,
+           schedule: Schedule) -> Tensor:  # fmt: skip
     """Walk DDIM's equation upwards: from an image to the noise from which `ddim_step` leads back to it.
 
         x_later = sqrt(alpha_bar_later) x_start + sqrt(1 - alpha_bar_later) eps,    eps = predict(x_t, t_later)
@@ -117,7 +113,3 @@ def invert(
 
 def _half_log_snr(alpha_bar: Tensor) -> Tensor:
     return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
-
-
-def _cast(coefficient: Tensor, like: Tensor) -> Tensor:
-    return coefficient.to(like.dtype).to(like.device)

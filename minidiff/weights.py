@@ -41,7 +41,6 @@ PARTS = {  # the files of each part on the hub: config and float16 weights, and 
 }
 NEEDED = {"unet": "scheduler/scheduler_config.json", "text_encoder": "tokenizer/spiece.model"}  # beside each part
 LICENCE_PAGE = "https://huggingface.co/DeepFloyd/IF-I-XL-v1.0"
-CHANNELS_OF_STAGE = {1: 3, 2: 6}  # stage 2 sees the low-resolution image too
 PATIENCE = 10  # seconds for an answer of the hub
 
 
@@ -49,18 +48,17 @@ def resolve(model: str, stage: int, parts: Collection[str] = ("unet",), say: Cal
     """The folder that holds these parts of a model, in the released layout; downloaded if it must be.
 
     model: "mini" (embedded), a folder, a name in `weights/`, or a released name; looked for in that order, a released
-    name then in the Hugging Face cache (without touching the network), then on the Hugging Face hub.
+    name then in the Hugging Face cache (without touching the network), then on the hub.    Raises WeightsError.
     stage: 1 or 2.  parts: of "unet" (with its scheduler) and "text_encoder" (with its tokenizer). All released models
     share one text encoder, so parts=("text_encoder",) accepts whichever is already here.
     say: hears what is about to be downloaded, and how large it is.
-    Raises WeightsError if there is no such model, it is of the other stage, incomplete or cannot be downloaded.
     """
     name = model.removeprefix("DeepFloyd/")
     if name in RELEASED and "unet" in parts:
         _check_stage(name, RELEASED[name][0], stage)
     folder = find(model, stage, parts) or _download(f"DeepFloyd/{name}", parts, say)
     if "unet" in parts:
-        is_second = read_config(folder / "unet").get("in_channels") == CHANNELS_OF_STAGE[2]
+        is_second = read_config(folder / "unet").get("in_channels") == 6  # it sees the low-resolution image too
         _check_stage(str(folder), 2 if is_second else 1, stage)
     return folder
 
@@ -170,7 +168,8 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    status = next(filter(None, (getattr(getattr(e, "response", None), "status_code", None) for e in chain)), None)
+    statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in chain)
+    status = next(filter(None, statuses), None)
     log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models"
     token = "run `hf auth login`, or set HF_TOKEN, with a token of that account that may read gated repositories"
     steps = [log_in, token, "run the same command again"]
@@ -192,13 +191,13 @@ def explain(error: BaseException, repo: str, has_token: bool) -> str:
 def check(folder: Path, say: Callable[[str], object]) -> bool:
     """Build each part of a model folder as drawing does, and read each number once.
     Returns False, after saying why, if anything is missing, broken or of another architecture."""
-    parts = [part for part in PARTS if (folder / part).is_dir()]
     say(str(folder))
+    parts = [part for part in PARTS if (folder / part).is_dir()]
     faults = [] if parts else [f"has none of {', '.join(PARTS)}"]
     for part in parts:
         try:
-            variants = {tuple(c.files): c for c in (Checkpoint(folder, part, dtype) for dtype in VARIANT)}
-            for checkpoint in variants.values():
+            variants = (Checkpoint(folder, part, dtype) for dtype in VARIANT)
+            for checkpoint in {tuple(c.files): c for c in variants}.values():
                 _check_part(folder, part, checkpoint, say)
         except (ValueError, OSError) as error:
             faults.append(f"{part}: {error}")
@@ -223,11 +222,10 @@ def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[
 
 
 def _list() -> None:
-    rows = {"mini": [WEIGHTS / name for name in MINI.values()]}
-    rows |= {name: [WEIGHTS / name] for name in embedded() if name not in RELEASED}
-    for name, folders in rows.items():
-        fault = "; ".join(filter(None, (lack(folder, ("unet",)) for folder in folders)))
-        place = WEIGHTS if name == "mini" else WEIGHTS / name
+    rows = {"mini": (WEIGHTS, MINI.values())}  # name: where it lies, and the folders of its unets
+    rows |= {name: (WEIGHTS / name, [name]) for name in embedded() if name not in RELEASED}
+    for name, (place, folders) in rows.items():
+        fault = "; ".join(filter(None, (lack(WEIGHTS / folder, ("unet",)) for folder in folders)))
         print(f"{name:14} {f'incomplete: {fault}' if fault else f'embedded        {place}'}")
     for name, (stage, size) in RELEASED.items():
         whole = find(name, stage, ("unet",))

@@ -45,7 +45,7 @@ def test_values_of_every_precision_arrive_unchanged(tmp_path, dtype):
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
     assert checkpoint.config == UNET
-    assert sorted(checkpoint.keys()) == sorted(state)
+    assert sorted(checkpoint.shapes) == sorted(state)
     assert checkpoint.shapes["conv_in.weight"] == (32, 3, 3, 3)
     assert set(checkpoint.dtypes.values()) == {dtype}
 
@@ -146,7 +146,7 @@ def test_the_embedding_may_have_either_name_and_the_decoder_is_ignored(tmp_path,
     stored |= {name: state["shared.weight"].clone() for name in names}
     stored |= {"decoder.block.0.layer.0.layer_norm.weight": torch.ones(3), "lm_head.weight": torch.ones(2, 2)}
     checkpoint = Checkpoint(write_part(tmp_path, "text_encoder", {"model.safetensors": stored}), "text_encoder")
-    assert sorted(checkpoint.keys()) == sorted(state)
+    assert sorted(checkpoint.shapes) == sorted(state)
     loaded = fill(empty(make_t5), checkpoint).state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
     assert torch.equal(checkpoint.rows("shared.weight", torch.tensor([3, 49, 3])), state["shared.weight"][[3, 49, 3]])

@@ -34,10 +34,8 @@ def singulars(word: str) -> list[str]:
 
 def style_phrases(rows: Iterable[Mapping]) -> dict[str, list[str]]:
     """What stands before "of": {"oil painting": ["oil"], "cartoon": ["streamline", "toon-head"], "picture": []}.
-
     A phrase counts if the concept follows it, as in "a cartoon of a cat", not in "a cup of hot coffee". A phrase of
-    more than two styles is of any, and its list is empty.
-    """
+    more than two styles is of any, and its list is empty."""
     styles: dict[str, set[str]] = {}
     for row in rows:
         for caption in row["captions"]:
@@ -89,9 +87,7 @@ def class_names(rows: Sequence[Mapping], phrases: Mapping[str, list[str]]) -> di
 
 def expected(prompt: str, names: Mapping[str, list[str]], phrases: Mapping[str, list[str]]) -> Expectation | None:
     """What an image of this prompt must show: its style phrase, then the first name in it, the longest one there.
-
-    names: from `class_names`.  phrases: from `style_phrases`.  None if the prompt has none of the names.
-    """
+    names: from `class_names`.  phrases: from `style_phrases`.  None if the prompt has none of the names."""
     phrase, text = split_style(" ".join(words_of(prompt)), phrases)
     words = words_of(text)
     for start in range(len(words)):
@@ -121,14 +117,11 @@ def shares(pairs: Sequence[tuple[Expectation, Expectation]]) -> dict[str, float]
     for "both" as right, and for "style" not at all."""
     right = [agreement(*pair) for pair in pairs]
     styles = [style for (_, style), (_, expectation) in zip(right, pairs) if expectation.styles]
-    return {"concept": sum(concept for concept, _ in right) / max(len(right), 1),
-            "style": sum(styles) / max(len(styles), 1), "both": sum(map(all, right)) / max(len(right), 1)}  # fmt: skip
+    answers = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
+    return {name: sum(values) / max(len(values), 1) for name, values in answers.items()}
 
 
 def floor(answers: Sequence[Expectation], expectations: Sequence[Expectation]) -> dict[str, float]:
     """The shares when each answer is held against all other expectations: what images reach that ignore the prompt.
-
-    expectations: one for each answer.
-    """
-    pairs = [(answer, other) for answer, e in zip(answers, expectations) for other in expectations if other != e]
-    return shares(pairs)
+    expectations: one for each answer."""
+    return shares([(answer, other) for answer, e in zip(answers, expectations) for other in expectations if other != e])

@@ -24,10 +24,8 @@ HELD_OUT = 128  # images on which the error is measured
 
 class CaptionedImages:
     """The training set in memory: `size` pixels a side, uint8, and the captions of each image.
-
     rows: of captions.json, or {"captions": [...]} from text files. Those with "split": "val", whose numbers are `held`,
-    are never drawn: `held_out` returns them.
-    """
+    are never drawn: `held_out` returns them."""
 
     def __init__(self, folder: Path, size: int):
         """Raises ValueError naming the file that is missing or wrong."""
@@ -49,14 +47,13 @@ class CaptionedImages:
         self.weights = torch.tensor([float(row.get("weight", 1)) for row in self.rows])
         self.weights[self.held] = 0
 
-    def draw(
-        self, batch_size: int, generator: torch.Generator, dropout: float = CAPTION_DROPOUT
-    ) -> tuple[Tensor, list[str]]:
+    def draw(self, batch_size: int, generator: torch.Generator,
+             dropout: float = CAPTION_DROPOUT) -> tuple[Tensor, list[str]]:  # fmt: skip
         """A batch (B, 3, size, size) in [-1, 1], each image with one of its captions."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator).tolist()
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
-        texts = [_pick(self.captions[i], c) for i, (c, _, _) in zip(picks, choice)]
-        return self.take(picks), [_pick(NEUTRAL, n) if d < dropout else text for text, (_, d, n) in zip(texts, choice)]
+        return self.take(picks), [_pick(NEUTRAL, n) if d < dropout else _pick(self.captions[i], c)
+                                  for i, (c, d, n) in zip(picks, choice)]  # fmt: skip
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
@@ -67,8 +64,7 @@ class CaptionedImages:
 
     def take(self, picks: Sequence[int]) -> Tensor:
         """(B, 3, size, size) in [-1, 1]."""
-        pixels = torch.from_numpy(np.stack([self.pixels[i] for i in picks]))
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.from_numpy(self.pixels[list(picks)]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _pick(texts: list[str], position: float) -> str:
@@ -87,13 +83,12 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of captions.json, without blank captions. Raises ValueError naming the file and the row."""
     if not path.is_file():
         raise ValueError(f"there is no {path}, the captions of the packed images beside it")
-    try:
-        rows = json.loads(_read_utf8(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
     shape = 'each row must be like {"captions": ["a red square"]}'
     try:
+        rows = json.loads(_read_utf8(path))
         rows = [row | {"captions": [text for text in row.get("captions", ()) if text.strip()]} for row in rows]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
     except (AttributeError, TypeError):
         raise ValueError(f"{path} holds other things than rows of captions; {shape}") from None
     for i, row in enumerate(rows):

@@ -5,17 +5,14 @@
     python -m minidiff.deepfloyd.judge score --model weights/mini-IF-I --prompts FILE --seeds 0 1 2 --steps 50
 
 The judge looks at 64 x 64 images and names three things: the concept (a dog, a volcano; all people are one concept,
-"person"), the style (a set of drawings, "scene" for landscapes, oil, ...), and the traits of a person. What a prompt
-expects follows from its words, by the names and style phrases that the captions used. A word that the judge has no
-class for, such as a place or a color, is not judged.
+"person"), the style (a set of drawings, "scene" for landscapes, oil, ...), and the traits of a person. A word of a
+prompt that the judge has no class for, such as a place or a color, is not judged.
 
-`score` draws every prompt with every seed and prints for how many images the concept, the style and both are right.
-Two numbers stand beside the result. The ceiling is the judge's accuracy on real images that it never saw. The floor
-is how many images are right when each is held against the other prompts.
+`score` prints for how many images the concept, the style and both are right, between two numbers: the ceiling is the
+judge's accuracy on real images that it never saw, the floor holds each image against the other prompts.
 
 IMAGES is the folder that `minidiff.deepfloyd.train` reads, packed, with "kind", "concept" and "style" in captions.json.
-The judge sees the images that the cascade learns from, but turned, cropped, recolored, blurred and noised; rows with
-"split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/captions.py` first.
+Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/captions.py` first.
 """
 
 import argparse
@@ -76,10 +73,7 @@ class Judge(nn.Module):
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored or not, turned, scaled, moved, recolored, noised and blurred: never twice the same.
-
-    x: (B, 3, H, W) in [-1, 1]. Returns as much, in [-1, 1].
-    """
+    """Each image (B, 3, H, W) in [-1, 1] mirrored or not, turned, scaled, moved, recolored, noised and blurred."""
     B = len(x)
 
     def between(low: float, high: float, *shape: int) -> Tensor:
@@ -101,9 +95,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def loss(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """Cross-entropy of concept and style, and of each trait where the image shows a person.
-
-    scores: as of Judge.  labels: concept (B,), style (B,), traits (B, n) in {0, 1}, or -1 where no person is.
-    """
+    scores: as of Judge.  labels: concept (B,), style (B,), traits (B, n) in {0, 1}, or -1 where no person is."""
     concept, style = (F.cross_entropy(s.float(), y, label_smoothing=0.05) for s, y in zip(scores[:2], labels[:2]))
     mask = labels[2] >= 0
     traits = F.binary_cross_entropy_with_logits(scores[2].float(), labels[2].clamp(min=0), reduction="none")
@@ -266,8 +258,8 @@ def score(args: argparse.Namespace) -> None:
                          f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
     cascade = Cascade.load(args.model, "none", device=cli.device_of("auto"))
     flags = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
-    used = cascade.settings[0]._replace(**{key: value for key, value in flags.items() if value is not None})
-    cascade.settings[0] = used
+    changes = {key: value for key, value in flags.items() if value is not None}
+    cascade.settings[0] = used = cascade.settings[0]._replace(**changes)
     x = draw(cascade, prompts, args.seeds)
     answers = answers_on(judge, x, config)
     title = f"{args.model}, {used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}, seeds {args.seeds}"
@@ -293,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--sampler", choices=STEPS, help="(default: the model's)")
     p.add_argument("--guidance-scale", type=cli.finite, help="(default: the model's)")
     p.add_argument("--judge", type=cli.file_path, default=EMBEDDED, help="folder (default %(default)s)")
-    p.add_argument("--out", type=cli.file_path, default=Path("out/judge.png"),
-                   help="contact sheet to write (default %(default)s)")  # fmt: skip
+    p.add_argument("--out", type=cli.file_path, default=Path("out/judge.png"), help="a sheet (default %(default)s)")
     args = parser.parse_args(argv)
     if args.command == "score":
         score(args)

@@ -47,10 +47,8 @@ def plan_stage(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> tuple[Stage, Callable[[], Stage]]:
     """A stage whose UNet has no numbers yet, and a function that reads them. Errors show before anything large is read.
-
     dtype: what to compute in; None: what the device is fast at.
-    Raises WeightsError if files are missing or broken, or describe another architecture or process.
-    """
+    Raises WeightsError if files are missing or broken, or describe another architecture or process."""
     dtype = default_dtype(device) if dtype is None else dtype
     checkpoint = Checkpoint(folder, "unet", dtype)
     unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
@@ -76,8 +74,8 @@ def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float
     with blaming(noising, "describes no process of IF"):
         noising_schedule = Schedule.from_config(read_json(noising)) if noising.exists() else squaredcos_cap_v2()
     for each, file in ((schedule, path), (noising_schedule, noising)):
-        if each.num_train_timesteps != 1000:
-            steps = f"num_train_timesteps is {each.num_train_timesteps}, but drawing visits 0 to 999"
+        if (T := each.num_train_timesteps) != 1000:
+            steps = f"num_train_timesteps is {T}, but drawing visits 0 to 999"
             raise WeightsError(f"{file} describes no process of IF: {steps}")
     for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
         if config.get(key, expected) != expected:

@@ -46,25 +46,20 @@ class T5Config:
     @classmethod
     def from_dict(cls, config: dict) -> "T5Config":
         """Read a `config.json`. Raises ValueError if it is not a T5 v1.1 (gated GELU) or lacks a key."""
-        gate = config.get("feed_forward_proj")
-        if gate != "gated-gelu":
-            kinds = f"{gate!r}, but IF has T5 v1.1, 'gated-gelu'"
-            raise ValueError(f"text_encoder/config.json: feed_forward_proj is {kinds}")
-        optional = "relative_attention_max_distance"
+        where, optional = "text_encoder/config.json", "relative_attention_max_distance"
+        if (gate := config.get("feed_forward_proj")) != "gated-gelu":
+            raise ValueError(f"{where}: feed_forward_proj is {gate!r}, but IF has T5 v1.1, 'gated-gelu'")
         if missing := [f.name for f in fields(cls) if f.name not in config and f.name != optional]:
-            raise ValueError(f"text_encoder/config.json lacks {', '.join(missing)}")
-        made = cls(**config_fields(cls, config, "text_encoder/config.json"))
+            raise ValueError(f"{where} lacks {', '.join(missing)}")
+        made = cls(**config_fields(cls, config, where))
         if 4 * made.relative_attention_max_distance <= made.relative_attention_num_buckets:
-            raise ValueError("text_encoder/config.json: relative_attention_max_distance must be above a quarter of "
-                             "relative_attention_num_buckets")  # fmt: skip
+            raise ValueError(f"{where}: {optional} must be above a quarter of relative_attention_num_buckets")
         return made
 
 
 def config_fields(kind: type, config: dict, where: str) -> dict:
     """The fields of a dataclass that a config names, lists as tuples.
-
-    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST].
-    """
+    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST]."""
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in config}
     for name, hint in hints.items():
         if not _has_type(config[name], hint):
@@ -121,11 +116,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.heads = config.num_heads
-        self.q = Linear(config.d_model, inner)
-        self.k = Linear(config.d_model, inner)
-        self.v = Linear(config.d_model, inner)
+        inner, self.heads = config.num_heads * config.d_kv, config.num_heads
+        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
         self.o = Linear(inner, config.d_model)
         if owns_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
@@ -146,8 +138,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = Linear(config.d_model, config.d_ff)
-        self.wi_1 = Linear(config.d_model, config.d_ff)
+        self.wi_0, self.wi_1 = (Linear(config.d_model, config.d_ff) for _ in range(2))
         self.wo = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,15 +173,6 @@ class Block(nn.Module):
         return self.layer[1](self.layer[0](h, bias))
 
 
-class Stack(nn.Module):
-    """The blocks and the final norm (the checkpoint keeps them under `encoder.`)."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.block = nn.ModuleList([Block(config, owns_bias=i == 0) for i in range(config.num_layers)])
-        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-
 class T5Encoder(nn.Module):
     """The whole encoder. `checkpoint.built` makes it, `checkpoint.fill` fills it."""
 
@@ -198,13 +180,13 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config)
+        blocks = nn.ModuleList([Block(config, owns_bias=i == 0) for i in range(config.num_layers)])
+        norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D), padding rows included.
-
-        Padding is hidden from every token but is itself computed: the UNet reads all L rows.
-        """
+        """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D).
+        Padding is hidden from every token but is itself computed: the UNet reads all L rows."""
         h = self.shared(input_ids).float()  # (B, L, D)
         bias = attention_bias(self.config, self.encoder.block[0], attention_mask)
         for block in self.encoder.block:
@@ -214,9 +196,7 @@ class T5Encoder(nn.Module):
 
 def attention_bias(config: T5Config, first: Block, attention_mask: Tensor) -> Tensor:
     """What every block adds to its scores: the distance table of the first block, and -inf on padded keys.
-
-    attention_mask: (B, L). Returns (B, heads, L, L) float32.
-    """
+    attention_mask: (B, L). Returns (B, heads, L, L) float32."""
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     distance = position[None, :] - position[:, None]  # (L, L): key minus query
     buckets = relative_bucket(distance, config.relative_attention_num_buckets, config.relative_attention_max_distance)
@@ -243,13 +223,9 @@ def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int =
 
 @torch.inference_mode()
 def encode_streamed(
-    config: T5Config,
-    fetch: Callable[[str], dict[str, Tensor]],
-    rows: Callable[[str, Tensor], Tensor],
-    dtype: torch.dtype,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-) -> Tensor:
+    config: T5Config, fetch: Callable[[str], dict[str, Tensor]], rows: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype, input_ids: Tensor, attention_mask: Tensor,
+) -> Tensor:  # fmt: skip
     """The same forward with half a block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
 
     fetch(prefix) returns the tensors below a prefix, mapped from the file; rows(key, ids) some rows of an embedding.

@@ -48,13 +48,10 @@ class TextEncoder:
 
 def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, T5Encoder]:
     """The tokenizer, and a T5 of this checkpoint that has no numbers yet.
-
-    Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture.
-    """
+    Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     encoder = built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
-    pieces, rows = tokenizer.pieces.get_piece_size(), encoder.config.vocab_size
-    if pieces > rows:
+    if (pieces := tokenizer.pieces.get_piece_size()) > (rows := encoder.config.vocab_size):
         raise WeightsError(f"{folder}: the tokenizer has {pieces} pieces, the text encoder knows {rows}; "
                            "are they of one model?")  # fmt: skip
     return tokenizer, encoder
@@ -63,12 +60,9 @@ def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, 
 def load_text_encoder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
 ) -> TextEncoder:
-    """From a folder in the released layout.
-
+    """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
     dtype: what to compute in; None: what the device is fast at.
-    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`.
-    Raises ValueError as `plan_text_encoder`.
-    """
+    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = default_dtype(device) if dtype is None else dtype
     checkpoint = Checkpoint(folder, "text_encoder", precision)
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
@@ -82,11 +76,9 @@ def load_text_encoder(
 
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
-
-    Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY.
-    """
-    parameters = dict(encoder.named_parameters())
-    size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize) for name, p in parameters.items())  # wo: float32
+    Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY."""
+    size = sum(p.numel() * (4 if ".wo." in name else dtype.itemsize)  # wo: float32
+               for name, p in encoder.named_parameters())  # fmt: skip
     if device.type == "cuda":
         return size > torch.cuda.mem_get_info(device)[0] * 0.9
     free = free_memory()
@@ -113,7 +105,7 @@ def fingerprint(folder: Path) -> str:
     matrix in most places, so it shows; a change of a few rows of one large matrix may not.
     """
     digest, checkpoint = hashlib.sha256(), Checkpoint(folder, "text_encoder")
-    for key in sorted(checkpoint.keys()):
+    for key in sorted(checkpoint.shapes):
         digest.update(f"{key} {checkpoint.dtypes[key]} {checkpoint.shapes[key]}".encode())
         raw = checkpoint.read([key])[key].flatten().view(torch.uint8).numpy()  # mapped: only what is hashed is read
         last = len(raw) - PAGE
@@ -125,10 +117,8 @@ def fingerprint(folder: Path) -> str:
 
 def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: str) -> None:
     """Prompts and their states (N, 77, D). encoder: its fingerprint.
-
     A .pth or .pt is the course's dictionary {prompt: (1, 77, D)}, which has no place for the fingerprint. Any other
-    file is a safetensors file with prompts and fingerprint in the metadata.
-    """
+    file is a safetensors file with prompts and fingerprint in the metadata."""
     if path.suffix in (".pth", ".pt"):
         save_state({prompt: states.clone() for prompt, states in zip(prompts, embeds.cpu().split(1))}, path)
         return
@@ -138,18 +128,13 @@ def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: st
 
 def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
     """The states of these prompts, (N, 77, D), from a file of `write_embeds` or the course's .pth dictionary.
-
-    encoder: if given, the fingerprint the file must have been made with.
-    Raises ValueError if the file is missing, is neither of the two, lacks a prompt (and lists those it has), holds
-    something other than states, or was made by another encoder. A .pth is read with weights_only, so it can hold
-    tensors but run nothing.
-    """
+    encoder: if given, the fingerprint the file must have been made with.  Raises ValueError: a file that lacks a prompt
+    lists those it has. A .pth is read with weights_only, so it can hold tensors but run nothing."""
     path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"no file of encoded prompts at {path}; make one: python -m minidiff.encode PROMPT --out FILE")
     table = _read_course(path) if path.suffix in (".pth", ".pt") else _read_embeds(path, encoder)
-    missing = [p for p in prompts if clean(p) not in table]
-    if missing:
+    if missing := [p for p in prompts if clean(p) not in table]:
         empty = "; '' is the empty prompt, which guidance leads away from: encode it, too" if "" in missing else ""
         raise ValueError(f"{path} lacks {missing}; it holds {sorted(table)}{empty}")
     found = [table[clean(p)] for p in prompts]
@@ -164,14 +149,13 @@ def _check_states(path: Path, prompt: str, states: Tensor, width: int) -> None:
     dense = states.layout == torch.strided and not states.is_quantized and states.device.type == "cpu"
     good = dense and states.dtype in STATES and states.shape == (1, MAX_TOKENS, width) and width > 0
     if not good or not states.isfinite().all():
-        kind = f"{tuple(states.shape)} {str(states.dtype).removeprefix('torch.')}"
-        kind += "" if dense else f", {states.layout}, quantized {states.is_quantized}"
+        kind = f"{tuple(states.shape)}, {states.dtype}, {states.layout}, on {states.device}"
         raise ValueError(f"{path}: the states of {prompt!r} must be (1, {MAX_TOKENS}, D) finite, dense floating-point "
                          f"numbers, but they are {'not all finite' if good else kind}; encode them again")  # fmt: skip
 
 
 def _read_embeds(path: Path, encoder: str | None) -> dict[str, Tensor]:
-    """A file of `write_embeds`: {cleaned prompt: (1, 77, D)}."""
+    """A safetensors file of `write_embeds`: {cleaned prompt: (1, 77, D)}."""
     try:
         with safetensors.safe_open(path, "pt") as f:
             metadata, embeds = f.metadata() or {}, f.get_tensor("prompt_embeds")

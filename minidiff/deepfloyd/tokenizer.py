@@ -39,13 +39,10 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts to (input_ids, attention_mask), both (B, 77) int64; the mask is 1 on pieces and the end mark.
-
-        A prompt of more than 76 pieces is cut, and a warning shows the words that were lost.
-        """
+        A prompt of more than 76 pieces is cut, and a warning shows the words that were lost."""
         rows = [self.encode(prompt) for prompt in prompts]
         ids = torch.tensor([row + [PAD] * (MAX_TOKENS - len(row)) for row in rows])  # (B, 77)
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, (torch.arange(MAX_TOKENS) < lengths[:, None]).long()
+        return ids, torch.tensor([[1] * len(row) + [0] * (MAX_TOKENS - len(row)) for row in rows])
 
     def encode(self, prompt: str) -> list[int]:
         """One prompt to at most 77 ids, the last of them the end mark. The empty prompt is the end mark alone."""
@@ -54,11 +51,8 @@ class Tokenizer:
             pieces = [p for p, i in zip(self.pieces.encode(clean(prompt), out_type=str), ids) if i == UNKNOWN]
             warnings.warn(f"the tokenizer has no piece for {', '.join(pieces)} in {prompt!r}", stacklevel=3)
         if len(ids) > MAX_TOKENS - 1:
-            lost = self.pieces.decode(ids[MAX_TOKENS - 1 :])
-            warnings.warn(
-                f"the prompt has {len(ids)} tokens, but IF reads {MAX_TOKENS - 1} and an end mark; lost: {lost!r}",
-                stacklevel=3,
-            )
+            lost = f"IF reads {MAX_TOKENS - 1} and an end mark; lost: {self.pieces.decode(ids[MAX_TOKENS - 1 :])!r}"
+            warnings.warn(f"the prompt has {len(ids)} tokens, but {lost}", stacklevel=3)
         return ids[: MAX_TOKENS - 1] + [EOS]
 
 

@@ -62,24 +62,22 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
         """Read a `config.json`. What construction and strict loading refuse as well is left to them.
-
-        Raises ValueError naming the key that is missing, has another type or is of another architecture.
-        """
+        Raises ValueError naming the key that is missing, has another type or is of another architecture."""
+        where = "unet/config.json"
         fixed = FIXED | ({"time_embedding_act_fn": "gelu"} if config.get("time_embedding_act_fn") else {})
         for key, expected in fixed.items():
             if config.get(key, expected) != expected:
-                raise ValueError(f"unet/config.json: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
+                raise ValueError(f"{where}: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
         if missing := [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]:
-            raise ValueError(f"unet/config.json lacks {', '.join(missing)}: is this the config of an IF UNet?")
+            raise ValueError(f"{where} lacks {', '.join(missing)}: is this the config of an IF UNet?")
         levels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
         if isinstance(layers, int) and isinstance(levels, list):
             config = config | {"layers_per_block": [layers] * len(levels)}
-        made = cls(**config_fields(cls, config, "unet/config.json"))
+        made = cls(**config_fields(cls, config, where))
         if unknown := sorted(set(made.down_block_types) - set(MIRROR)):
-            raise ValueError(f"unet/config.json: unknown down_block_types {unknown}; known: {', '.join(MIRROR)}")
+            raise ValueError(f"{where}: unknown down_block_types {unknown}; known: {', '.join(MIRROR)}")
         if not len(made.block_out_channels) == len(made.layers_per_block) == len(made.down_block_types):
-            raise ValueError("unet/config.json: block_out_channels, layers_per_block, down_block_types differ in "
-                             "length")  # fmt: skip
+            raise ValueError(f"{where}: block_out_channels, layers_per_block, down_block_types differ in length")
         return made
 
     @property
@@ -123,9 +121,7 @@ class AttentionPool(nn.Module):
             raise ValueError(f"encoder_hid_dim {dim} does not split into {heads} heads (addition_embed_type_num_heads)")
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.empty(1, dim).normal_(std=dim**-0.5))
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
         mean = tokens.mean(1, keepdim=True) + self.positional_embedding  # (B, 1, E), padding included
@@ -174,12 +170,11 @@ class ResnetBlock(nn.Module):
             skip, h = F.avg_pool2d(skip, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":  # (B, C, H, W) -> (B, C, 2H, 2W)
             skip, h = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (skip, h))
-        h = self.conv1(h)
         temb = temb if self.skip_time_act else F.gelu(temb)
         scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.gelu(self.norm2(h) * (1 + scale) + shift))
-        skip = self.conv_shortcut(skip)
-        return (skip + h) / self.out_scale if self.out_scale != 1 else skip + h
+        h = self.norm2(self.conv1(h)) * (1 + scale) + shift
+        out = self.conv_shortcut(skip) + self.conv2(F.gelu(h))
+        return out / self.out_scale if self.out_scale != 1 else out
 
 
 class Attention(nn.Module):
@@ -201,10 +196,8 @@ class Attention(nn.Module):
         self.norm_cross = nn.GroupNorm(32, text_dim, 1e-5)
         self.to_q = nn.Linear(channels, channels)
         if not only_cross:
-            self.to_k = nn.Linear(channels, channels)
-            self.to_v = nn.Linear(channels, channels)
-        self.add_k_proj = nn.Linear(text_dim, channels)
-        self.add_v_proj = nn.Linear(text_dim, channels)
+            self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(2))
+        self.add_k_proj, self.add_v_proj = (nn.Linear(text_dim, channels) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.only_cross = only_cross
 
@@ -318,7 +311,11 @@ class UNet(nn.Module):
         if not (torch.is_grad_enabled() and x.device.type == "cpu" and dtype == torch.float32):
             # Plain layout would spend up to half its time on copies; only CPU training in float32 is faster with it.
             x = x.contiguous(memory_format=torch.channels_last)
-        temb = self._conditions(t, prompt_embeds, class_labels)  # (B, time_dim)
+        temb = self.time_embedding(t)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        temb = temb + self.add_embedding(prompt_embeds)
+        temb = F.gelu(temb) if self.config.time_embedding_act_fn == "gelu" else temb  # (B, time_dim)
         text = self.encoder_hid_proj(prompt_embeds)  # (B, L, X)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
@@ -327,14 +324,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block.up(h, temb, text, skips)
         return self.conv_out(F.gelu(self.conv_norm_out(h)))
-
-    def _conditions(self, t: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> Tensor:
-        """temb, (B, time_dim): the time, the pooled prompt and, in stage 2, the noise level as one vector."""
-        temb = self.time_embedding(t)
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels)
-        temb = temb + self.add_embedding(prompt_embeds)
-        return F.gelu(temb) if self.config.time_embedding_act_fn == "gelu" else temb
 
     def _check(self, x: Tensor, prompt_embeds: Tensor, class_labels: Tensor | None) -> None:
         config, unit = self.config, 2 ** (len(self.config.block_out_channels) - 1)

@@ -3,7 +3,8 @@
 Read `deepfloyd/captions.py` first. Next: `minidiff/cascade.py`, which warns of words that its model does not know.
 """
 
-import itertools
+import cmd
+import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -61,19 +62,10 @@ def listing(vocabulary: Mapping) -> str:
         kind, _, noun = attribute.rpartition(" ")
         nouns.setdefault(noun, []).extend([kind] if kind else [])
     grouped = [f"{noun} ({', '.join(kinds)})" if kinds else noun for noun, kinds in sorted(nouns.items())]
-    lines = ["things", *_columns(vocabulary["things"])]
+    columns = io.StringIO()
+    cmd.Cmd(stdout=columns).columnize(vocabulary["things"], WIDTH - 2)
+    lines = ["things", *(f"  {line}".rstrip() for line in columns.getvalue().splitlines())]
     for kind in filter(vocabulary.get, ("people", "attributes", "places", "scenes", "styles")):
         text = f"{kind}: " + ", ".join(grouped if kind == "attributes" else vocabulary[kind])
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return "\n".join(lines)
-
-
-def _columns(entries: Sequence[str]) -> list[str]:
-    """As few lines as hold all entries in columns, to read downwards."""
-    for height in range(1, len(entries) + 1):
-        columns = [entries[i : i + height] for i in range(0, len(entries), height)]
-        widths = [max(map(len, column)) + 2 for column in columns]
-        if sum(widths) <= WIDTH:
-            break
-    rows = itertools.zip_longest(*columns, fillvalue="") if entries else ()
-    return ["  " + "".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows]
