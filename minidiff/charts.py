@@ -29,6 +29,7 @@ FONT_SIZE, LEGEND_HEIGHT = 13, 26
 FINE = 3  # all is drawn so many times as large and then reduced, which smooths it
 DOTTED = 60  # a line of at most so many points shows them
 PEAK = 50  # one value in so many of a line, the highest ones, may lie above the frame
+LEAST = 1.21  # times its lowest value is the highest of an axis at least, or there would be no round numbers on it
 MEANS = 200  # points of a line of losses when several runs share a panel: each is a mean
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
@@ -107,13 +108,15 @@ def _line(draw: ImageDraw.ImageDraw, points: Points, colour: str, dashed: bool =
 
 
 def value_range(lines: Sequence[Points]) -> tuple[float, float]:
-    """How far an axis reaches, a tenth beyond the values of its lines, which are greater than 0.
+    """The ends of an axis: a twentieth of the way from the lowest to the highest value beyond both, all in logarithms.
 
-    The highest value in PEAK of each line does not count: in its first steps a network errs by many times more than
-    ever after, and the rest would lie flat at the bottom.
+    The values are greater than 0. Of each line the highest one in PEAK does not count: in its first steps a network
+    errs by many times more than ever after, and the rest would lie flat at the bottom.
     """
     kept = [y for points in lines for y in sorted(y for _, y in points)[: len(points) - len(points) // PEAK]] or [1]
-    return min(kept) / 1.1, max(kept) * 1.1
+    low, high = math.log(min(kept)), math.log(max(kept))
+    beyond = max((high - low) / 20, (math.log(LEAST) - (high - low)) / 2)
+    return math.exp(low - beyond), math.exp(high + beyond)
 
 
 def step_ticks(first: int, last: int) -> list[int]:
@@ -177,7 +180,7 @@ def compared(runs: Sequence[Path]) -> Image.Image:
     n = -(-max(map(len, losses)) // MEANS)
     means = [[(rows[i : i + n][-1][0], sum(y for _, y in rows[i : i + n]) / len(rows[i : i + n]))
               for i in range(0, len(rows), n)] for rows in losses]  # fmt: skip
-    panels = [("training" + (f", means of {n} rows" if n > 1 else ""), dict(zip(names, means)))]
+    panels = [("training" + (f", means of {n} values" if n > 1 else ""), dict(zip(names, means)))]
     return chart(panels + [("held-out images", dict(zip(names, held_out)))] * any(held_out), {})
 
 

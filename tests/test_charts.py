@@ -21,8 +21,8 @@ def coloured(page, i: int, box=FRAME) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(value: float, low: float, high: float) -> float:
-    """Where a value belongs, with a tenth more on either side of low and high."""
-    return charts.HEIGHT * math.log(1.1 * high / value) / math.log(1.21 * high / low)
+    """Where a value belongs on an axis that goes on by a twentieth on either side of low and high."""
+    return charts.HEIGHT * (math.log(high / value) / math.log(high / low) + 0.05) / 1.1
 
 
 def column_of(share: float) -> float:
@@ -62,8 +62,10 @@ def test_an_axis_follows_its_lines_and_not_the_peak_of_the_first_steps_or_a_far_
     """Of 100 values two may lie above: 30 and 20 do, 0.9 is the highest that counts. The peak ends at the frame."""
     falling = [(1, 30.0), (2, 20.0)] + [(step, 0.9 - 0.008 * (step - 3)) for step in range(3, 101)]  # down to 0.124
     low, high = charts.value_range([falling, [(100, 0.2)]])
-    assert (low, high) == pytest.approx((0.124 / 1.1, 0.9 * 1.1))
-    assert charts.value_range([[(step, 1.0 / step) for step in range(1, 50)]]) == pytest.approx((1 / 49 / 1.1, 1.1))
+    beyond = (0.9 / 0.124) ** 0.05
+    assert (low, high) == pytest.approx((0.124 / beyond, 0.9 * beyond))
+    assert charts.value_range([[(step, 1.0 / step) for step in range(1, 50)]])[1] == pytest.approx(49**0.05)
+    assert charts.value_range([[(1, 0.5)], [(1, 0.55)]]) == pytest.approx((0.5 / 1.1**0.5, 0.55 * 1.1**0.5))
     page = charts.chart([("", {"a": falling})], {"far below": 0.01, "far above": 5.0, "near": 0.5})
     rows, columns = coloured(page, 0)
     assert rows.min() <= 2 and columns[rows <= 2].max() < 20
@@ -89,7 +91,7 @@ def test_the_curves_of_two_runs_come_into_one_chart_with_the_names_of_their_fold
     short = write_run(tmp_path / "short", [(10, 6.0), (20, 3.0), (30, 0.3), (40, 7.0)])
     charts.main([str(long), str(short), "--out", str(tmp_path / "c.png")])
     (((title, training), (other, held_out)), levels), *_ = drawn
-    assert (title, other, levels) == ("training, means of 3 rows", "held-out images", {})
+    assert (title, other, levels) == ("training, means of 3 values", "held-out images", {})
     assert len(training["long"]) == 167 and training["long"][0] == (3, 2.0) and training["long"][-1] == (500, 499.5)
     assert training["short"] == [(30, pytest.approx(3.1)), (40, 7.0)]
     assert held_out == {"long": [(250, 4.5), (500, 2.5)], "short": []}
