@@ -1,9 +1,9 @@
-"""Loss curves of one run, or of several in one chart: lines over its steps on a logarithmic axis, and reference levels.
+"""Loss curves, of one run or of several in one chart: lines over the steps on a logarithmic axis, reference levels.
 
     python -m minidiff.charts out/mnist/flow-class out/mnist/flow-no-scheduler
 
-A trainer draws its own loss.png with `plot`. The command draws the curves of several runs, so that one sees which
-learns faster: on the left the losses in training, on the right the losses on held-out images.
+A trainer draws its own loss.png with `plot`. The command puts the curves of several runs into out/curves.png: on the
+left the losses in training, on the right the losses on held-out images.
 
 This is plumbing: skim it.
 """

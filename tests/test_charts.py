@@ -58,7 +58,7 @@ def test_every_panel_has_its_own_lines_and_the_levels_and_the_legend_has_each_on
         assert 10 < len(set(coloured(page, i, below)[1])) < 30, i
 
 
-def test_an_axis_follows_its_lines_and_not_the_peak_of_the_first_steps_or_a_far_level():
+def test_an_axis_follows_its_lines_and_not_the_peak_of_the_first_steps_or_a_level_beyond():
     """Of 100 values two may lie above: 30 and 20 do, 0.9 is the highest that counts. The peak ends at the frame."""
     falling = [(1, 30.0), (2, 20.0)] + [(step, 0.9 - 0.008 * (step - 3)) for step in range(3, 101)]  # down to 0.124
     low, high = charts.value_range([falling, [(100, 0.2)]])
@@ -66,13 +66,15 @@ def test_an_axis_follows_its_lines_and_not_the_peak_of_the_first_steps_or_a_far_
     assert (low, high) == pytest.approx((0.124 / beyond, 0.9 * beyond))
     assert charts.value_range([[(step, 1.0 / step) for step in range(1, 50)]])[1] == pytest.approx(49**0.05)
     assert charts.value_range([[(1, 0.5)], [(1, 0.55)]]) == pytest.approx((0.5 / 1.1**0.5, 0.55 * 1.1**0.5))
-    page = charts.chart([("", {"a": falling})], {"far below": 0.01, "far above": 5.0, "near": 0.5})
+    page = charts.chart([("", {"a": falling})], {"below": 0.1, "above": 1.1, "near": 0.5})
     rows, columns = coloured(page, 0)
     assert rows.min() <= 2 and columns[rows <= 2].max() < 20
     assert abs(rows[columns > charts.WIDTH - 12].max() - row_of(0.124, 0.124, 0.9)) < 3
-    below = (0, FRAME[3] + charts.BOTTOM - 8, page.width, page.height)
-    for i, inside in ((1, False), (2, False), (3, True)):  # those outside keep their place in the legend
-        assert bool(len(coloured(page, i)[0])) is inside and len(coloured(page, i, below)[0])
+    around = [(0, 0, page.width, FRAME[1] - 2), (0, FRAME[3] + 2, page.width, FRAME[3] + charts.BOTTOM - 12)]
+    legend = (0, FRAME[3] + charts.BOTTOM - 8, page.width, page.height)
+    for i, inside in ((0, True), (1, False), (2, False), (3, True)):  # levels outside stand in the legend alone
+        assert bool(len(coloured(page, i)[0])) is inside and len(coloured(page, i, legend)[0])
+        assert not any(len(coloured(page, i, box)[0]) for box in around)
 
 
 def write_run(folder, losses, held_out=()):

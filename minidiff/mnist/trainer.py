@@ -154,7 +154,7 @@ def fit(
     reference, record = levels() if training.rank() == 0 else {}, None
     say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}")
     if late := [e for e in args.keep_epochs if e * n < begin and not (kept(args, e) / "config.json").is_file()]:
-        say(f"--keep-epochs: no network of {', '.join(map(str, late))} any more; the run is past them")
+        say(f"--keep-epochs comes too late for {', '.join(map(str, late))}: the run is past that")
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=device.type in ("cpu", "cuda"))
     for record in training.run(
         model, lambda net, batch: loss(net, *batch), batches(train, plan, args.seed), optimizer,
