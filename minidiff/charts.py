@@ -168,8 +168,8 @@ def plot(folder: Path, part: int, levels: Mapping[str, float]) -> None:
 def compared(runs: Sequence[Path]) -> Image.Image:
     """The curves of several runs in one chart: the losses in training, and on held-out images where there are any.
 
-    runs: the --out of trainers, whose folders' names stand in the legend. In training a point is the mean of as many
-    rows of loss.csv as leave MEANS points of the longest run.
+    runs: the --out of trainers; the names of these folders stand in the legend. In training a point is the mean of n
+    rows of loss.csv, so many that the longest run has at most MEANS points.
     Raises ValueError if a run has no losses.
     """
     names = [run.name if [other.name for other in runs].count(run.name) == 1 else str(run) for run in runs]
