@@ -41,7 +41,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     hybrid.py                one image, several components, several prompts
     upscale.py               any image four times as large
 
-    charts.py                loss curves
+    charts.py                loss curves, of one run or of several
     training.py              the one training loop, of the cascade and of the digits
     deepfloyd/dataset.py     captioned images to train on
     deepfloyd/initial.py     the weights that training begins with

@@ -1,13 +1,24 @@
-"""Loss curves: lines over the steps of a run on a logarithmic axis, with reference levels.
+"""Loss curves, of one run or of several in one chart: lines over the steps on a logarithmic axis, reference levels.
+
+    python -m minidiff.charts out/mnist/flow-class out/mnist/flow-no-scheduler
+
+A trainer draws its own loss.png with `plot`. The command puts the curves of several runs into out/curves.png: on the
+left the losses in training, on the right the losses on held-out images.
 
 This is plumbing: skim it.
 """
 
+import argparse
+import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from minidiff import images
+from minidiff.cli import command, cost, file_path, settings
 
 Points = Sequence[tuple[int, float]]  # step, value
 
@@ -17,14 +28,17 @@ MARGIN = 0.02  # of a frame that stays free at its left and right
 FONT_SIZE, LEGEND_HEIGHT = 13, 26
 FINE = 3  # all is drawn so many times as large and then reduced, which smooths it
 DOTTED = 60  # a line of at most so many points shows them
+PEAK = 50  # one value in so many of a line, the highest ones, may lie above the frame
+LEAST = 1.21  # times its lowest value is the highest of an axis at least, or there would be no round numbers on it
+MEANS = 200  # points of a line of losses when several runs share a panel: each is a mean
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 
 
 def chart(panels: Sequence[tuple[str, Mapping[str, Points]]], levels: Mapping[str, float]) -> Image.Image:
     """Panels side by side, each with a title and named lines of points (step, value); one legend below all.
 
-    levels: dashed lines across every panel. Values must be finite; those of 0 or less have no place on the axis and are
-    left out.
+    levels: dashed lines across every panel whose axis reaches them. The lines alone decide how far an axis reaches
+    (`value_range`). Values must be finite; those of 0 or less have no place on the axis and are left out.
     """
     levels = {name: value for name, value in levels.items() if value > 0}
     names = list(dict.fromkeys([*(name for _, lines in panels for name in lines), *levels]))
@@ -56,13 +70,12 @@ def _panel(
     top, w, h = FINE * TOP, FINE * WIDTH, FINE * HEIGHT
     lines = {name: [(x, y) for x, y in points if y > 0] for name, points in lines.items()}
     steps = [x for points in lines.values() for x, _ in points] or [0]
-    values = [y for points in lines.values() for _, y in points] + list(levels.values()) or [1]
     first, last = min(steps), max(max(steps), min(steps) + 1)
-    low, high = math.log(min(values) / 1.1), math.log(max(values) * 1.1)
+    low, high = map(math.log, value_range(list(lines.values())))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = MARGIN + (1 - 2 * MARGIN) * (x - first) / (last - first)
-        return left + w * across, top + h * (high - math.log(y)) / (high - low)
+        return left + w * across, top + h * max(high - math.log(y), 0) / (high - low)  # a peak ends at the frame
 
     for x in step_ticks(first, last):
         place, _ = at(x, 1)
@@ -74,8 +87,8 @@ def _panel(
         draw.text((left - FINE * 5, place), f"{y:g}", "black", font, anchor="rm")
     for name, points in lines.items():
         _line(draw, [at(x, y) for x, y in points], colours[name], dots=len(points) <= DOTTED)
-    for name, y in levels.items():
-        _, place = at(first, y)
+    for name in (name for name, y in levels.items() if low <= math.log(y) <= high):
+        _, place = at(first, levels[name])
         _line(draw, [(left, place), (left + w, place)], colours[name], dashed=True)
     draw.rectangle((left, top, left + w, top + h), outline="black", width=FINE)
     draw.text((left + w / 2, top - FINE * 12), title, "black", font, anchor="ms")
@@ -92,6 +105,18 @@ def _line(draw: ImageDraw.ImageDraw, points: Points, colour: str, dashed: bool =
     draw.line(points, colour, FINE if dots else FINE - 1)
     for x, y in points if dots else ():
         draw.ellipse((x - FINE * 2, y - FINE * 2, x + FINE * 2, y + FINE * 2), colour)
+
+
+def value_range(lines: Sequence[Points]) -> tuple[float, float]:
+    """The ends of an axis: a twentieth of the way from the lowest to the highest value beyond both, all in logarithms.
+
+    The values are greater than 0. Of each line the highest one in PEAK does not count: in its first steps a network
+    errs by many times more than ever after, and the rest would lie flat at the bottom.
+    """
+    kept = [y for points in lines for y in sorted(y for _, y in points)[: len(points) - len(points) // PEAK]] or [1]
+    low, high = math.log(min(kept)), math.log(max(kept))
+    beyond = max((high - low) / 20, (math.log(LEAST) - (high - low)) / 2)
+    return math.exp(low - beyond), math.exp(high + beyond)
 
 
 def step_ticks(first: int, last: int) -> list[int]:
@@ -111,3 +136,64 @@ def value_ticks(low: float, high: float) -> list[float]:
         if len(ticks) <= 8:
             break
     return ticks
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def read_rows(path: Path) -> list[tuple[int, ...]]:
+    """The rows of a table of numbers, without its header: (step, ...); none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [(int(step), *map(float, more)) for step, *more in list(csv.reader(file))[1:]]
+
+
+def plot(folder: Path, part: int, levels: Mapping[str, float]) -> None:
+    """loss.png: the whole run and, if it is longer, its first and its last `part` steps; levels as dashed lines."""
+    losses, held_out = read_rows(folder / "loss.csv"), read_rows(folder / "test.csv")
+    if not losses:
+        return
+    lines = {"training": losses} | ({"held-out images": held_out} if held_out else {})
+    last, panels = losses[-1][0], [("whole run", lines)]
+    if last > part:
+        begin = part * ((last - 1) // part)
+        for start, end in ((0, part), (begin, last)):
+            rows = [row for row in losses if start < row[0] <= end]
+            panels.append((f"steps {start + 1} to {end}", {"training": rows}))
+    page = chart(panels, {f"{name}: {level:.4f}": level for name, level in levels.items()})
+    images.save(page, folder / "loss.png", {})
+
+
+def compared(runs: Sequence[Path]) -> Image.Image:
+    """The curves of several runs in one chart: the losses in training, and on held-out images where there are any.
+
+    runs: the --out of trainers; the names of these folders stand in the legend. In training a point is the mean of n
+    rows of loss.csv, so many that the longest run has at most MEANS points.
+    Raises ValueError if a run has no losses.
+    """
+    names = [run.name if [other.name for other in runs].count(run.name) == 1 else str(run) for run in runs]
+    losses, held_out = ([read_rows(run / "training" / file) for run in runs] for file in ("loss.csv", "test.csv"))
+    for run, rows in zip(runs, losses):
+        if not rows:
+            raise ValueError(f"no losses in {run / 'training' / 'loss.csv'}; pass folders that trainers had as --out")
+    n = -(-max(map(len, losses)) // MEANS)
+    means = [[(rows[i : i + n][-1][0], sum(y for _, y in rows[i : i + n]) / len(rows[i : i + n]))
+              for i in range(0, len(rows), n)] for rows in losses]  # fmt: skip
+    panels = [("training" + (f", means of {n} values" if n > 1 else ""), dict(zip(names, means)))]
+    return chart(panels + [("held-out images", dict(zip(names, held_out)))] * any(held_out), {})
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", type=file_path, nargs="+", metavar="RUN", help="a folder that a trainer had as --out")
+    p.add_argument("--out", type=file_path, default=Path("out/curves.png"), help="image (default %(default)s)")
+    args = p.parse_args(argv)
+    images.check_output(args.out)
+    images.save(compared(args.runs), args.out, settings(args, "charts"))
+    print(f"wrote {args.out}   ({cost()})")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minidiff import charts, checkpoint, images
+from minidiff import checkpoint, images
+from minidiff.charts import plot, read_rows
 from minidiff.cli import device_of, stopped_between_steps
 
 DTYPES = ("auto", "float32", "bfloat16")  # of --dtype
@@ -304,14 +305,6 @@ def _save(
     plot(folder, plan.save_every, levels)
 
 
-def read_rows(path: Path) -> list[tuple[int, ...]]:
-    """The rows of a table of numbers, without its header: (step, ...); none if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [(int(step), *map(float, more)) for step, *more in list(csv.reader(file))[1:]]
-
-
 def add_rows(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     """Rows (step, numbers ...) at the end of a table, which begins with its header."""
     new = not path.exists()
@@ -319,19 +312,3 @@ def add_rows(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
         writer = csv.writer(file)
         writer.writerows([header] if new else [])
         writer.writerows((step, *(f"{value:.9g}" for value in more)) for step, *more in rows)
-
-
-def plot(folder: Path, part: int, levels: Mapping[str, float]) -> None:
-    """loss.png: the whole run and, if it is longer, its first and its last `part` steps; levels as dashed lines."""
-    losses, held_out = read_rows(folder / "loss.csv"), read_rows(folder / "test.csv")
-    if not losses:
-        return
-    lines = {"training": losses} | ({"held-out images": held_out} if held_out else {})
-    last, panels = losses[-1][0], [("whole run", lines)]
-    if last > part:
-        begin = part * ((last - 1) // part)
-        for start, end in ((0, part), (begin, last)):
-            rows = [row for row in losses if start < row[0] <= end]
-            panels.append((f"steps {start + 1} to {end}", {"training": rows}))
-    chart = charts.chart(panels, {f"{name}: {level:.4f}": level for name, level in levels.items()})
-    images.save(chart, folder / "loss.png", {})

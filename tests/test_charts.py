@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from minidiff import charts
+from minidiff import charts, images, training
 
 FRAME = (charts.LEFT, charts.TOP, charts.LEFT + charts.WIDTH, charts.TOP + charts.HEIGHT)
 
@@ -21,8 +21,8 @@ def coloured(page, i: int, box=FRAME) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(value: float, low: float, high: float) -> float:
-    """Where a value belongs, with a tenth more on either side of low and high."""
-    return charts.HEIGHT * math.log(1.1 * high / value) / math.log(1.21 * high / low)
+    """Where a value belongs on an axis that goes on by a twentieth on either side of low and high."""
+    return charts.HEIGHT * (math.log(high / value) / math.log(high / low) + 0.05) / 1.1
 
 
 def column_of(share: float) -> float:
@@ -43,9 +43,9 @@ def test_lines_and_levels_are_where_their_values_are_on_a_logarithmic_axis():
     assert columns.min() < 5 and columns.max() > charts.WIDTH - 9 and 0.4 < len(set(columns)) / charts.WIDTH < 0.8
 
 
-def test_every_panel_has_its_own_lines_and_all_levels_and_the_legend_has_each_once():
+def test_every_panel_has_its_own_lines_and_the_levels_and_the_legend_has_each_once():
     names = {f"a level with a long name, number {i}": 0.1 * (i + 1) for i in range(4)}
-    panels = [("whole run", {"a": [(1, 1.0), (9, 0.5)]}), ("first", {"a": [(1, 1.0), (2, 0.9)]})]
+    panels = [("whole run", {"a": [(1, 1.0), (9, 0.05)]}), ("first", {"a": [(1, 1.0), (2, 0.09)]})]
     page = charts.chart(panels, names)
     one, two = charts.chart(panels[:1], {}), charts.chart(panels, {})
     assert two.width == 2 * one.width == page.width
@@ -56,6 +56,59 @@ def test_every_panel_has_its_own_lines_and_all_levels_and_the_legend_has_each_on
     below = (0, FRAME[3] + charts.BOTTOM - 8, page.width, page.height)
     for i in range(5):  # a stroke of 24 pixels before the name
         assert 10 < len(set(coloured(page, i, below)[1])) < 30, i
+
+
+def test_an_axis_follows_its_lines_and_not_the_peak_of_the_first_steps_or_a_level_beyond():
+    """Of 100 values two may lie above: 30 and 20 do, 0.9 is the highest that counts. The peak ends at the frame."""
+    falling = [(1, 30.0), (2, 20.0)] + [(step, 0.9 - 0.008 * (step - 3)) for step in range(3, 101)]  # down to 0.124
+    low, high = charts.value_range([falling, [(100, 0.2)]])
+    beyond = (0.9 / 0.124) ** 0.05
+    assert (low, high) == pytest.approx((0.124 / beyond, 0.9 * beyond))
+    assert charts.value_range([[(step, 1.0 / step) for step in range(1, 50)]])[1] == pytest.approx(49**0.05)
+    assert charts.value_range([[(1, 0.5)], [(1, 0.55)]]) == pytest.approx((0.5 / 1.1**0.5, 0.55 * 1.1**0.5))
+    page = charts.chart([("", {"a": falling})], {"below": 0.1, "above": 1.1, "near": 0.5})
+    rows, columns = coloured(page, 0)
+    assert rows.min() <= 2 and columns[rows <= 2].max() < 20
+    assert abs(rows[columns > charts.WIDTH - 12].max() - row_of(0.124, 0.124, 0.9)) < 3
+    around = [(0, 0, page.width, FRAME[1] - 2), (0, FRAME[3] + 2, page.width, FRAME[3] + charts.BOTTOM - 12)]
+    legend = (0, FRAME[3] + charts.BOTTOM - 8, page.width, page.height)
+    for i, inside in ((0, True), (1, False), (2, False), (3, True)):  # levels outside stand in the legend alone
+        assert bool(len(coloured(page, i)[0])) is inside and len(coloured(page, i, legend)[0])
+        assert not any(len(coloured(page, i, box)[0]) for box in around)
+
+
+def write_run(folder, losses, held_out=()):
+    (folder / "training").mkdir(parents=True)
+    for name, rows in (("loss.csv", losses), ("test.csv", held_out)):
+        if rows:
+            training.add_rows(folder / "training" / name, ("step", "loss"), rows)
+    return folder
+
+
+def test_the_curves_of_two_runs_come_into_one_chart_with_the_names_of_their_folders(tmp_path, monkeypatch):
+    """500 rows are shown as means of 3: (1 + 2 + 3) / 3 = 2 at step 3, and last (499 + 500) / 2 at step 500."""
+    drawn, chart = [], charts.chart
+    monkeypatch.setattr(charts, "chart", lambda *args: drawn.append(args) or chart(*args))
+    long = write_run(tmp_path / "long", [(s, float(s)) for s in range(1, 501)], [(250, 4.5), (500, 2.5)])
+    short = write_run(tmp_path / "short", [(10, 6.0), (20, 3.0), (30, 0.3), (40, 7.0)])
+    charts.main([str(long), str(short), "--out", str(tmp_path / "c.png")])
+    (((title, training), (other, held_out)), levels), *_ = drawn
+    assert (title, other, levels) == ("training, means of 3 values", "held-out images", {})
+    assert len(training["long"]) == 167 and training["long"][0] == (3, 2.0) and training["long"][-1] == (500, 499.5)
+    assert training["short"] == [(30, pytest.approx(3.1)), (40, 7.0)]
+    assert held_out == {"long": [(250, 4.5), (500, 2.5)], "short": []}
+    assert images.load(tmp_path / "c.png").shape[3] == 2 * (charts.LEFT + charts.WIDTH + charts.RIGHT)
+    twin = write_run(tmp_path / "other" / "short", [(10, 6.0)])
+    charts.main([str(short), str(twin), "--out", str(tmp_path / "c.png")])
+    assert drawn[1][0] == [("training", {str(short): [(10, 6.0), (20, 3.0), (30, 0.3), (40, 7.0)], str(twin): [(10, 6.0)]})]
+
+
+def test_a_folder_without_curves_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [(1, 1.0)])
+    with pytest.raises(SystemExit, match="2"):
+        charts.main([str(run), str(tmp_path / "none"), "--out", str(tmp_path / "c.png")])
+    where = tmp_path / "none" / "training" / "loss.csv"
+    assert f"no losses in {where}; pass folders that trainers had as --out" in capsys.readouterr().err
 
 
 def test_few_points_are_shown_as_dots():

@@ -769,8 +769,8 @@ def test_min_snr_sec34_times():
 
 
 def test_wilson_interval():
-    """Wilson interval: (share + z^2 / 2n +- z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96. Of 93
-    of 100: (0.93 + 0.019208 +- 1.96 * 0.027332) / 1.038416 = 0.8625 and 0.9657. Its ends solve
+    """Wilson interval: (share + z^2 / 2n +- z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96. Of
+    93 of 100: (0.93 + 0.019208 +- 1.96 * 0.027332) / 1.038416 = 0.8625 and 0.9657. Its ends solve
     |share - end| = z sqrt(end (1 - end) / n)."""
     from minidiff.mnist import judge
 

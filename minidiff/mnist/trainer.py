@@ -5,6 +5,7 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
     config.json, model.fp16.safetensors     the network, after every epoch and on Ctrl-C (of the judge only at the end)
     training/                               the state of the run and its curves (`training.py`)
     samples/                                after the first, every fifth and the last epoch
+    epochs/05/                              with --keep-epochs 5 the network of that epoch, to draw with later
 
 The same command again goes on from there. With --figures FOLDER nothing is trained: the trainer draws the figures of
 its end with the network in FOLDER, also before its training has ended.
@@ -69,6 +70,7 @@ Presets = Mapping[str, Preset]  # the first is the default
 def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
     """The flags that every trainer has, and its presets below them."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.set_defaults(figures=None, keep_epochs=[])  # of the judge, which has neither
     lines = [f"  {name:12}  {plan}" + (f"; {unet.hidden} channels" if unet else "") for name, (plan, unet) in
              presets.items()]  # fmt: skip
     p.epilog = "\n".join(["presets:", *lines])
@@ -81,7 +83,9 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
     p.add_argument("--data", type=file_path, default=Path("data"), help="where the digits are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
     p.add_argument("--out", type=file_path, help="folder (default: out/mnist/ and kind, preset, data set)")
-    if presets[p.get_default("preset")].unet:  # the judge has no figures
+    if presets[p.get_default("preset")].unet:
+        more = "keep the network of these epochs as OUT/epochs/NN, for example 1 5 10"
+        p.add_argument("--keep-epochs", type=int, nargs="+", metavar="N", help=more)
         more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
         p.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -97,7 +101,7 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, or if --out cannot
     be written.
     """
-    config = models.read(args.figures, kind)[0] if getattr(args, "figures", None) else {}
+    config = models.read(args.figures, kind)[0] if args.figures else {}
     args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
     if args.out is None:
         names = [v for v in (args.preset, args.dataset) if v not in (next(iter(presets)), "mnist")]
@@ -136,14 +140,14 @@ def fit(
     args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, config: Mapping[str, object],
     levels: Callable[[], Mapping[str, float]] = dict, draw: Callable[[int], object] = lambda epoch: None,
 ) -> bool:  # fmt: skip
-    """Train; write the network into args.out after every epoch; draw(epoch) after the first, every fifth and the last.
+    """Train; `write` the network after every epoch; draw(epoch) after the first, every fifth and the last.
 
     config: for the network, its "kind" first; a run goes on only with the same.
     levels() -> reference levels, which take a while.
     Returns whether this is the first process and the plan's end is reached; on Ctrl-C it is not.
     Raises ValueError as `check` and `training.run`, and FloatingPointError as `training.run`.
     """
-    plan, settings = check(args, config, len(train))
+    plan, settings, begin = check(args, config, len(train))
     device, n = train.images.device, len(train) // plan.batch_size
     dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
     model.to(memory_format=torch.channels_last if dtype == "bfloat16" else torch.contiguous_format)  # the faster one
@@ -151,6 +155,8 @@ def fit(
     what = "pairs of the teacher" if "teacher" in config else "test digits"
     say(f"{plan}; {n} batches in an epoch; {sum(p.numel() for p in model.parameters()):,} weights; {dtype}; held-out "
         f"images: {min(TEST_DIGITS, len(test))} {what}")  # fmt: skip
+    if late := [e for e in args.keep_epochs if e * n < begin and not (kept(args, e) / "config.json").is_file()]:
+        say(f"--keep-epochs comes too late for {', '.join(map(str, late))}: the run is past that")
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.lr, fused=device.type in ("cpu", "cuda"))
     for record in training.run(
         model, lambda net, batch: loss(net, *batch), batches(train, plan, args.seed), optimizer,
@@ -160,17 +166,27 @@ def fit(
     ):  # fmt: skip
         say(record)
         if config["kind"] != "judge":
-            trained = f"{record.step / n:.3g} of {plan.epochs} epochs"
-            more = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(plan), "seed": args.seed}
-            more |= {"trained": trained, "unet": asdict(model.config)}
-            models.write(args.out, model, dict(config) | more)
-        if not record.stopped and (record.step in (n, record.steps) or record.step // n % 5 == 0):
-            draw(record.step // n)
+            write(args, model, config, plan, record.step / n)
+        if not record.stopped and ((epoch := record.step // n) in (1, plan.epochs) or epoch % 5 == 0):
+            draw(epoch)
     if record is None or record.stopped:
         return False
     say(f"loss on {len(test)} {what}: {loss_on(data.some(test, len(test)), model, loss, args.seed):.5f}"
         + "".join(f"; {name} {level:.4f}" for name, level in reference.items()))  # fmt: skip
     return True
+
+
+def write(args: argparse.Namespace, model: UNet, config: Mapping[str, object], plan: Plan, epochs: float) -> None:
+    """The network after so many epochs, into args.out; one of --keep-epochs once more, where it stays."""
+    about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(plan), "seed": args.seed}
+    about |= {"trained": f"{epochs:.3g} of {plan.epochs} epochs", "unet": asdict(model.config)}
+    for folder in (args.out, *(kept(args, epoch) for epoch in args.keep_epochs if epoch == epochs)):
+        models.write(folder, model, dict(config) | about)
+
+
+def kept(args: argparse.Namespace, epoch: int) -> Path:
+    """Where the network of an epoch of --keep-epochs lies."""
+    return args.out / "epochs" / f"{epoch:02d}"
 
 
 def say(text: object) -> None:
@@ -179,21 +195,25 @@ def say(text: object) -> None:
         tqdm.write(str(text))
 
 
-def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[Plan, dict[str, object]]:
-    """The plan, and the settings that must be the same when the run goes on; the teacher may lie elsewhere.
+def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[Plan, dict[str, object], int]:
+    """The plan; the settings that must be the same when the run goes on (the teacher may lie elsewhere); its step.
 
-    Raises ValueError if they are not, on a plan that `count` digits do not allow, or if a trained network would be
-    replaced.
+    Raises ValueError if they are not, on a plan that `count` digits do not allow, on --keep-epochs that the plan has
+    not, or if a trained network would be replaced.
     """
     plan = Plan(*(getattr(args, f.name) for f in fields(Plan)))
     if plan.epochs < 1 or not 1 <= plan.batch_size <= count:
         raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {plan}")
+    if wrong := [epoch for epoch in args.keep_epochs if not 1 <= epoch <= plan.epochs]:
+        raise ValueError(f"--keep-epochs takes epochs from 1 to {plan.epochs}, the last one; got "
+                         f"{', '.join(map(str, wrong))}")  # fmt: skip
     settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(plan)}
     settings |= {"ema": args.ema, "seed": args.seed}
     settings.pop("teacher", None)
-    if training.previous(args.out / "training", settings) is None and (args.out / "config.json").is_file():
+    before = training.previous(args.out / "training", settings)
+    if before is None and (args.out / "config.json").is_file():
         raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
-    return plan, settings
+    return plan, settings, before["step"] if before else 0
 
 
 def batches(train: Digits, plan: Plan, seed: int) -> Callable[[int], tuple[Digits, torch.Generator]]:

@@ -173,7 +173,7 @@ def test_what_is_always_dropped_is_never_learned(digits, monkeypatch):
             assert bool(p.grad.any()) is (learns or name not in ("fc1_c.0.weight", "fc2_c.0.weight")), name
 
 
-def test_the_out_of_distribution_figure_uses_one_digit_and_one_noise_along_a_row(digits):
+def test_the_noising_figure_uses_one_digit_and_one_noise_along_a_row(digits):
     rows, labels = train_denoiser.noising_figure(digits[:2])
     for i, row in enumerate(rows):
         assert torch.equal(row[0], digits.images[i])
@@ -198,10 +198,22 @@ def test_figures_of_the_denoiser_name_their_rows(digits):
     assert names == ["clean", "noisy", "denoised"] and torch.equal(torch.cat(rows[::3]), digits.images[:20])
     for clean, noisy, denoised in zip(rows[::3], rows[1::3], rows[2::3]):
         assert torch.equal(denoised, -noisy) and 0.4 < (noisy - clean).std() < 0.6
-    table = [(sigma, 0.1 * sigma, 0.2) for sigma in train_denoiser.SIGMAS]
-    rows, names = train_denoiser.out_of_distribution(lambda z: -z, digits[:2], table)
-    assert torch.equal(rows[0], train_denoiser.noising_figure(digits[:2])[0][0]) and torch.equal(rows[1], -rows[0])
-    assert names[2] == [f"sigma {s}" for s in train_denoiser.SIGMAS] and names[3][3] == "error 0.0500, linear 0.2000"
+
+
+def test_the_out_of_distribution_figure_has_a_row_for_each_sigma_with_the_answers_below(digits):
+    """Three digits beside each other, the same noise at every sigma: 0.6 has six tenths of what 1.0 adds."""
+    table = [(sigma, 0.1 * sigma, 0.2) for sigma in (0.0, 0.5, 0.6, 1.0)]
+    rows, names = train_denoiser.out_of_distribution(lambda z: 0.25 - z, digits[:3], table)
+    assert names == [f"sigma {s}: error {e}, best linear 0.2000" for s, e in
+                     ((0.0, "0.0000"), (0.5, "0.0500"), (0.6, "0.0600"), (1.0, "0.1000"))]  # fmt: skip
+    assert [row.shape for row in rows] == [(1, 1, 56, 84)] * 4
+    clean = torch.cat(list(digits.images[:3]), dim=-1)
+    noise = rows[3][0, :, :28] - clean
+    assert torch.equal(rows[0][0, :, :28], clean) and 0.9 < noise.std() < 1.1
+    assert not torch.equal(noise[..., :28], noise[..., 28:56])
+    for row, (sigma, *_) in zip(rows, table):
+        torch.testing.assert_close(row[0, :, :28], clean + sigma * noise, rtol=0, atol=1e-6)
+        assert torch.equal(row[0, :, 28:], 0.25 - row[0, :, :28])
 
 
 def test_figures_of_the_flow_name_their_rows():

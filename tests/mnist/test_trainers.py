@@ -221,6 +221,34 @@ def test_the_network_that_is_written_and_drawn_is_the_average(folder, tmp_path):
     assert torch.equal(tensors["down1.0.0.weight"], average) and not torch.equal(average, plain)
 
 
+def test_the_networks_of_chosen_epochs_stay_and_draw_from_one_noise(folder, tmp_path, capsys):
+    """Killed in the second epoch, gone on with other epochs to keep: all ends as in a run that kept nothing."""
+    flags = ["--preset", "class", "--epochs", "2", "--ema", "0.9", "--dtype", "float32"]
+    out, (first, second) = tmp_path / "n", (tmp_path / "n" / "epochs" / name for name in ("01", "02"))
+
+    def network(folder):
+        return [(folder / name).read_bytes() for name in ("config.json", "model.fp16.safetensors")]
+
+    def kill():
+        raise KeyboardInterrupt
+
+    run(train_diffusion, tmp_path / "whole", folder, *flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 30, kill)  # an epoch has 25
+        run(train_diffusion, out, folder, *flags, "--keep-epochs", "1")
+    early = network(out)
+    assert network(first) == early and not second.exists()
+    run(train_diffusion, out, folder, *flags, "--keep-epochs", "2", "1")
+    assert network(first) == early and network(second) == network(out) == network(tmp_path / "whole") != early
+    assert "too late" not in capsys.readouterr().out
+    sample.main(["--quick", "--model", str(first), str(second), "--out", str(tmp_path / "s.png")])
+    printed = capsys.readouterr().out
+    assert "01, scale 5, 4 steps, trained 1 of 2 epochs:" in printed and ", trained 2 of 2 epochs:" in printed
+    run(train_diffusion, tmp_path / "whole", folder, *flags, "--keep-epochs", "1", "2")
+    assert "--keep-epochs comes too late for 1: the run is past that" in capsys.readouterr().out
+    assert network(tmp_path / "whole" / "epochs" / "02") == network(out) and not (tmp_path / "whole/epochs/01").exists()
+
+
 def test_a_network_can_be_drawn_from_after_its_first_epoch(folder, tmp_path, monkeypatch):
 
     def kill():
@@ -275,6 +303,12 @@ def test_plans_that_no_run_can_have_are_refused(flags, folder, tmp_path, capsys)
     assert "need 1 epoch or more, and batches of 1 to 400 digits, got " in message
 
 
+@pytest.mark.parametrize(("epochs", "wrong"), [([1, 0], "got 0"), ([-1, 2, 4], "got -1, 4")])
+def test_only_epochs_of_the_plan_can_be_kept(epochs, wrong, folder, tmp_path, capsys):
+    flags = ["--quick", "--data", folder, "--out", tmp_path / "x", "--epochs", 3, "--keep-epochs", *epochs]
+    assert f"--keep-epochs takes epochs from 1 to 3, the last one; {wrong}\n" in fails(capsys, train_flow.main, *flags)
+
+
 @pytest.mark.parametrize("module", [train_denoiser, train_diffusion, train_flow])
 def test_samples_are_drawn_after_the_first_every_fifth_and_the_last_epoch(module, folder, tmp_path):
     made = run(module, tmp_path / "b", folder, "--epochs", "7", "--batch-size", "400")
@@ -310,6 +344,8 @@ def test_the_presets_are_the_courses():
         assert diffusion[name].plan == Plan(20, 128, 1e-3, 0.1) and flows[name].plan == Plan(10, 64, 1e-2, 0.1)
         for unet in (diffusion[name].unet, flows[name].unet):
             assert (unet.hidden, unet.time, unet.num_classes) == (64, True, classes)
+    for name, classes in (("better", 10), ("better-time", 0)):
+        assert diffusion[name] == Preset(Plan(40, 128, 1e-3, 0.01), UNetConfig(128, time=True, num_classes=classes))
     assert flows["time"].unet.modulate == "mul" and diffusion["time"].unet.modulate == "add"
     assert flows["no-scheduler"].plan == Plan(15, 64, 5e-3) and flows["no-scheduler"].unet == flows["class"].unet
     assert flows["better"].plan == Plan(50, 64, 1e-2, 0.1)  # the course's 0.05 is worse: walkthrough, chapter 16
