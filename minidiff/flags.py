@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, editing, images, solvers, views
-from minidiff.cascade import Cascade, Settings, last_start, times_of
+from minidiff.cascade import Cascade, last_start, times_of
 from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
@@ -101,26 +101,25 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Se
     beside: what the command writes besides --out and its sheet.    Raises ValueError naming the flag.
     """
     check_files(args, beside)
-    if not compares:
-        for flag in ("steps", "stage2_steps", "guidance_scale"):
-            if len(getattr(args, flag) or []) > 1:
-                name = flag.replace("_", "-")
-                raise ValueError(f"this command takes one --{name}; minidiff.generate compares several")
-    upper_steps = args.stage2_steps
-    if args.quick:
-        args.steps = upper_steps = [str(QUICK_STEPS)]
-        args.stage2_steps = upper_steps if args.stage2_steps else None
+    for flag in () if compares else ("steps", "stage2_steps", "guidance_scale"):
+        if len(getattr(args, flag) or []) > 1:
+            raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
     cascade = Cascade.load(
         args.model, args.stage2, text_model=getattr(args, "text_model", None), device=args.device,
         dtype=cli.DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,
     )  # fmt: skip
     if not cascade.has_upper and (args.stage2_steps or args.stage2_guidance_scale is not None):
         raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
-    scale = args.guidance_scale[0] if args.guidance_scale else None
-    cascade.settings[0] = _setting(cascade.settings[0], args, args.steps, scale)
-    cascade.settings[1] = _setting(cascade.settings[1], args, upper_steps, args.stage2_guidance_scale)
-    stages = cascade.settings[args.model == "none" : 1 + cascade.has_upper]
-    scales = [stage.guidance_scale for stage in stages] + (args.guidance_scale or [])
+    if args.quick:
+        args.steps = args.stage2_steps = None
+    scales = [args.guidance_scale and args.guidance_scale[0], args.stage2_guidance_scale]
+    for i, (steps, scale) in enumerate(zip((args.steps, args.stage2_steps), scales)):
+        steps = QUICK_STEPS if args.quick else steps and steps[0]
+        cascade.settings[i] = cascade.settings[i].but(
+            steps=steps, guidance_scale=scale, sampler=args.sampler, negative_prompt=args.negative_prompt
+        )
+    used = cascade.settings[args.model == "none" : 1 + cascade.has_upper]
+    scales = [setting.guidance_scale for setting in used] + (args.guidance_scale or [])
     if args.negative_prompt and all(scale == 1 for scale in scales):
         warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
     cascade.progress, cascade.split_batch = True, args.split_batch
@@ -144,15 +143,6 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
         images.check_output(file)
     for path in inputs:
         images.load(path, 64)
-
-
-def _setting(
-    default: Settings, args: argparse.Namespace, steps: Sequence[str] | None, guidance_scale: float | None
-) -> Settings:
-    """A stage's setting with what the flags say of it; of several steps the first."""
-    flags = {"steps": steps[0] if steps else None, "guidance_scale": guidance_scale, "sampler": args.sampler}
-    flags = {key: value for key, value in flags.items() if value is not None}
-    return default._replace(negative_prompt=args.negative_prompt, **flags)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
@@ -231,33 +221,32 @@ def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str,
 
     Of several --steps or scales that were compared, all; of a stage that there is not, nothing.
     """
-    used = cli.settings(args, name)
-    stages = [("", cascade.settings[0])] * (args.model != "none")
-    stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
-    for prefix, stage in stages:
-        for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
-            if not isinstance(used.get(prefix + key), list):
-                used[prefix + key] = value
-    used["sampler"] = stages[0][1].sampler
-    used |= {} if cascade.has_upper else {"stage2": "none"}
-    return {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}
+    metadata = cli.settings(args, name) | {"sampler": cascade.settings[0].sampler}
+    is_used = {"": args.model != "none", "stage2_": cascade.has_upper}
+    for (prefix, used), setting in zip(is_used.items(), cascade.settings):
+        values = {prefix + "steps": setting.steps, prefix + "guidance_scale": setting.guidance_scale} if used else {}
+        metadata |= {key: value for key, value in values.items() if not isinstance(metadata.get(key), list)}
+    return metadata | ({} if cascade.has_upper else {"stage2": "none"})
 
 
 def finish(
     args: argparse.Namespace, name: str, results: Sequence[Tensor], seeds: Sequence[int], rows: list[list[Tensor]],
-    labels: list[list[str]], title: str, cascade: Cascade,
+    labels: list[list[str]], title: str, cascade: Cascade, differences: Sequence[dict[str, object]] | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 
-    results: each (3, H, W) in [-1, 1].  seeds: the seed of each, the only one in its metadata; the sheet's have all.
-    rows, labels: of the sheet; one row or one column of many becomes a grid.    Returns the sheet's metadata.
+    results: each (3, H, W) in [-1, 1].  seeds: of each; the metadata of an image has its seed, those of the sheet all.
+    rows, labels: of the sheet; one row or one column of many becomes a grid.
+    differences: other metadata of each in which the results differ.    Returns the sheet's metadata.
     """
     metadata = settings(args, name, cascade)
     if len(rows) == 1 and len(rows[0]) > 5 or len(rows) > 1 and all(len(row) == 1 for row in rows):
         rows, labels = images.grid([x for row in rows for x in row], [text for row in labels for text in row])
-    sheet = images.sheet(rows, labels, title)
-    own = [{key: value for key, value in metadata.items() if key != "num_images"} | {"seed": seed} for seed in seeds]
-    for path in images.save_images(results, sheet, args.out, metadata, own):
+    sheet, each = images.sheet(rows, labels, title), []
+    for seed, own in zip(seeds, differences or [{}] * len(seeds)):
+        gone = ("num_images", "prompts" if "prompt" in own else "")
+        each.append({key: value for key, value in metadata.items() if key not in gone} | {"seed": seed} | own)
+    for path in images.save_images(results, sheet, args.out, metadata, each):
         print(f"wrote {path}")
     print(cli.cost())
     return metadata

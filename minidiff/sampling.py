@@ -24,6 +24,7 @@ Next: `guidance.py`, the first wrapper.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -109,14 +110,9 @@ def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | 
     jump at all. Raises ValueError if either is below 1.
     Source: the RePaint paper's resampling; checked against andreas128/RePaint guided_diffusion/scheduler.py@0fea066.
     """
-    down = timesteps.tolist()
-    if jumps is None:
-        return down + ([-1] if final_step else [])
-    jump_length, jump_n_sample = jumps
+    down, (jump_length, jump_n_sample) = timesteps.tolist(), jumps or (1, 1)
     if jump_length < 1 or jump_n_sample < 1:
-        raise ValueError(
-            f"jumps need a length and a number of samples of at least 1, got {jump_length}, {jump_n_sample}"
-        )
+        raise ValueError(f"a jump's length and its samples must be at least 1, got {jump_length}, {jump_n_sample}")
     jumps_left = {j: jump_n_sample - 1 for j in range(0, len(down) - jump_length, jump_length)}  # at each place
     times, k = [], len(down)  # k counts entries from the end
     while k > 0:
@@ -152,15 +148,22 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.G
     return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generators])
 
 
-def seeded(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
-    """One generator for each seed, on the CPU. Image i is what its seed alone gives.
+def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torch.Generator]:
+    """One generator for each seed, on the CPU. Image i is what its seed alone gives. Generators stay as they are.
 
     stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
     within 32 bits, all that torch's CPU generator takes of a seed.
-    Raises ValueError if a seed lies outside 0..2^32 - 1.
+    Raises ValueError if seeds are not whole numbers in 0..2^32 - 1.
     """
     generators = []
+    try:
+        seeds = [seed if isinstance(seed, torch.Generator) else index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds must be a list of whole numbers, such as [0, 1], got {seeds!r}") from None
     for seed in seeds:
+        if isinstance(seed, torch.Generator):
+            generators.append(seed)
+            continue
         if not 0 <= seed < 2**32:
             raise ValueError(f"a seed must lie in 0..2^32 - 1, got {seed}; no number stands for a random one")
         far = seed + stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
