@@ -102,7 +102,7 @@ class Cascade:
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
-        device, model, stage2 = cli.device_of(str(device)), weights.short_name(model, 1), weights.short_name(stage2, 2)
+        model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
         names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
@@ -114,10 +114,10 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        known, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        folder, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
         defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
-        return cls(base, upper, encode, defaults, known)
+        return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)
 
     @property
     def has_upper(self) -> bool:
@@ -284,8 +284,8 @@ def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit:
 def _text_encoder(
     model: str, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
     prompt_embeds: str | Path | None,
-) -> tuple[dict | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
-    """The vocabulary of a model, if it brings one, and a function from N texts to states (N, 77, width).
+) -> tuple[Path | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
+    """The folder of a model's text encoder, if it is here, and a function from N texts to states (N, 77, width).
 
     With prompt_embeds the states come from that file; else the text encoder is found now, and read at every call.
     """
@@ -302,4 +302,4 @@ def _text_encoder(
                              "encode the prompts with a text encoder of their family")  # fmt: skip
         return states
 
-    return vocabulary.read(folder) if folder else None, encode
+    return folder, encode

@@ -68,8 +68,7 @@ def denoise(
     B = len(x_t)
     if len(generators) != B:
         raise ValueError(f"need one generator per image: {B} images, {len(generators)} generators")
-    x_t, previous, i = x_t.float(), None, 0
-    times = visits(timesteps, final_step, jumps)
+    x_t, previous, i, times = x_t.float(), None, 0, visits(timesteps, final_step, jumps)
     for t, t_next in zip(times, times[1:]):
         t_batch = torch.full((B,), t, device=x_t.device)
         t_next_batch = torch.full_like(t_batch, t_next)
@@ -155,22 +154,18 @@ def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torc
     within 32 bits, all that torch's CPU generator takes of a seed.
     Raises ValueError if seeds are not whole numbers in 0..2^32 - 1.
     """
-    generators = []
     try:
         seeds = [seed if isinstance(seed, torch.Generator) else index(seed) for seed in seeds]
     except TypeError:
         raise ValueError(f"seeds must be a list of whole numbers, such as [0, 1], got {seeds!r}") from None
     for seed in seeds:
-        if isinstance(seed, torch.Generator):
-            generators.append(seed)
-            continue
-        if not 0 <= seed < 2**32:
+        if not isinstance(seed, torch.Generator) and not 0 <= seed < 2**32:
             raise ValueError(f"a seed must lie in 0..2^32 - 1, got {seed}; no number stands for a random one")
-        far = seed + stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
-        generators.append(torch.Generator().manual_seed(far % 2**32))
-    return generators
+    generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
+    return other_stream(generators, stream) if stream else generators
 
 
 def other_stream(generators: Sequence[torch.Generator], stream: int) -> list[torch.Generator]:
     """The same seeds' generators in another stream, at its beginning. stream: counted from the stream they are in."""
-    return [torch.Generator().manual_seed((g.initial_seed() + stream * 0x9E3779B1) % 2**32) for g in generators]
+    step = 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
+    return [torch.Generator().manual_seed((g.initial_seed() + stream * step) % 2**32) for g in generators]
