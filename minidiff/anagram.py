@@ -127,7 +127,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
     flags.add_edit_flags(p)
-    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.check:
         return args

@@ -42,18 +42,16 @@ def steps_name(text: str) -> str:
     return text
 
 
-def parser(doc: str, out: str) -> argparse.ArgumentParser:
-    """The flags of every command that draws; doc is the module's docstring, out the default file."""
+def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "auto") -> argparse.ArgumentParser:
+    """The flags of every command that draws.
+
+    doc: the module's docstring.  out, steps, stage2: the defaults; stage2 None: the command has no such flag.
+    """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="one image each (default 0)")
     p.add_argument("--num-images", type=int, default=1, help="images of one --seed, counted up (default %(default)s)")
     p.add_argument("--out", type=file_path, default=Path(out), help="image to write (default %(default)s)")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: a smoke test, not an image")
-    return cli.add_machine_flags(p)
-
-
-def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stage2: str | None = "auto") -> None:
-    """Which cascade, and how it is sampled.  steps, stage2: the defaults; stage2 None: the command has no such flag."""
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--steps", type=steps_name, nargs="+", default=[steps] if steps else None,
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
@@ -68,6 +66,7 @@ def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stag
     p.add_argument("--prompt-embeds", type=file_path, metavar="FILE",
                    help="read the prompts' states from a file of minidiff.encode, or the course's .pth")  # fmt: skip
     p.add_argument("--split-batch", action="store_true", help="one network call per prompt, with less memory")
+    return cli.add_machine_flags(p)
 
 
 def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:

@@ -96,7 +96,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/generate.png")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("--prompts", action="store_true", dest="list", help="list what the model knows, draw nothing")
-    flags.add_cascade_flags(p)
     p.add_argument("--show-every", type=int, metavar="K", help="also write a sheet of every K-th step")
     args = p.parse_intermixed_args(argv)
     if not args.prompts and not args.list:

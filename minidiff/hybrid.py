@@ -117,7 +117,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=cli.file_path, metavar="IMAGE", help="an image whose first component is kept")
     flags.add_edit_flags(p)
-    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.weights and args.kind != "scale":
         raise ValueError(f"--weights go with --kind scale, not {args.kind}")
