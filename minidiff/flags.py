@@ -81,9 +81,6 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
     p.add_argument("--feather", type=finite, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
 
 
-# ---------------------------------------------------------------------------------------------- before the run
-
-
 def seeds_of(args: argparse.Namespace) -> list[int]:
     """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many."""
     if args.num_images < 1:
@@ -191,9 +188,6 @@ def animation_beside(args: argparse.Namespace) -> Path:
         raise ValueError(f"the animation goes to {args.out}; pass another name for the image: --out "
                          f"{args.out.with_suffix('.png')}")  # fmt: skip
     return args.out.with_suffix(".gif")
-
-
-# ---------------------------------------------------------------------------------------------- after the run
 
 
 def noted(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:

@@ -175,9 +175,6 @@ def white_balance_failure(factor: float = 1.5) -> View:
     return View("white_balance_failure", lambda x: x * factor, lambda x: x / factor, lambda x: x)
 
 
-# ---------------------------------------------------------------------------------------------- by name
-
-
 def _centre(size: int) -> Tensor:
     return torch.full((size * size, 2), (size - 1) / 2)
 
@@ -224,9 +221,6 @@ def named(text: str) -> View:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{text!r}: {name} takes {what} from {low} to {high}, such as {VIEWS[name]().name}")
     return VIEWS[name](value)
-
-
-# ---------------------------------------------------------------------------------------------- what makes a good view
 
 
 class Measure(NamedTuple):
