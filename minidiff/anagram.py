@@ -72,13 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
     """The animation of one image (3, H, H): from each view to the next and back to the first, easing in and out."""
-    result = []
+    result, parts = [], [k / (FRAMES - 1) for k in range(FRAMES)]
     for view in chosen:
-        if view.name == "identity":
-            continue
-        way = [part * part * (3 - 2 * part) for part in (k / (FRAMES - 1) for k in range(FRAMES))]
-        there = [images.to_pil(travel(x.cpu(), view, part)) for part in way]
-        result += [there[0]] * HOLD + there + [there[-1]] * HOLD + there[::-1]
+        if view.name != "identity":
+            there = [images.to_pil(travel(x.cpu(), view, part * part * (3 - 2 * part))) for part in parts]
+            result += [there[0]] * HOLD + there + [there[-1]] * HOLD + there[::-1]
     return result or [images.to_pil(x)]
 
 
@@ -105,11 +103,10 @@ def travel(x: Tensor, view: views.View, part: float) -> Tensor:
         angle = torch.where(angle < 1e-3 - math.pi, angle + 2 * math.pi, angle) * part
         y = angle.cos() * a[:, 0] + angle.sin() * a[:, 1]
         where = centre + torch.stack([y, angle.cos() * a[:, 1] - angle.sin() * a[:, 0]], 1)
-    where = where + margin
-    colours = x.flatten(1)[:, order]
+    where, colours, side = where + margin, x.flatten(1)[:, order], page.shape[-1]
     for corner in ((1, 1), (1, 0), (0, 1), (0, 0)):  # a pixel between places covers all of them, so no gap opens
-        place = (where + 1e-3 + torch.tensor(corner) * (1 - 2e-3)).floor().long().clamp(0, page.shape[-1] - 1)
-        page.view(3, -1)[:, place[:, 0] * page.shape[-1] + place[:, 1]] = colours
+        place = (where + 1e-3 + torch.tensor(corner) * (1 - 2e-3)).floor().long().clamp(0, side - 1)
+        page.view(3, -1)[:, place[:, 0] * side + place[:, 1]] = colours
     return page
 
 
@@ -130,7 +127,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
     flags.add_edit_flags(p)
-    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.check:
         return args

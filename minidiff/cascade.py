@@ -32,33 +32,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import cli, editing, images, weights
-from minidiff.deepfloyd import text, vocabulary
-from minidiff.deepfloyd.stages import (
-    NOISE_LEVEL,
-    Stage,
-    base_model,
-    beside,
-    plan_stage,
-    super_resolution_model,
-    upsample,
-)
+from minidiff import cli, editing, images, sampling, weights
+from minidiff.deepfloyd import stages, text, vocabulary
+from minidiff.deepfloyd.stages import NOISE_LEVEL, Stage, plan_stage
 from minidiff.deepfloyd.unet import UNetConfig
 from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
-from minidiff.sampling import (
-    Prediction,
-    Step,
-    denoise,
-    draw_noise,
-    final,
-    network_calls,
-    noised,
-    other_stream,
-    seeded,
-    visits,
-)
+from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
 from minidiff.schedule import respaced, strided
 from minidiff.solvers import STEPS
 
@@ -77,6 +58,10 @@ class Settings(NamedTuple):
     guidance_scale: float
     sampler: str = "ddpm"
     negative_prompt: str = ""
+
+    def but(self, **changes: object) -> "Settings":
+        """The same with these changes. None changes nothing."""
+        return self._replace(**{name: value for name, value in changes.items() if value is not None})
 
 
 DEFAULTS = {"mini": (Settings(27, 5.0), Settings(20, 1.0)), "released": (Settings(100, 7.0), Settings(50, 4.0))}
@@ -117,7 +102,7 @@ class Cascade:
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
-        device, model, stage2 = cli.device_of(str(device)), weights.short_name(model, 1), weights.short_name(stage2, 2)
+        model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
         names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
@@ -129,10 +114,10 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        known, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        folder, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
         defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
-        return cls(base, upper, encode, defaults, known)
+        return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)
 
     @property
     def has_upper(self) -> bool:
@@ -201,13 +186,9 @@ class Cascade:
         through: passes the steps on, and may watch them.
         Raises ValueError if the sizes, the times or the seeds do not fit.
         """
-        stage, default = self.stage(1), self.settings[0]
-        generators, size = _generators(seeds, image, keep, EDIT_SMALL), (stage.unet.config.sample_size,) * 2
-        timesteps, is_course = _times(default.steps if steps is None else steps, i_start)
-        predict = self._predict(base_model(stage.unet), parts, guidance_scale, default, timesteps)
-        x_t = _start(stage, timesteps, generators, size, image)
-        step = STEPS[sampler or default.sampler]
-        return self._run(stage, predict, x_t, timesteps, is_course, generators, step, keep, jumps, through)
+        setting = self.settings[0].but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        generators, size = _generators(seeds, image, keep, EDIT_SMALL), (self.stage(1).unet.config.sample_size,) * 2
+        return self._walk(1, setting, parts, generators, size, image, i_start, keep, jumps, through)
 
     def enlarge(
         self, small: Tensor, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
@@ -222,48 +203,59 @@ class Cascade:
         seeds: the generators that `draw` used, to go on as `cascade(...)` does; numbers begin them anew.
         Raises ValueError also if noise_level is out of range.    Source: Imagen Sec. 2.4.
         """
-        stage, default = self.stage(2), self.settings[1]
-        generators = _generators(seeds, image, keep, EDIT_LARGE)
+        setting = self.settings[1].but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        stage, generators = self.stage(2), _generators(seeds, image, keep, EDIT_LARGE)
         if small.ndim != 4 or small.shape[1] != 3 or len(small) != len(generators):
             raise ValueError(f"small must be (B, 3, h, w) with B = {len(generators)} seeds, got {tuple(small.shape)}")
         if not 0 <= noise_level < stage.noising.num_train_timesteps:
             raise ValueError(f"noise_level must lie in 0..{stage.noising.num_train_timesteps - 1}, got {noise_level}")
         size = (4 * small.shape[2], 4 * small.shape[3])
-        timesteps, is_course = _times(default.steps if steps is None else steps, i_start)
-        model = super_resolution_model(stage.unet, noise_level)
-        both = self._predict(model, parts, guidance_scale, default, timesteps)
-        x_t = _start(stage, timesteps, generators, size, image)
-        low_res = noised(upsample(small.float(), size), noise_level, stage.noising, generators).to(stage.device)
-        step = STEPS[sampler or default.sampler]
-        predict = beside(low_res, both)
-        return self._run(stage, predict, x_t, timesteps, is_course, generators, step, keep, None, through)
+        enlarged = stages.upsample(small.float(), size), noise_level
+        return self._walk(2, setting, parts, generators, size, image, i_start, keep, None, through, enlarged)
 
-    def _predict(
-        self, model: Model, parts: Sequence[Part], guidance_scale: float | None, default: Settings, timesteps: Tensor
-    ) -> Prediction:
-        scale = default.guidance_scale if guidance_scale is None else guidance_scale
-        (negative,) = self.encode(default.negative_prompt)
+    def _walk(
+        self, number: int, setting: Settings, parts: Sequence[Part], generators: Sequence[torch.Generator],
+        size: tuple[int, int], image: Tensor | None, i_start: int, keep: KeepRule | None,
+        jumps: tuple[int, int] | None, through: Through, enlarged: tuple[Tensor, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """From pure noise, or from an image noised to the i_start-th of the times, to an image of this size.
+
+        enlarged: for stage 2, the small image at this size, and its noise level.
+        """
+        stage, (timesteps, is_course) = self.stage(number), times_of(setting.steps)
+        if not 0 <= i_start <= last_start(setting.steps):
+            raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
+        timesteps = timesteps[i_start:]
+        unet, schedule = stage.unet, stage.schedule
+        model = stages.super_resolution_model(unet, enlarged[1]) if enlarged else stages.base_model(unet)
+        predict = self._predict(model, parts, setting, timesteps)
+        if image is None:
+            x_t = sampling.draw_noise((len(generators), 3, *size), generators)
+        elif image.shape[1:] == (3, *size):
+            x_t = noised(image.float(), int(timesteps[0]), schedule, generators)
+        else:
+            raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
+        x_t = x_t.to(stage.device)
+        if enlarged:  # noised after x_t is drawn, as in diffusers
+            predict = stages.beside(noised(*enlarged, stage.noising, generators).to(stage.device), predict)
+        kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
+        x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
+        steps = sampling.denoise(
+            predict, x_t, timesteps, schedule, generators, step=STEPS[setting.sampler], keep=kept, jumps=jumps,
+            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
+        )  # fmt: skip
+        total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
+        bar = tqdm(steps, f"{size[1]} px", total, unit="step", disable=not self.progress)
+        return sampling.final(through(bar)).cpu()
+
+    def _predict(self, model: Model, parts: Sequence[Part], setting: Settings, timesteps: Tensor) -> Prediction:
+        (negative,) = self.encode(setting.negative_prompt)
 
         def together(some: Sequence[Part]) -> Prediction:
-            return factorized(model, some, negative, scale, self.split_batch)
+            return factorized(model, some, negative, setting.guidance_scale, self.split_batch)
 
         in_turns = isinstance(parts, InTurns)
         return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
-
-    def _run(
-        self, stage: Stage, predict: Prediction, x_t: Tensor, timesteps: Tensor, is_course: bool,
-        generators: Sequence[torch.Generator], step: Callable[..., tuple[Tensor, Tensor]], keep: KeepRule | None,
-        jumps: tuple[int, int] | None, through: Through,
-    ) -> Tensor:  # fmt: skip
-        kept = None if keep is None else keep(stage.schedule, other_stream(generators, KEPT))
-        x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
-        steps = denoise(
-            predict, x_t, timesteps, stage.schedule, generators, step=step, keep=kept, jumps=jumps,
-            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
-        )  # fmt: skip
-        total = network_calls(visits(timesteps, not is_course, jumps))
-        bar = tqdm(steps, f"{x_t.shape[-1]} px", total, unit="step", disable=not self.progress)
-        return final(through(bar)).cpu()
 
 
 def times_of(steps: int | str | Tensor) -> tuple[Tensor, bool]:
@@ -283,53 +275,31 @@ def last_start(steps: int | str | Tensor) -> int:
     return len(timesteps) - (2 if is_course else 1)
 
 
-def _times(steps: int | str | Tensor, i_start: int) -> tuple[Tensor, bool]:
-    timesteps, is_course = times_of(steps)
-    if not 0 <= i_start <= last_start(steps):
-        raise ValueError(f"i_start must lie in 0..{last_start(steps)} for these steps, got {i_start}")
-    return timesteps[i_start:], is_course
-
-
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
     """The generators of a walk. One that edits has its own stream: the noise that made an image leads back to it."""
-    generators = [s if isinstance(s, torch.Generator) else seeded([s])[0] for s in seeds]
+    generators = seeded(seeds)
     return generators if image is None and keep is None else other_stream(generators, edit)
-
-
-def _start(
-    stage: Stage, timesteps: Tensor, generators: Sequence[torch.Generator], size: tuple[int, int], image: Tensor | None
-) -> Tensor:
-    """Pure noise, or the image noised to the first of the times: (B, 3, H, W) on the stage's device."""
-    if image is None:
-        return draw_noise((len(generators), 3, *size), generators).to(stage.device)
-    if image.shape[1:] != (3, *size):
-        raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
-    return noised(image.float(), int(timesteps[0]), stage.schedule, generators).to(stage.device)
 
 
 def _text_encoder(
     model: str, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
     prompt_embeds: str | Path | None,
-) -> tuple[dict | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
-    """The vocabulary of a model, if it brings one, and a function from N texts to states (N, 77, width).
+) -> tuple[Path | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
+    """The folder of a model's text encoder, if it is here, and a function from N texts to states (N, 77, width).
 
     With prompt_embeds the states come from that file; else the text encoder is found now, and read at every call.
     """
-    if prompt_embeds is None:
-        folder = weights.resolve(model, 1, ("text_encoder",), print)
-    else:
-        folder = weights.encoder_here(model)
-
-    known = vocabulary.read(folder) if folder else None
+    is_file = prompt_embeds is not None
+    folder = weights.encoder_here(model) if is_file else weights.resolve(model, 1, ("text_encoder",), print)
 
     def encode(texts: Sequence[str]) -> Tensor:
-        if prompt_embeds is None:
-            states = text.load_text_encoder(folder, dtype, device, streamed)(texts)
-        else:
+        if is_file:
             states = text.read_embeds(Path(prompt_embeds), texts, text.fingerprint(folder) if folder else None)
+        else:
+            states = text.load_text_encoder(folder, dtype, device, streamed)(texts)
         if states.shape[-1] != width:
             raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
                              "encode the prompts with a text encoder of their family")  # fmt: skip
         return states
 
-    return known, encode
+    return folder, encode

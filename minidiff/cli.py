@@ -32,9 +32,12 @@ NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory") 
 
 def finite(text: str) -> float:
     """The type of flags that take any number but nan and inf."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a finite number, such as 1 or 7.5, got {text!r}")
     return value
 
 

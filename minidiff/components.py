@@ -71,13 +71,10 @@ def high_pass(sigma: float = SIGMA) -> Component:
     return lambda x: x - blur(x, sigma)
 
 
-def triple(sigma: float = SIGMA, middle_sigma: float = MIDDLE_SIGMA) -> list[Component]:
-    """[coarse, middle, fine]: blur with middle_sigma, then what is left once more with sigma."""
-    return [
-        lambda x: blur(blur(x, middle_sigma), sigma),
-        lambda x: blur(x, middle_sigma) - blur(blur(x, middle_sigma), sigma),
-        lambda x: x - blur(x, middle_sigma),
-    ]
+def triple(sigma: float = SIGMA) -> list[Component]:
+    """[coarse, middle, fine]: blur with MIDDLE_SIGMA, then what is left once more with sigma."""
+    middle, coarse = low_pass(MIDDLE_SIGMA), low_pass(sigma)
+    return [lambda x: coarse(middle(x)), lambda x: middle(x) - coarse(middle(x)), high_pass(MIDDLE_SIGMA)]
 
 
 def grey(x: Tensor) -> Tensor:
@@ -97,11 +94,6 @@ def motion(x: Tensor) -> Tensor:
     taps += (taps + 1) % 2
     weight = (torch.eye(taps, dtype=x.dtype, device=x.device) / taps).expand(x.shape[-3], 1, taps, taps)
     return F.conv2d(x.reshape(-1, *x.shape[-3:]), weight, padding=taps // 2, groups=x.shape[-3]).view(x.shape)
-
-
-def still(x: Tensor) -> Tensor:
-    """What motion leaves out."""
-    return x - motion(x)
 
 
 def scaled(weight: float) -> Component:
@@ -124,7 +116,7 @@ def of_kind(kind: str, sigma: float = SIGMA, weights: list[float] | None = None)
         "frequency": [low_pass(sigma), high_pass(sigma)],
         "triple": triple(sigma),
         "color": [grey, color],
-        "motion": [motion, still],
+        "motion": [motion, lambda x: x - motion(x)],
     }
     if kind not in kinds:
         raise ValueError(f"no kind of components {kind!r}; choose from {', '.join([*kinds, 'scale'])}")

@@ -98,17 +98,15 @@ def _score(what: str, x: Tensor, original: Tensor) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = flags.parser(__doc__, "out/denoise.png")
+    p = flags.parser(__doc__, "out/denoise.png", steps="course", stage2="none")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", help="what it shows (default: a high quality photo)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what it shows (default: %(default)s)")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
     p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
     p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
     p.add_argument("--blur-kernel", type=int, default=BLUR_KERNEL, help="pixels of 64 (default %(default)s)")
-    flags.add_cascade_flags(p, steps="course", stage2="none")
     p.set_defaults(guidance_scale=[1.0])
     args = p.parse_intermixed_args(argv)
-    args.prompt = flags.NEUTRAL if args.prompt is None else args.prompt
     for t in args.t:
         if not 0 <= t < 1000:
             raise ValueError(f"--t must lie in 0..999, got {t}")

@@ -85,13 +85,12 @@ def reference(image: Tensor, component: Component) -> KeepRule:
     return rule
 
 
-def kept(
-    image: object, mask: object, size: int, method: str = "renoise", feather_width: float = 0.0
-) -> KeepRule | None:
+def kept(image: object, mask: object, size: int, method: str = "renoise", width: float = 0.0) -> KeepRule | None:
     """What a walk at this size keeps of an image: all that lies outside the mask. None if there is no mask.
 
     image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, W), or four numbers as for `box`.
-    method: one of METHODS.    Raises ValueError if a mask comes without an image, or the method is unknown.
+    method: one of METHODS.  width: as for `feather`.
+    Raises ValueError if a mask comes without an image, or the method is unknown.
     """
     if mask is None:
         return None
@@ -99,7 +98,7 @@ def kept(
         raise ValueError("a mask needs an image, of which the rest is kept")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
-    region = feather(mask_at(mask, size), feather_width)
+    region = feather(mask_at(mask, size), width)
     return (clean if method == "clean" else renoise)(images.load(image, size), region)
 
 
@@ -140,11 +139,8 @@ def feather(mask: Tensor, width: float) -> Tensor:
 def check_mask(mask: Tensor, image: Tensor) -> None:
     """Raise ValueError unless mask is (1, 1, H, W) in [0, 1], with the image's H and W."""
     if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2:] != image.shape[2:]:
-        raise ValueError(
-            f"the mask must be (1, 1, {image.shape[2]}, {image.shape[3]}) like its image, got {tuple(mask.shape)}"
-        )
+        H, W = image.shape[2:]
+        raise ValueError(f"the mask must be (1, 1, {H}, {W}) like its image, got {tuple(mask.shape)}")
     if mask.min() < 0 or mask.max() > 1:
-        raise ValueError(
-            f"a mask lies in [0, 1], 1 where new content goes, got {mask.min().item():g} to {mask.max().item():g}; "
-            "a mask of another convention (-1 and 1, or 1 = keep) must be converted first"
-        )
+        raise ValueError(f"a mask lies in [0, 1], 1 where new content goes, got {mask.min():g} to {mask.max():g}; "
+                         "convert a mask of another convention (-1 and 1, or 1 = keep) first")  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, editing, images, solvers, views
-from minidiff.cascade import Cascade, Settings, last_start, times_of
+from minidiff.cascade import Cascade, last_start, times_of
 from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
@@ -42,18 +42,16 @@ def steps_name(text: str) -> str:
     return text
 
 
-def parser(doc: str, out: str) -> argparse.ArgumentParser:
-    """The flags of every command that draws; doc is the module's docstring, out the default file."""
+def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "auto") -> argparse.ArgumentParser:
+    """The flags of every command that draws.
+
+    doc: the module's docstring.  out, steps, stage2: the defaults; stage2 None: the command has no such flag.
+    """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="one image each (default 0)")
     p.add_argument("--num-images", type=int, default=1, help="images of one --seed, counted up (default %(default)s)")
     p.add_argument("--out", type=file_path, default=Path(out), help="image to write (default %(default)s)")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: a smoke test, not an image")
-    return cli.add_machine_flags(p)
-
-
-def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stage2: str | None = "auto") -> None:
-    """Which cascade, and how it is sampled.  steps, stage2: the defaults; stage2 None: the command has no such flag."""
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--steps", type=steps_name, nargs="+", default=[steps] if steps else None,
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
@@ -68,6 +66,7 @@ def add_cascade_flags(p: argparse.ArgumentParser, steps: str | None = None, stag
     p.add_argument("--prompt-embeds", type=file_path, metavar="FILE",
                    help="read the prompts' states from a file of minidiff.encode, or the course's .pth")  # fmt: skip
     p.add_argument("--split-batch", action="store_true", help="one network call per prompt, with less memory")
+    return cli.add_machine_flags(p)
 
 
 def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
@@ -80,9 +79,6 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
     marked.add_argument("--box", type=finite, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
                         help="instead of --mask: a rectangle, in pixels of 64")  # fmt: skip
     p.add_argument("--feather", type=finite, default=0.0, help="soften the mask's seam, pixels of 64 (default 0)")
-
-
-# ---------------------------------------------------------------------------------------------- before the run
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
@@ -101,26 +97,25 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Se
     beside: what the command writes besides --out and its sheet.    Raises ValueError naming the flag.
     """
     check_files(args, beside)
-    if not compares:
-        for flag in ("steps", "stage2_steps", "guidance_scale"):
-            if len(getattr(args, flag) or []) > 1:
-                name = flag.replace("_", "-")
-                raise ValueError(f"this command takes one --{name}; minidiff.generate compares several")
-    upper_steps = args.stage2_steps
-    if args.quick:
-        args.steps = upper_steps = [str(QUICK_STEPS)]
-        args.stage2_steps = upper_steps if args.stage2_steps else None
+    for flag in () if compares else ("steps", "stage2_steps", "guidance_scale"):
+        if len(getattr(args, flag) or []) > 1:
+            raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
     cascade = Cascade.load(
         args.model, args.stage2, text_model=getattr(args, "text_model", None), device=args.device,
         dtype=cli.DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,
     )  # fmt: skip
     if not cascade.has_upper and (args.stage2_steps or args.stage2_guidance_scale is not None):
         raise ValueError("--stage2-steps and --stage2-guidance-scale need a stage 2; pass --stage2 mini, say")
-    scale = args.guidance_scale[0] if args.guidance_scale else None
-    cascade.settings[0] = _setting(cascade.settings[0], args, args.steps, scale)
-    cascade.settings[1] = _setting(cascade.settings[1], args, upper_steps, args.stage2_guidance_scale)
-    stages = cascade.settings[args.model == "none" : 1 + cascade.has_upper]
-    scales = [stage.guidance_scale for stage in stages] + (args.guidance_scale or [])
+    if args.quick:
+        args.steps = args.stage2_steps = None
+    scales = [args.guidance_scale and args.guidance_scale[0], args.stage2_guidance_scale]
+    for i, (steps, scale) in enumerate(zip((args.steps, args.stage2_steps), scales)):
+        steps = QUICK_STEPS if args.quick else steps and steps[0]
+        cascade.settings[i] = cascade.settings[i].but(
+            steps=steps, guidance_scale=scale, sampler=args.sampler, negative_prompt=args.negative_prompt
+        )
+    used = cascade.settings[args.model == "none" : 1 + cascade.has_upper]
+    scales = [setting.guidance_scale for setting in used] + (args.guidance_scale or [])
     if args.negative_prompt and all(scale == 1 for scale in scales):
         warnings.warn("--negative-prompt does nothing at --guidance-scale 1, which is no guidance", stacklevel=2)
     cascade.progress, cascade.split_batch = True, args.split_batch
@@ -144,15 +139,6 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
         images.check_output(file)
     for path in inputs:
         images.load(path, 64)
-
-
-def _setting(
-    default: Settings, args: argparse.Namespace, steps: Sequence[str] | None, guidance_scale: float | None
-) -> Settings:
-    """A stage's setting with what the flags say of it; of several steps the first."""
-    flags = {"steps": steps[0] if steps else None, "guidance_scale": guidance_scale, "sampler": args.sampler}
-    flags = {key: value for key, value in flags.items() if value is not None}
-    return default._replace(negative_prompt=args.negative_prompt, **flags)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
@@ -204,9 +190,6 @@ def animation_beside(args: argparse.Namespace) -> Path:
     return args.out.with_suffix(".gif")
 
 
-# ---------------------------------------------------------------------------------------------- after the run
-
-
 def noted(steps: Iterable[Step], record: list[Step]) -> Iterator[Step]:
     """The steps of a walk, each also appended to record."""
     for step in steps:
@@ -231,33 +214,32 @@ def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str,
 
     Of several --steps or scales that were compared, all; of a stage that there is not, nothing.
     """
-    used = cli.settings(args, name)
-    stages = [("", cascade.settings[0])] * (args.model != "none")
-    stages += [("stage2_", cascade.settings[1])] * cascade.has_upper
-    for prefix, stage in stages:
-        for key, value in (("steps", stage.steps), ("guidance_scale", stage.guidance_scale)):
-            if not isinstance(used.get(prefix + key), list):
-                used[prefix + key] = value
-    used["sampler"] = stages[0][1].sampler
-    used |= {} if cascade.has_upper else {"stage2": "none"}
-    return {key: value for key, value in used.items() if args.model != "none" or key not in Settings._fields[:2]}
+    metadata = cli.settings(args, name) | {"sampler": cascade.settings[0].sampler}
+    is_used = {"": args.model != "none", "stage2_": cascade.has_upper}
+    for (prefix, used), setting in zip(is_used.items(), cascade.settings):
+        values = {prefix + "steps": setting.steps, prefix + "guidance_scale": setting.guidance_scale} if used else {}
+        metadata |= {key: value for key, value in values.items() if not isinstance(metadata.get(key), list)}
+    return metadata | ({} if cascade.has_upper else {"stage2": "none"})
 
 
 def finish(
     args: argparse.Namespace, name: str, results: Sequence[Tensor], seeds: Sequence[int], rows: list[list[Tensor]],
-    labels: list[list[str]], title: str, cascade: Cascade,
+    labels: list[list[str]], title: str, cascade: Cascade, differences: Sequence[dict[str, object]] | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 
-    results: each (3, H, W) in [-1, 1].  seeds: the seed of each, the only one in its metadata; the sheet's have all.
-    rows, labels: of the sheet; one row or one column of many becomes a grid.    Returns the sheet's metadata.
+    results: each (3, H, W) in [-1, 1].  seeds: of each; the metadata of an image has its seed, those of the sheet all.
+    rows, labels: of the sheet; one row or one column of many becomes a grid.
+    differences: other metadata of each in which the results differ.    Returns the sheet's metadata.
     """
     metadata = settings(args, name, cascade)
     if len(rows) == 1 and len(rows[0]) > 5 or len(rows) > 1 and all(len(row) == 1 for row in rows):
         rows, labels = images.grid([x for row in rows for x in row], [text for row in labels for text in row])
-    sheet = images.sheet(rows, labels, title)
-    own = [{key: value for key, value in metadata.items() if key != "num_images"} | {"seed": seed} for seed in seeds]
-    for path in images.save_images(results, sheet, args.out, metadata, own):
+    sheet, each = images.sheet(rows, labels, title), []
+    for seed, own in zip(seeds, differences or [{}] * len(seeds)):
+        gone = ("num_images", "prompts" if "prompt" in own else "")
+        each.append({key: value for key, value in metadata.items() if key not in gone} | {"seed": seed} | own)
+    for path in images.save_images(results, sheet, args.out, metadata, each):
         print(f"wrote {path}")
     print(cli.cost())
     return metadata

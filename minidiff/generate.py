@@ -36,36 +36,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     beside = [steps_out] if args.show_every else []
     seeds, cascade = flags.seeds_of(args), flags.load_cascade(args, compares=True, beside=beside)
     if args.list:
-        return print(known_prompts(cascade, args.model))
-    rows, labels, results, record = [], [], [], []
+        if cascade.vocabulary is None:
+            raise ValueError(f"{args.model} brings no list of what it knows (vocabulary.json); mini does")
+        return print(vocabulary.listing(cascade.vocabulary))
+    rows, labels, differences, record = [], [], [], []
     cascade.encode(*args.prompts)
-    for words, prompt in plans(args, cascade):
-        parts = [Part(*cascade.encode(prompt))]
+    for words, settings in plans(args, cascade):
+        parts = [Part(*cascade.encode(settings["prompt"]))]
         small, large = cascade.make(parts, seeds, through=lambda steps: flags.noted(steps, record))
-        shown = small if large is None else large
-        rows.append(list(shown))
+        rows.append(list(small if large is None else large))
         labels.append([", ".join([*words, f"seed {seed}"]) for seed in seeds])
-        results += rows[-1]
+        differences += [settings] * len(seeds)
+    results, seeds = [x for row in rows for x in row], seeds * len(rows)
     if len(results) == 1 and cascade.has_upper:
         rows, labels = [[small[0], large[0]]], [["64 px, " + labels[0][0], "256 px"]]
     title = (args.prompts[0] or "(empty prompt)") if len(args.prompts) == 1 else ""
-    per_image = seeds * (len(results) // len(seeds))
-    metadata = flags.finish(args, "generate", results, per_image, rows, labels, title, cascade)
+    metadata = flags.finish(args, "generate", results, seeds, rows, labels, title, cascade, differences)
     if args.show_every:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)
         images.save(sheet, steps_out, metadata | {"minidiff": "sheet"})
         print(f"wrote {steps_out}")
 
 
-def known_prompts(cascade: Cascade, model: str) -> str:
-    """What the model knows, as text. Raises ValueError if it brings no list."""
-    if cascade.vocabulary is None:
-        raise ValueError(f"{model} brings no list of what it knows (vocabulary.json); mini does")
-    return vocabulary.listing(cascade.vocabulary)
-
-
-def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str], str]]:
-    """What is to be drawn, one after the other: the words that tell it from the rest, and the prompt.
+def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str], dict[str, object]]]:
+    """What is to be drawn, one after the other: the words that tell it from the rest, and its prompt and settings.
 
     Sets the cascade's settings before each.
     """
@@ -79,7 +73,8 @@ def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str
             words += [f"{steps} steps"] if len(counts) > 1 else []
             words += [f"guidance {scale:g}"] if len(scales) > 1 else []
             words += [f"stage 2: {second} steps"] if len(seconds) > 1 else []
-            yield words, prompt
+            own = {"prompt": prompt, "steps": steps, "guidance_scale": scale}
+            yield words, own | ({"stage2_steps": second} if cascade.has_upper else {})
 
 
 def steps_sheet(record: Sequence[Step], schedule: Schedule) -> tuple[list[list[Tensor]], list[list[str]]]:
@@ -101,7 +96,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/generate.png")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
     p.add_argument("--prompts", action="store_true", dest="list", help="list what the model knows, draw nothing")
-    flags.add_cascade_flags(p)
     p.add_argument("--show-every", type=int, metavar="K", help="also write a sheet of every K-th step")
     args = p.parse_intermixed_args(argv)
     if not args.prompts and not args.list:

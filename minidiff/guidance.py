@@ -29,12 +29,9 @@ def combine(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tens
 
 
 def guided(
-    model: Model,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor,
-    guidance_scale: float,
+    model: Model, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: float,
     split_batch: bool = False,
-) -> Prediction:
+) -> Prediction:  # fmt: skip
     """Give a model its text: a prediction with classifier-free guidance.
 
     prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all images alike. The negative one encodes what

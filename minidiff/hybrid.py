@@ -75,16 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                           feather=args.feather)  # fmt: skip
     results, chosen = list(small if large is None else large), components.of_kind(args.kind, args.sigma, args.weights)
     names = [args.reference.name, *args.prompts] if args.reference else args.prompts
-    rows, labels = [], []
-    for x, seed in zip(results, seeds):
-        rows.append([x])
-        labels.append([f"seed {seed}, {x.shape[-1]} px"])
-        if args.kind in ("frequency", "triple"):
-            rows[-1] += [_from_afar(x, 64), _from_afar(x, FAR)]
-            labels[-1] += ["64 px: some steps away", f"{FAR} px: across the room"]
-        if args.kind != "scale":
-            rows[-1] += [component(x[None])[0] for component in chosen]
-            labels[-1] += [f"component {k + 1}: {name}" for k, name in enumerate(names)]
+    sizes = {64: "64 px: some steps away", FAR: f"{FAR} px: across the room"}
+    sizes = sizes if args.kind in ("frequency", "triple") else {}
+    parts = [] if args.kind == "scale" else list(zip(chosen, names))
+    rows = [[x, *(_from_afar(x, size) for size in sizes), *(part(x[None])[0] for part, _ in parts)] for x in results]
+    texts = [*sizes.values(), *(f"component {k}: {name}" for k, (_, name) in enumerate(parts, 1))]
+    labels = [[f"seed {seed}, {results[0].shape[-1]} px", *texts] for seed in seeds]
     title = f"{' / '.join(names)}   [{args.kind}]"
     flags.finish(args, "hybrid", results, seeds, rows, labels, title, cascade)
     images.save_gif(frames(results[0], args.kind, chosen[0]), animation, 0.06)
@@ -100,17 +96,16 @@ def _from_afar(x: Tensor, size: int) -> Tensor:
 def frames(x: Tensor, kind: str, first: components.Component) -> list[Image.Image]:
     """Walking away from a hybrid of frequencies; of other kinds, fading to the first component and back."""
     image, size = images.to_pil(x), x.shape[-1]
-    way = []
-    for k in range(FRAMES):
-        part = k / (FRAMES - 1)
-        if kind in ("frequency", "triple"):
-            small = round(size * (FAR / size) ** part)
-            page = Image.new("RGB", (size, size), "white")
-            shrunk = image.resize((small, small), Image.Resampling.BICUBIC)
-            page.paste(shrunk, ((size - small) // 2, (size - small) // 2))
-        else:
-            page = images.to_pil(torch.lerp(x, first(x[None])[0], part))
-        way.append(page)
+
+    def at(part: float) -> Image.Image:
+        if kind not in ("frequency", "triple"):
+            return images.to_pil(torch.lerp(x, first(x[None])[0], part))
+        small = round(size * (FAR / size) ** part)
+        page, margin = Image.new("RGB", (size, size), "white"), (size - small) // 2
+        page.paste(image.resize((small, small), Image.Resampling.BICUBIC), (margin, margin))
+        return page
+
+    way = [at(k / (FRAMES - 1)) for k in range(FRAMES)]
     return way + way[::-1]
 
 
@@ -122,7 +117,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--weights", type=cli.finite, nargs="+", help="of --kind scale, one per prompt")
     p.add_argument("--reference", type=cli.file_path, metavar="IMAGE", help="an image whose first component is kept")
     flags.add_edit_flags(p)
-    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.weights and args.kind != "scale":
         raise ValueError(f"--weights go with --kind scale, not {args.kind}")

@@ -72,7 +72,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--jump-length", type=int, help=f"of repaint (default {editing.JUMPS[0]})")
     p.add_argument("--jump-n-sample", type=int, help=f"of repaint (default {editing.JUMPS[1]})")
     flags.add_edit_flags(p, image=False)
-    flags.add_cascade_flags(p)
     args = p.parse_intermixed_args(argv)
     words = args.words
     looks_like_file = bool(words) and cli.file_path(words[0]).suffix.lower() in images.KNOWN

@@ -24,6 +24,7 @@ Next: `guidance.py`, the first wrapper.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -67,8 +68,7 @@ def denoise(
     B = len(x_t)
     if len(generators) != B:
         raise ValueError(f"need one generator per image: {B} images, {len(generators)} generators")
-    x_t, previous, i = x_t.float(), None, 0
-    times = visits(timesteps, final_step, jumps)
+    x_t, previous, i, times = x_t.float(), None, 0, visits(timesteps, final_step, jumps)
     for t, t_next in zip(times, times[1:]):
         t_batch = torch.full((B,), t, device=x_t.device)
         t_next_batch = torch.full_like(t_batch, t_next)
@@ -109,14 +109,9 @@ def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | 
     jump at all. Raises ValueError if either is below 1.
     Source: the RePaint paper's resampling; checked against andreas128/RePaint guided_diffusion/scheduler.py@0fea066.
     """
-    down = timesteps.tolist()
-    if jumps is None:
-        return down + ([-1] if final_step else [])
-    jump_length, jump_n_sample = jumps
+    down, (jump_length, jump_n_sample) = timesteps.tolist(), jumps or (1, 1)
     if jump_length < 1 or jump_n_sample < 1:
-        raise ValueError(
-            f"jumps need a length and a number of samples of at least 1, got {jump_length}, {jump_n_sample}"
-        )
+        raise ValueError(f"a jump's length and its samples must be at least 1, got {jump_length}, {jump_n_sample}")
     jumps_left = {j: jump_n_sample - 1 for j in range(0, len(down) - jump_length, jump_length)}  # at each place
     times, k = [], len(down)  # k counts entries from the end
     while k > 0:
@@ -152,22 +147,25 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.G
     return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generators])
 
 
-def seeded(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
-    """One generator for each seed, on the CPU. Image i is what its seed alone gives.
+def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torch.Generator]:
+    """One generator for each seed, on the CPU. Image i is what its seed alone gives. Generators stay as they are.
 
     stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
     within 32 bits, all that torch's CPU generator takes of a seed.
-    Raises ValueError if a seed lies outside 0..2^32 - 1.
+    Raises ValueError if seeds are not whole numbers in 0..2^32 - 1.
     """
-    generators = []
+    try:
+        seeds = [seed if isinstance(seed, torch.Generator) else index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds must be a list of whole numbers, such as [0, 1], got {seeds!r}") from None
     for seed in seeds:
-        if not 0 <= seed < 2**32:
+        if not isinstance(seed, torch.Generator) and not 0 <= seed < 2**32:
             raise ValueError(f"a seed must lie in 0..2^32 - 1, got {seed}; no number stands for a random one")
-        far = seed + stream * 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
-        generators.append(torch.Generator().manual_seed(far % 2**32))
-    return generators
+    generators = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s) for s in seeds]
+    return other_stream(generators, stream) if stream else generators
 
 
 def other_stream(generators: Sequence[torch.Generator], stream: int) -> list[torch.Generator]:
     """The same seeds' generators in another stream, at its beginning. stream: counted from the stream they are in."""
-    return [torch.Generator().manual_seed((g.initial_seed() + stream * 0x9E3779B1) % 2**32) for g in generators]
+    step = 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
+    return [torch.Generator().manual_seed((g.initial_seed() + stream * step) % 2**32) for g in generators]

@@ -47,30 +47,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     last = last_start(cascade.settings[0].steps)
     starts = args.i_start or [i for i in STARTS if i <= last] or [last]
     flags.check_starts(starts, last, args.quick)
-    rows, labels = [[] for _ in seeds], [[] for _ in seeds]
+    columns = []
     for i_start in starts:
         small, large = sdedit(cascade, args.image, args.prompt, i_start, seeds, mask=mask, feather=args.feather)
-        for k, x in enumerate(small if large is None else large):
-            rows[k].append(x)
-            labels[k].append(f"i_start {i_start}, seed {seeds[k]}")
-    results = [x for row in rows for x in row]
+        columns.append(small if large is None else large)
+    results = [x for row in zip(*columns) for x in row]
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
-    rows, labels = [[*row, *inputs] for row in rows], [[*row, *names] for row in labels]
+    rows = [[*row, *inputs] for row in zip(*columns)]
+    labels = [[*(f"i_start {i_start}, seed {seed}" for i_start in starts), *names] for seed in seeds]
     title = f"{args.image.name}: {args.prompt or '(empty prompt)'}"
     per_image = [seed for seed in seeds for _ in starts]
     flags.finish(args, "sdedit", results, per_image, rows, labels, title, cascade)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = flags.parser(__doc__, "out/sdedit.png")
+    p = flags.parser(__doc__, "out/sdedit.png", steps="course", stage2="none")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", help="what the image becomes (default: a high quality photo)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what the image becomes (default: %(default)s)")
     p.add_argument("--i-start", type=int, nargs="+", help=f"where on the steps to begin (default {STARTS})")
     flags.add_edit_flags(p, image=False)
-    flags.add_cascade_flags(p, steps="course", stage2="none")
-    args = p.parse_intermixed_args(argv)
-    args.prompt = flags.NEUTRAL if args.prompt is None else args.prompt
-    return args
+    return p.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

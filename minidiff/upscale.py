@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = flags.parser(__doc__, "out/upscale.png")
+    p = flags.parser(__doc__, "out/upscale.png", stage2=None)
     p.add_argument("image", type=cli.file_path)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what it shows (default: the empty prompt)")
     p.add_argument("--view", nargs="+", default=["identity"], help="one per prompt, as for minidiff.anagram")
@@ -65,7 +65,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--noise-level", type=int, default=NOISE_LEVEL, help="0 to 999 (default %(default)s)")
     p.add_argument("--text-model", help="whose text encoder (default: mini's, or the one of the released models)")
     flags.add_edit_flags(p, image=False)
-    flags.add_cascade_flags(p, stage2=None)
     args = p.parse_intermixed_args(argv)
     args.model, args.stage2 = "none", args.model  # --model is stage 2 here
     args.stage2_steps, args.steps = args.steps, None

@@ -56,13 +56,13 @@ def permutation(name: str, rearrange: Callable[[Tensor], Tensor], turns: Callabl
     def order(size: int) -> Tensor:
         return rearrange(torch.arange(size * size).view(size, size)).flatten()
 
-    def view(x: Tensor) -> Tensor:
-        return x.flatten(-2)[..., order(side_of(x)).to(x.device)].view(x.shape)
+    def moved(x: Tensor, places: Tensor) -> Tensor:
+        return x.flatten(-2)[..., places.to(x.device)].view(x.shape)
 
-    def inverse_view(x: Tensor) -> Tensor:
-        return x.flatten(-2)[..., order(side_of(x)).argsort().to(x.device)].view(x.shape)
+    def back(x: Tensor) -> Tensor:
+        return moved(x, order(side_of(x)).argsort())
 
-    return View(name, view, inverse_view, inverse_view, order, turns)
+    return View(name, lambda x: moved(x, order(side_of(x))), back, back, order, turns)
 
 
 def negate() -> View:
@@ -72,21 +72,22 @@ def negate() -> View:
 
 def skew(factor: float = 1.5) -> View:
     """Column i moves down by int(factor (i - W/2)), and what leaves below comes in above."""
+    return _rolled(f"skew:{factor:g}", lambda W: [int(factor * (i - W // 2)) for i in range(W)])
+
+
+def skew_by(pixels: float = 50) -> View:
+    """Columns move by up to so many pixels of 64, evenly from up (left) to down (right)."""
+    name = f"skew_by:{pixels:g}"
+    return _rolled(name, lambda W: np.linspace(-pixels * W / 64, pixels * W / 64, W).round().astype(int).tolist())
+
+
+def _rolled(name: str, shifts: Callable[[int], list[int]]) -> View:
+    """Column i of W moves down by shifts(W)[i]."""
 
     def rearrange(grid: Tensor) -> Tensor:
-        return _roll_columns(grid, [int(factor * (i - len(grid) // 2)) for i in range(len(grid))])
+        return torch.stack([grid[:, i].roll(shift) for i, shift in enumerate(shifts(len(grid)))], dim=1)
 
-    return permutation(f"skew:{factor:g}", rearrange)
-
-
-def skew_by(max_displacement: float = 50) -> View:
-    """Columns move by up to max_displacement pixels of 64, evenly from up (left) to down (right)."""
-
-    def rearrange(grid: Tensor) -> Tensor:
-        d = max_displacement * len(grid) / 64
-        return _roll_columns(grid, np.linspace(-d, d, len(grid)).round().astype(int).tolist())
-
-    return permutation(f"skew_by:{max_displacement:g}", rearrange)
+    return permutation(name, rearrange)
 
 
 def patch_permute(patches: int = 8, seed: int = 0) -> View:
@@ -108,11 +109,7 @@ def patch_permute(patches: int = 8, seed: int = 0) -> View:
 
 def inner_circle() -> View:
     """A disc of radius 3/8 of the side is turned upside down, the rest stays."""
-
-    def rearrange(grid: Tensor) -> Tensor:
-        return torch.where(_disc(len(grid)), grid.rot90(2), grid)
-
-    return permutation("inner_circle", rearrange, _centre)
+    return permutation("inner_circle", lambda grid: torch.where(_disc(len(grid)), grid.rot90(2), grid), _centre)
 
 
 def square_hinge() -> View:
@@ -178,9 +175,6 @@ def white_balance_failure(factor: float = 1.5) -> View:
     return View("white_balance_failure", lambda x: x * factor, lambda x: x / factor, lambda x: x)
 
 
-# ---------------------------------------------------------------------------------------------- by name
-
-
 def _centre(size: int) -> Tensor:
     return torch.full((size * size, 2), (size - 1) / 2)
 
@@ -227,9 +221,6 @@ def named(text: str) -> View:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{text!r}: {name} takes {what} from {low} to {high}, such as {VIEWS[name]().name}")
     return VIEWS[name](value)
-
-
-# ---------------------------------------------------------------------------------------------- what makes a good view
 
 
 class Measure(NamedTuple):
@@ -293,10 +284,6 @@ def positions(size: int) -> Tensor:
 def _disc(size: int) -> Tensor:
     yx = positions(size).view(size, size, 2) - (size - 1) / 2
     return yx.square().sum(-1) < (3 / 8 * size) ** 2
-
-
-def _roll_columns(grid: Tensor, shifts: list[int]) -> Tensor:
-    return torch.stack([grid[:, i].roll(shift) for i, shift in enumerate(shifts)], dim=1)
 
 
 def side_of(x: Tensor) -> int:

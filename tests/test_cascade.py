@@ -449,6 +449,10 @@ def test_input_errors_of_the_door(cascade):
         cascade.draw([], [0], steps=FEW)
     with pytest.raises(ValueError, match=r"a seed must lie in 0\.\.2\^32 - 1, got -1"):
         cascade.draw(parts, [-1])
+    for ask in (lambda: cascade.draw(parts, 1.5), lambda: cascade.make(parts, "a"),
+                lambda: cascade("prompt 0", seed="a"), lambda: cascade.enlarge(LOW_RES, parts, 2)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"seeds must be a list of whole numbers, such as \[0, 1\], got "):
+            ask()
     for small, seeds in ((LOW_RES[0], [0, 1]), (LOW_RES[:, :1], [0, 1]), (LOW_RES, [0])):
         with pytest.raises(ValueError, match=rf"small must be \(B, 3, h, w\) with B = {len(seeds)} seeds, got \("):
             cascade.enlarge(small, parts, seeds)

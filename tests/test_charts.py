@@ -100,7 +100,8 @@ def test_the_curves_of_two_runs_come_into_one_chart_with_the_names_of_their_fold
     assert images.load(tmp_path / "c.png").shape[3] == 2 * (charts.LEFT + charts.WIDTH + charts.RIGHT)
     twin = write_run(tmp_path / "other" / "short", [(10, 6.0)])
     charts.main([str(short), str(twin), "--out", str(tmp_path / "c.png")])
-    assert drawn[1][0] == [("training", {str(short): [(10, 6.0), (20, 3.0), (30, 0.3), (40, 7.0)], str(twin): [(10, 6.0)]})]
+    rows = {str(short): [(10, 6.0), (20, 3.0), (30, 0.3), (40, 7.0)], str(twin): [(10, 6.0)]}
+    assert drawn[1][0] == [("training", rows)]
 
 
 def test_a_folder_without_curves_is_named(tmp_path, capsys):

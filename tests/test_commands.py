@@ -103,7 +103,8 @@ def test_the_metadata_are_the_settings_really_used(cascade, tmp_path):
     make(cascade, out, "--guidance-scale", 3, stage2=False)
     assert settings_of(out) == {"steps": "4", "guidance_scale": "3.0", "sampler": "ddpm", "stage2": "none"}
     make(cascade, tmp_path / "s.png", "--guidance-scale", 1, 3, stage2=False)
-    assert settings_of(tmp_path / "s-0.png")["guidance_scale"] == "[1.0, 3.0]"
+    assert settings_of(tmp_path / "s-sheet.png")["guidance_scale"] == "[1.0, 3.0]"
+    assert [settings_of(tmp_path / f"s-{i}.png")["guidance_scale"] for i in (0, 1)] == ["1.0", "3.0"]
     upscale.main([str(out), PROMPT, "--model", two, "--text-model", one, "--steps", "9", "--quick",
                   "--out", str(tmp_path / "u.png")])  # fmt: skip
     assert settings_of(tmp_path / "u.png") == {"stage2": two, "stage2_steps": "4", "stage2_guidance_scale": "4.0",
@@ -159,6 +160,11 @@ def test_several_prompts_are_a_row_each(cascade, tmp_path, sheets):
                    "--out", str(tmp_path / "g.png")])  # fmt: skip
     assert sheets[0][1] == [[f"{prompt}, {steps} steps, seed {seed}" for seed in (0, 4)]
                             for prompt in (PROMPT, "a dog") for steps in (1, 2)]  # fmt: skip
+    written = [images.read_metadata(tmp_path / f"g-{i}.png") for i in range(8)]  # each names its own settings
+    wanted = [(prompt, steps, seed) for prompt in (PROMPT, "a dog") for steps in "12" for seed in "04"]
+    assert [(one["prompt"], one["steps"], one["seed"]) for one in written] == wanted
+    assert not any("prompts" in one for one in written)
+    assert images.read_metadata(tmp_path / "g-sheet.png")["prompts"] == f"['{PROMPT}', 'a dog']"
 
 
 def test_stage2_none_stops_at_64_pixels(cascade, tmp_path, sheets):

@@ -450,7 +450,8 @@ def test_numbers_that_are_none(photo, capsys, value):
     for main, extra in ((generate.main, ["a", "--guidance-scale", value]), (sdedit.main, [photo, "--feather", value]),
                         (hybrid.main, ["a", "b", "--sigma", value]), (denoise.main, [photo, "--blur-sigma", value]),
                         (upscale.main, [photo, "--guidance-scale", value])):  # fmt: skip
-        assert f"invalid finite value: '{value}'" in fails(capsys, main, *extra)
+        message = fails(capsys, main, *extra)
+        assert f"argument {extra[-2]}: must be a finite number, such as 1 or 7.5, got '{value}'" in message
 
 
 def test_an_image_is_not_overwritten_by_its_result_and_masks_must_fit(cascade, photo, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """The loop: against closed-form denoisers, and its promises about times, noise, records and final steps."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +215,16 @@ def test_seeds_are_torchs_own_and_others_are_refused():
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=rf"a seed must lie in 0\.\.2\^32 - 1, got {seed}; no number stands for a"):
             seeded([0, seed])
+
+
+@pytest.mark.parametrize("seeds", [1.5, ["a"], "12", [0, 1.5], None])
+def test_seeds_of_another_type_are_refused_in_one_line(seeds):
+    message = f"seeds must be a list of whole numbers, such as [0, 1], got {seeds!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        seeded(seeds)
+    (first, second), (generator,) = seeded(np.array([4, 5])), seeded([4])
+    assert first.initial_seed() == 4 and second.initial_seed() == 5
+    assert seeded([generator])[0] is generator  # which goes on where it stands
 
 
 def test_one_step_is_the_best_guess_and_the_walk_is_one_sample():
