@@ -40,8 +40,8 @@ from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
-from minidiff.schedule import respaced, strided
-from minidiff.solvers import STEPS
+from minidiff.schedule import strided
+from minidiff.solvers import STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
 EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
@@ -222,7 +222,7 @@ class Cascade:
 
         enlarged: for stage 2, the small image at this size, and its noise level.
         """
-        stage, (timesteps, is_course) = self.stage(number), times_of(setting.steps)
+        stage, (timesteps, is_course) = self.stage(number), times_of(setting.steps, setting.sampler)
         if not 0 <= i_start <= last_start(setting.steps):
             raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
         timesteps = timesteps[i_start:]
@@ -258,15 +258,16 @@ class Cascade:
         return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
 
 
-def times_of(steps: int | str | Tensor) -> tuple[Tensor, bool]:
-    """The timesteps that `steps` means, and whether it is the course's walk.
+def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, bool]:
+    """The timesteps that `steps` means for a sampler, and whether it is the course's walk.
 
     steps: a count, a name like smart27, sections like "10,10,3,2,2", timesteps as a tensor; or "course": 990, 960, ...,
-    0, which stops there, slightly noisy, and does not threshold.    Raises ValueError as `schedule.respaced`.
+    0, which stops there, slightly noisy, and does not threshold.  Of a count, dpm++ leaves t = 0 out
+    (`solvers.times_for`).    Raises ValueError as `schedule.respaced`.
     """
     if isinstance(steps, Tensor):
         return steps, False
-    return (strided(), True) if steps == "course" else (respaced(steps), False)
+    return (strided(), True) if steps == "course" else (times_for(sampler, steps), False)
 
 
 def last_start(steps: int | str | Tensor) -> int:

@@ -70,7 +70,8 @@ def psnr(error: float) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     (seed,), cascade = flags.seeds_of(args), flags.load_cascade(args)
-    timesteps, last = times_of(cascade.settings[0].steps)[0], last_start(cascade.settings[0].steps)
+    setting = cascade.settings[0]
+    timesteps, last = times_of(setting.steps, setting.sampler)[0], last_start(setting.steps)
     i_start = min(10, len(timesteps) // 3) if args.i_start is None else args.i_start
     flags.check_starts([i_start], last, args.quick)
     original = images.load(args.image, cascade.stage(1).unet.config.sample_size)

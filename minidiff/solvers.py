@@ -6,8 +6,8 @@ differential equation, which has no noise in it and, with an exact network, bear
     ddim_step   first order: eps stays as it is during the step               error falls as 1 / steps
     dpm_step    second order: x_start moves on in a straight line over lambda error falls as 1 / steps^2
 
-The orders hold once steps are short. In lambda the step into t = 0 is a long one, and there `dpm_step` goes too far.
-With few steps it does better on `respaced(steps + 1)[:-1]`, which leaves t = 0 out, as diffusers' own list does.
+The orders hold once steps are short. In lambda the step into t = 0 is a long one, and there `dpm_step` goes too far:
+`times_for` leaves that time out, as diffusers' own list does.
 
 All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
 `sampling.denoise` takes any of them. The two of this file do not use pred_var.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidiff import ddpm
 from minidiff.ddpm import FixXStart, Previous, cast
-from minidiff.schedule import Schedule, check_timesteps
+from minidiff.schedule import Schedule, check_timesteps, respaced
 
 
 def ddim_step(
@@ -86,6 +86,13 @@ def dpm_step(
 
 
 STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --sampler names
+
+
+def times_for(sampler: str, steps: int | str, num_train_timesteps: int = 1000) -> Tensor:
+    """The times a sampler visits: `schedule.respaced`; of a count for dpm++, all but t = 0 of one more. (S,) int64."""
+    if sampler == "dpm++" and str(steps).isdigit() and 0 < int(steps) < num_train_timesteps:
+        return respaced(int(steps) + 1, num_train_timesteps)[:-1]
+    return respaced(steps, num_train_timesteps)
 
 
 @torch.inference_mode()

@@ -429,7 +429,9 @@ def test_jumps_are_repaints_alone(folders):
 
 def test_steps_are_counts_names_sections_times_or_the_course():
     assert times_of(4)[0].tolist() == times_of("4")[0].tolist() == [999, 666, 333, 0]
-    assert torch.equal(times_of("smart27")[0], schedule.respaced("smart27"))
+    assert torch.equal(times_of("smart27", "dpm++")[0], schedule.respaced("smart27"))
+    assert times_of(3, "dpm++")[0].tolist() == times_of("3", "dpm++")[0].tolist() == [999, 666, 333]  # not 0
+    assert times_of(3, "ddim")[0].tolist() == [999, 500, 0] and len(times_of(1000, "dpm++")[0]) == 1000
     assert times_of("1,1,1")[0].tolist() == [667, 334, 0]
     assert times_of(torch.tensor([5, 3]))[0].tolist() == [5, 3]
     course, is_course = times_of("course")

@@ -25,8 +25,8 @@ from minidiff.guidance import Model, guided
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import Prediction, denoise, draw_noise, seeded
-from minidiff.schedule import Schedule, linear, respaced
-from minidiff.solvers import STEPS
+from minidiff.schedule import Schedule, linear
+from minidiff.solvers import STEPS, times_for
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
@@ -145,7 +145,7 @@ def walk(
         yield x
         predict, step = prediction(answer, "-lower" in sampler), STEPS[sampler.partition("-")[0]]
         clip = (lambda x_start: x_start.clamp(0, 1)) if sampler.endswith("-clip") else None
-        schedule, times = course_schedule(), respaced(steps, T)
+        schedule, times = course_schedule(), times_for(sampler.partition("-")[0], steps, T)
         for state in denoise(predict, x, times, schedule, generators, step=step, fix_x_start=clip):
             yield state.x_prev
     elif sampler == "dormand-prince":
