@@ -101,7 +101,7 @@ def _score(what: str, x: Tensor, original: Tensor) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/denoise.png", steps="course", stage2="none")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what it shows (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help=f"what it shows (default: {flags.NEUTRAL})")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
     p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
     p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")

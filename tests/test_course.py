@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import minidiff
-from minidiff import cascade, weights
+from minidiff import sampling, weights
 from minidiff.cascade import Cascade
 from minidiff.mnist import models, trainer
 from tests.deepfloyd.test_unet import RELEASED
@@ -169,7 +169,7 @@ image = images.load("walkthrough/village.png", 64)
 @pytest.fixture
 def few_calls(monkeypatch):
     """Every walk visits all its times, and asks the network at the first only: the answer serves for all of them."""
-    walk = cascade.denoise
+    walk = sampling.denoise
 
     def denoise(predict, *args, **options):
         answers = []
@@ -180,7 +180,7 @@ def few_calls(monkeypatch):
 
         return walk(once, *args, **options)
 
-    monkeypatch.setattr(cascade, "denoise", denoise)
+    monkeypatch.setattr(sampling, "denoise", denoise)
 
 
 def test_the_notebook_is_one():

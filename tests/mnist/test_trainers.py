@@ -43,7 +43,7 @@ def test_train_denoiser_makes_its_figures(folder, tmp_path, capsys):
     first = capsys.readouterr().out
     assert "; held-out images: 100 test digits" in first and "loss on 100 test digits: 0." in first
     assert "; linear optimum (training digits) 0.0" in first and "sigma 0.8: error 0." in first
-    assert " on 100 test digits, best linear 0.0" in first
+    assert "Error: on 100 test digits; best linear: on the training digits" in first
     run(train_denoiser, tmp_path / "d", folder)  # again: nothing is trained, all numbers come again
     again = capsys.readouterr().out
     assert "step 25 of 25: loss nan" in again and again.splitlines()[2:-1] == first.splitlines()[2:-1]
