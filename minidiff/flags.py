@@ -129,9 +129,7 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
         if taken or path.resolve() in [file.resolve() for file in beside]:
             raise ValueError(f"a result could take the place of {path}; pass another --out")
         images.load(path, 64)
-    images.check_output(args.out, count=2)
-    for file in beside:
-        images.check_output(file)
+    images.check_output(*images.output_paths(args.out, 2), *beside)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
