@@ -70,7 +70,7 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
-    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many, or one is too large."""
+    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many, or of a wrong seed."""
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if len(args.seed) > 1 and args.num_images > 1:
