@@ -11,6 +11,7 @@ This is plumbing: skim it. It knows neither networks nor where models lie; `weig
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -109,14 +110,9 @@ class Checkpoint:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, mapped from the file. Each call maps afresh: dropping its tensors unmaps their pages."""
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self._stored[key][0], []).append(key)
-        tensors = {}
-        for path, inside in by_file.items():
-            with _open(path) as f:
-                tensors.update({key: f.get_tensor(self._stored[key][1]) for key in inside})
-        return tensors
+        opened = functools.cache(_open)  # each file once
+        places = {key: self._stored[key] for key in keys}
+        return {key: opened(path).get_tensor(stored) for key, (path, stored) in places.items()}
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """All tensors below a prefix, without it, mapped as in `read`."""
@@ -219,14 +215,13 @@ def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
         "misshapen": [f"{key}: {found[key]} in the file, {shape} expected"
                       for key, shape in expected.items() if found.get(key, shape) != shape],
     }  # fmt: skip
-    lines = []
+    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
     for word, keys in problems.items():
-        lines += [f"  {len(keys)} {word}:", *(f"    {key}" for key in keys[:10])] if keys else []
-        lines += [f"    ... and {len(keys) - 10} more"] if len(keys) > 10 else []
-    if lines:
-        names = ", ".join(map(str, checkpoint.files))
-        question = f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"
-        raise WeightsError("\n".join([f"{names} does not fit {type(module).__name__}:", *lines, question]))
+        more = [f"... and {len(keys) - 10} more"] if len(keys) > 10 else []
+        lines += [f"  {len(keys)} {word}:", *(f"    {line}" for line in keys[:10] + more)] if keys else []
+    if any(problems.values()):
+        lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
+        raise WeightsError("\n".join(lines))
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

@@ -108,14 +108,12 @@ def device_of(name: str) -> torch.device:
     """The device of this name, or the best of this machine if auto. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.split(":")[0] not in DEVICES:
-        raise ValueError(f"no device {name!r}; choose from {', '.join(DEVICES)}")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); pass --device cpu") from None
-    return device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no device {name!r}; choose from {', '.join(DEVICES)} ({reason})") from None
+    return torch.device(name)
 
 
 def settings(args: argparse.Namespace, name: str) -> dict[str, object]:

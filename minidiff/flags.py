@@ -22,24 +22,12 @@ NEUTRAL = "a high quality photo"  # what to say of any image, in the course and 
 
 
 def seed_number(text: str) -> int:
-    """The type of --seed: 0 to 2^32 - 1."""
+    """The type of --seed, which takes a list, and so all that follows it."""
     try:
-        value = int(text)
-    except ValueError:  # --seed takes a list, and so all that follows it
+        return int(text)
+    except ValueError:
         message = f"a seed is a whole number, got {text!r}; put a prompt before --seed"
         raise argparse.ArgumentTypeError(message) from None
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"a seed lies in 0..2^32 - 1, got {value}; leave --seed out for seed 0")
-    return value
-
-
-def steps_name(text: str) -> str:
-    """The type of --steps: what `times_of` understands."""
-    try:
-        times_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "auto") -> argparse.ArgumentParser:
@@ -53,12 +41,12 @@ def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "a
     p.add_argument("--out", type=file_path, default=Path(out), help="image to write (default %(default)s)")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: a smoke test, not an image")
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
-    p.add_argument("--steps", type=steps_name, nargs="+", default=[steps] if steps else None,
+    p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
                    help="a count, smart27, ..., or course: 990, 960, ..., 0 without thresholding (default: "
                    + f"{steps or 'mini 27, others 100'})")  # fmt: skip
     if stage2 is not None:
         p.add_argument("--stage2", default=stage2, help="likewise, auto (fits --model) or none (default %(default)s)")
-        p.add_argument("--stage2-steps", type=steps_name, nargs="+", help="of stage 2 (default: mini 20, others 50)")
+        p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: mini 20, others 50)")
         p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 5, others 7)")
@@ -82,12 +70,16 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
-    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many."""
+    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many, or of a wrong seed."""
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if len(args.seed) > 1 and args.num_images > 1:
         raise ValueError("several --seed are one image each; leave out --num-images")
-    return args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
+    seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"a seed lies in 0..2^32 - 1, got {seed}; leave --seed out for seed 0")
+    return seeds
 
 
 def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Sequence[Path] = ()) -> Cascade:
@@ -100,6 +92,8 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Se
     for flag in () if compares else ("steps", "stage2_steps", "guidance_scale"):
         if len(getattr(args, flag) or []) > 1:
             raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
+    for steps in [*(args.steps or []), *(args.stage2_steps or [])]:
+        times_of(steps)  # raises if it is neither a count nor a name
     cascade = Cascade.load(
         args.model, args.stage2, text_model=getattr(args, "text_model", None), device=args.device,
         dtype=cli.DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,
@@ -134,11 +128,8 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
         taken = path.resolve().parent == folder and re.fullmatch(results, path.resolve().name)
         if taken or path.resolve() in [file.resolve() for file in beside]:
             raise ValueError(f"a result could take the place of {path}; pass another --out")
-    images.check_output(args.out, count=2)
-    for file in beside:
-        images.check_output(file)
-    for path in inputs:
         images.load(path, 64)
+    images.check_output(*images.output_paths(args.out, 2), *beside)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:

@@ -240,14 +240,13 @@ def output_paths(path: str | Path, count: int) -> list[Path]:
     return [path.with_name(name) for name in [*names, f"{path.stem}-sheet.png"]]
 
 
-def check_output(path: str | Path, known: Sequence[str] = KNOWN, count: int = 0) -> None:
-    """Find out before the work whether its result can be written here. Missing folders are made.
+def check_output(*paths: str | Path, known: Sequence[str] = KNOWN) -> None:
+    """Find out before the work whether its results can be written here. Missing folders are made.
 
-    count: of images that `save_images` will write, whose every path is checked; 0: one file of this path.
     Raises ValueError if a path is a folder, its ending is not among the known, or nothing can be written beside it.
     """
-    for file in output_paths(path, count) if count else [path]:
-        file = Path(os.path.expanduser(file))
+    for path in paths:
+        file = Path(os.path.expanduser(path))
         if file.is_dir():
             raise ValueError(f"{file} is a folder; pass a file name, such as {file / 'image'}{known[0]}")
         if file.suffix.lower() not in known:

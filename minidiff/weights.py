@@ -10,7 +10,6 @@ A model folder has the layout of the released DeepFloyd repositories: `unet/conf
 
 import argparse
 import contextlib
-import fnmatch
 import math
 import shutil
 import sys
@@ -143,7 +142,7 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], object]) -
     patterns, cache = [pattern for part in parts for pattern in PARTS[part]], Path(hub.constants.HF_HUB_CACHE)
     try:
         files = hub.HfApi().model_info(repo, files_metadata=True, timeout=PATIENCE).siblings
-        files = [f for f in files if any(fnmatch.fnmatch(f.rfilename, pattern) for pattern in patterns)]
+        files = hub.utils.filter_repo_objects(files, allow_patterns=patterns, key=lambda file: file.rfilename)
         missing = [f for f in files if not isinstance(hub.try_to_load_from_cache(repo, f.rfilename), str)]
         size = sum(f.size or 0 for f in missing)
         text = tqdm.format_sizeof(size, "B")

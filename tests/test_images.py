@@ -819,15 +819,15 @@ def test_check_output_fails_before_the_work(tmp_path, monkeypatch):
 def test_check_output_looks_at_every_file_of_save_images(tmp_path):
     assert [path.name for path in images.output_paths("out/a.jpg", 1)] == ["a.jpg", "a-sheet.png"]
     assert images.output_paths("out/a.jpg", 2) == [Path("out/a-0.jpg"), Path("out/a-1.jpg"), Path("out/a-sheet.png")]
-    images.check_output(tmp_path / "a.png", count=3)
+    images.check_output(*images.output_paths(tmp_path / "a.png", 3))
     (tmp_path / "a-1.png").mkdir()
     images.check_output(tmp_path / "a.png")
-    images.check_output(tmp_path / "a.png", count=1)
+    images.check_output(*images.output_paths(tmp_path / "a.png", 1))
     with pytest.raises(ValueError, match=r"a-1.png is a folder; pass a file name"):
-        images.check_output(tmp_path / "a.png", count=2)
+        images.check_output(*images.output_paths(tmp_path / "a.png", 2))
     (tmp_path / "b-sheet.png").mkdir()
     with pytest.raises(ValueError, match=r"b-sheet.png is a folder"):
-        images.check_output(tmp_path / "b.png", count=1)
+        images.check_output(*images.output_paths(tmp_path / "b.png", 1))
     assert sorted(os.listdir(tmp_path)) == ["a-1.png", "b-sheet.png"]
     with pytest.raises(ValueError, match=r"cannot write to .*\(File name too long\); pass another --out"):
         images.check_output(tmp_path / f"{'a' * 250}.png")

@@ -49,6 +49,7 @@ PROMPTS = (
 )  # fmt: skip
 SCENE_STYLE = "scene"  # of images whose style is ""
 BATCH, PEAK_LR, FEATURES = 128, 4e-3, 96
+SAVE_EVERY = 500  # steps
 
 
 class Judge(nn.Module):
@@ -152,7 +153,10 @@ def frequencies(labels: Sequence[Tensor]) -> Tensor:
 
 
 def train(folder: Path, out: Path, steps: int, seed: int) -> None:
-    """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out."""
+    """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out.
+
+    Ctrl-C ends it without a judge; the same command goes on from out/training.
+    """
     dataset = CaptionedImages(folder, 64)
     rows, held_out = dataset.rows, dataset.held
     for i in (i for i, row in enumerate(rows) if not {"kind", "concept", "style"} <= row.keys()):
@@ -161,12 +165,10 @@ def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), captions.style_phrases(rows)
     config = {"kind": "judge", "images_seen": steps * BATCH, "concepts": concepts, "styles": styles,
               "phrases": phrases, "names": captions.class_names(rows, phrases)}  # fmt: skip
-    labels = labels_of(rows, concepts, styles)
-    weight = frequencies(labels)
-    weight[held_out] = 0
     torch.manual_seed(seed)
     judge = Judge(len(concepts), len(styles)).to(memory_format=torch.channels_last)
-    fit(judge, dataset, labels, weight, steps, torch.Generator().manual_seed(seed))
+    if not fit(judge, dataset, labels_of(rows, concepts, styles), steps, seed, out / "training"):
+        return
     answers = answers_on(judge, dataset.take(held_out), config) if held_out else []
     expectations = [captions.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
     pairs = [(answer, e) for answer, e in zip(answers, expectations) if e]  # "two mice" names nothing
@@ -175,24 +177,26 @@ def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     print(f"{len(pairs)} held-out images: {in_words(config['ceiling'])}; wrote {out}")
 
 
-def fit(judge: Judge, dataset: CaptionedImages, labels: Sequence[Tensor], weight: Tensor, steps: int,
-        generator: torch.Generator) -> None:  # fmt: skip
-    """AdamW on augmented batches, drawn in proportion to weight (N,); the rate rises for a tenth, then falls."""
-    optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
-    cpu = torch.device("cpu")
-    judge.train()
-    for step in (bar := tqdm(range(steps), mininterval=2)):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+def fit(judge: Judge, dataset: CaptionedImages, labels: Sequence[Tensor], steps: int, seed: int, folder: Path) -> bool:
+    """AdamW on augmented batches; the rate rises for a tenth, then falls. False if Ctrl-C ended it."""
+    weight = frequencies(labels)
+    weight[dataset.held] = 0
+
+    def batch_at(step: int) -> tuple[Tensor, list[Tensor]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         picks = torch.multinomial(weight, BATCH, replacement=True, generator=generator)
         x = augment(dataset.take(picks.tolist()), generator).contiguous(memory_format=torch.channels_last)
-        with training.precision(cpu, training.fast_dtype(cpu)):
-            scores = judge(x)
-        value = loss(scores, [label[picks] for label in labels])
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-        bar.set_postfix_str(f"loss {value.item():.3f}", refresh=False)
+        return x, [label[picks] for label in labels]
+
+    def lr(step: int) -> float:
+        return PEAK_LR * min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    optimizer = torch.optim.AdamW(judge.parameters(), PEAK_LR, weight_decay=0.02)
+    plan, settings = training.Plan(steps, SAVE_EVERY, lr), {"steps": steps, "seed": seed, "batch_size": BATCH}
+    for record in training.run(judge, lambda net, batch: loss(net(batch[0]), batch[1]), batch_at, optimizer, plan,
+                               folder, settings):  # fmt: skip
+        tqdm.write(str(record))
+    return not record.stopped
 
 
 @torch.inference_mode()
@@ -257,9 +261,8 @@ def score(args: argparse.Namespace) -> None:
         raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None) // len(args.seeds)]!r}; name a "
                          f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
     cascade = Cascade.load(args.model, "none", device=cli.device_of("auto"))
-    flags = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
-    changes = {key: value for key, value in flags.items() if value is not None}
-    cascade.settings[0] = used = cascade.settings[0]._replace(**changes)
+    used = cascade.settings[0].but(steps=args.steps, guidance_scale=args.guidance_scale, sampler=args.sampler)
+    cascade.settings[0] = used
     x = draw(cascade, prompts, args.seeds)
     answers = answers_on(judge, x, config)
     title = f"{args.model}, {used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}, seeds {args.seeds}"

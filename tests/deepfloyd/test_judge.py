@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -95,12 +96,36 @@ def test_training_tells_two_colors_apart_and_writes_what_it_measured(trained):
     ]  # fmt: skip
 
 
-def test_held_out_rows_are_never_drawn(trained, monkeypatch):
-    weights = []
-    monkeypatch.setattr(judge, "fit", lambda network, dataset, labels, weight, *rest: weights.append(weight))
-    monkeypatch.setattr(judge, "write", lambda *args: None)
-    judge.train(trained, trained / "other", 1, 0)
-    assert (weights[0] > 0).tolist() == [True] * 24 + [False] * 8
+def test_held_out_rows_are_never_drawn(trained, tmp_path, monkeypatch):
+    """Two batches are drawn from the first 24 rows, and then the last 8 are judged."""
+    taken, take = [], judge.CaptionedImages.take
+    monkeypatch.setattr(judge.CaptionedImages, "take", lambda self, picks: taken.append(picks) or take(self, picks))
+    judge.train(trained, tmp_path, 2, 0)
+    assert len(taken) == 3 and len(taken[0]) == judge.BATCH and taken[2] == list(range(24, 32))
+    assert set(taken[0]) | set(taken[1]) <= set(range(24)) and taken[0] != taken[1]
+
+
+def test_a_training_that_was_stopped_goes_on_and_only_then_writes_its_judge(trained, tmp_path, monkeypatch):
+    """Ctrl-C after step 3 of 6, then the same command: the weights of a run that nobody stopped, to the last bit."""
+    monkeypatch.setattr(judge, "BATCH", 8)
+    judge.train(trained, tmp_path / "whole", 6, 0)
+    run = judge.training.run
+
+    def stopped(model, loss, batch_at, optimizer, plan, *rest):
+        def batches(step):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return batch_at(step)
+
+        return run(model, loss, batches, optimizer, plan, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.training, "run", stopped)
+        judge.train(trained, tmp_path / "parts", 6, 0)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    judge.train(trained, tmp_path / "parts", 6, 0)
+    one, two = (judge.read(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_score_prints_the_table_and_writes_the_sheet(trained, tmp_path, monkeypatch, capsys):
