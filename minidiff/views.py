@@ -241,7 +241,7 @@ class Measure(NamedTuple):
 
 @torch.inference_mode()
 def check(view: View, size: int = 64) -> list[Measure]:
-    """Measure what a view must be, at size and four times that: linear, and A A^T = I.
+    """Measure what a view must be, at size and four times that: linear, and V V^T = I.
 
     Statistics are over 64 noise images of 3 channels; their bound is five standard errors.
     Source: the conditions of the Visual Anagrams paper.
