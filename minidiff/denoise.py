@@ -3,9 +3,9 @@
     python -m minidiff.denoise photo.png
     python -m minidiff.denoise photo.png "a volcano" --t 250 500 750 --i-start 10
 
-Read `ddpm.py` first. The forward process (DDPM Eq. 4) noises the image to each --t. Then, for each, a Gaussian blur
-and the network's one-step estimate (DDPM Eq. 15); and from the --i-start-th of the steps 990, 960, ..., 0 the whole
-walk, every fifth image of it shown. Under each result stands its distance to the original.
+Read `ddpm.py` first. The forward process (DDPM Eq. 4) noises the image to each --t. A Gaussian blur and the network's
+one-step estimate (DDPM Eq. 15) clean each of these images. The whole walk begins at the --i-start-th of the steps 990,
+960, ..., 0, and the sheet shows every fifth image of it. Under each result stands its distance to the original.
 
 The lesson of the last row: walking all the way gives a *larger* mean squared error than one step. One step returns the
 mean of all images that could lie below the noise, which is the best guess and a blurred one; the walk draws one of
@@ -101,7 +101,7 @@ def _score(what: str, x: Tensor, original: Tensor) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/denoise.png", steps="course", stage2="none")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help="what it shows (default: %(default)s)")
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help=f"what it shows (default: {flags.NEUTRAL})")
     p.add_argument("--t", type=int, nargs="+", default=[250, 500, 750], help="times to look at (default 250 500 750)")
     p.add_argument("--i-start", type=int, help="where the walk begins on its steps (default 10, or a third of them)")
     p.add_argument("--blur-sigma", type=cli.finite, default=BLUR_SIGMA, help="pixels of 64 (default %(default)s)")
