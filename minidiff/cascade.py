@@ -96,7 +96,7 @@ class Cascade:
         """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
-        stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder, if not model's.
+        stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
         device: "auto" is the best of this machine.  dtype: of the networks; None: what the device is fast at.
         text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.

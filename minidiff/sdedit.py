@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/sdedit.png", steps="course", stage2="none")
     p.add_argument("image", type=cli.file_path)
-    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help=f"what the image becomes (default: {flags.NEUTRAL})")
+    text = f"what the image becomes (default: {flags.NEUTRAL})"
+    p.add_argument("prompt", nargs="?", default=flags.NEUTRAL, help=text)
     p.add_argument("--i-start", type=int, nargs="+", help=f"where on the steps to begin (default {STARTS})")
     flags.add_edit_flags(p, image=False)
     return p.parse_intermixed_args(argv)
