@@ -177,11 +177,11 @@ class Cascade:
         image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
         jumps: tuple[int, int] | None = None, through: Through = iter,
     ) -> Tensor:  # fmt: skip
-        """Stage 1: one image for each seed, (B, 3, 64, 64) float32 in [-1, 1].
+        """Stage 1: one image for each seed, (B, 3, H, H) float32 in [-1, 1]. H is the UNet's sample_size, 64 in IF.
 
         parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
         where they stand.  steps: as `times_of`.  sampler: ddpm, ddim or dpm++.
-        image: (1 or B, 3, 64, 64), the image to start from, noised to the i_start-th of the times (SDEdit).
+        image: (1 or B, 3, H, H), the image to start from, noised to the i_start-th of the times (SDEdit).
         keep: what of an image is kept (`editing.py`).  jumps: RePaint's, as for `sampling.denoise`.
         through: passes the steps on, and may watch them.
         Raises ValueError if the sizes, the times or the seeds do not fit.
@@ -277,7 +277,7 @@ def last_start(steps: int | str | Tensor) -> int:
 
 
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
-    """The generators of a walk. One that edits has its own stream: the noise that made an image leads back to it."""
+    """The generators of a walk. An edit has a stream of its own: the noise that made an image leads back to it."""
     generators = seeded(seeds)
     return generators if image is None and keep is None else other_stream(generators, edit)
 

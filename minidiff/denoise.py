@@ -3,9 +3,9 @@
     python -m minidiff.denoise photo.png
     python -m minidiff.denoise photo.png "a volcano" --t 250 500 750 --i-start 10
 
-Read `ddpm.py` first. The forward process (DDPM Eq. 4) noises the image to each --t. Then, for each, a Gaussian blur
-and the network's one-step estimate (DDPM Eq. 15); and from the --i-start-th of the steps 990, 960, ..., 0 the whole
-walk, every fifth image of it shown. Under each result stands its distance to the original.
+Read `ddpm.py` first. The forward process (DDPM Eq. 4) noises the image to each --t. A Gaussian blur and the network's
+one-step estimate (DDPM Eq. 15) clean each of these images. The whole walk begins at the --i-start-th of the steps 990,
+960, ..., 0, and the sheet shows every fifth image of it. Under each result stands its distance to the original.
 
 The lesson of the last row: walking all the way gives a *larger* mean squared error than one step. One step returns the
 mean of all images that could lie below the noise, which is the best guess and a blurred one; the walk draws one of

@@ -80,7 +80,7 @@ def through_views(prompt_embeds: Sequence[Tensor], view_names: Sequence[str]) ->
 
 
 def averaged(*parts: Part) -> list[Part]:
-    """The same parts with a K-th of a say each: what an anagram is made of.
+    """The same parts, the component of each multiplied by 1/K: what an anagram is made of.
 
         eps = 1/K sum_k V_k^-1( CFG( V_k x_t, prompt_k ) )
 
@@ -94,7 +94,7 @@ def averaged(*parts: Part) -> list[Part]:
 
 
 class InTurns(tuple[Part, ...]):
-    """Parts that take turns, one at each step, instead of having a say together: cheaper than a mean, and noisier."""
+    """Parts that take turns, one at each step, where other parts decide together: cheaper than a mean, and noisier."""
 
 
 def alternating(predictions: Sequence[Prediction], timesteps: Tensor) -> Prediction:

@@ -203,7 +203,7 @@ def inputs_shown(
 def settings(args: argparse.Namespace, name: str, cascade: Cascade) -> dict[str, object]:
     """What goes into the image's metadata: `cli.settings`, with the settings that the cascade really used.
 
-    Of several --steps or scales that were compared, all; of a stage that there is not, nothing.
+    It lists all --steps and scales where several are compared, and none of a stage that the cascade lacks.
     """
     metadata = cli.settings(args, name) | {"sampler": cascade.settings[0].sampler}
     is_used = {"": args.model != "none", "stage2_": cascade.has_upper}
@@ -219,9 +219,9 @@ def finish(
 ) -> dict[str, object]:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 
-    results: each (3, H, W) in [-1, 1].  seeds: of each; the metadata of an image has its seed, those of the sheet all.
+    results: each (3, H, W) in [-1, 1].  seeds: one for each, for its metadata; those of the sheet have all.
     rows, labels: of the sheet; one row or one column of many becomes a grid.
-    differences: other metadata of each in which the results differ.    Returns the sheet's metadata.
+    differences: for each, other metadata of its own, such as its prompt.    Returns the sheet's metadata.
     """
     metadata = settings(args, name, cascade)
     if len(rows) == 1 and len(rows[0]) > 5 or len(rows) > 1 and all(len(row) == 1 for row in rows):

@@ -11,7 +11,7 @@
 Writes the image itself, at its own size (several: OUT-0, OUT-1, ...), and a labelled sheet beside it, OUT-sheet. One
 seed is one image, whatever is drawn with it. With several --steps, stage 2 takes as many, unless --stage2-steps says
 otherwise. --show-every K writes OUT-steps, too: x_t, the estimate of the clean image and eps at every K-th step, with
-sigma, the most noise that may be added after it (the network chooses how much of that).
+sigma, the largest deviation of the noise that the step may add (the network chooses how much of it).
 """
 
 import argparse

@@ -103,7 +103,7 @@ def strided(start: int = 990, stop: int = 0, stride: int = 30) -> torch.Tensor:
 
 def leading(num_inference_steps: int, num_train_timesteps: int = 1000) -> torch.Tensor:
     """Evenly spaced from 0 upwards, as diffusers does by default: t_i = (N - 1 - i) * (T // N). (N,) int64.
-    Starts below T - 1 (at 950 for N = 20), so the network takes pure noise for what still has a little of an image."""
+    Starts below T - 1 (at 950 for N = 20): there the network expects a little of an image, and gets pure noise."""
     _check_count(num_inference_steps, num_train_timesteps)
     return torch.arange(num_inference_steps - 1, -1, -1) * (num_train_timesteps // num_inference_steps)
 
@@ -128,7 +128,7 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
 
     0..T-1 is cut into equal sections, the first with the lowest times. A section is visited at both its ends, and one
     with a single step at its first time. A plain count N is one section: the walk starts at T - 1, where the input is
-    pure noise; N = 1 is T - 1 alone (the original's 0 takes pure noise for a clean image).
+    pure noise; N = 1 is T - 1 alone (the original visits 0 there, and so takes pure noise for a clean image).
     Returns (S,) int64, descending.
     Raises ValueError on unknown names and on sections too small for their steps.    Source: iDDPM Sec. 4 (striding).
     """

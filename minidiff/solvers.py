@@ -6,8 +6,8 @@ differential equation, which has no noise in it and, with an exact network, bear
     ddim_step   first order: eps stays as it is during the step               error falls as 1 / steps
     dpm_step    second order: x_start moves on in a straight line over lambda error falls as 1 / steps^2
 
-The orders hold once steps are short. In lambda the step into t = 0 is a long one, and there `dpm_step` goes too far:
-`times_for` leaves that time out, as diffusers' own list does.
+The orders hold once steps are short. In lambda the step into t = 0 is a long one, and there `dpm_step` goes too far.
+For a count of steps `times_for` leaves that time out, as diffusers' own list does.
 
 All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
 `sampling.denoise` takes any of them. The two of this file do not use pred_var.
@@ -89,7 +89,8 @@ STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --samp
 
 
 def times_for(sampler: str, steps: int | str, num_train_timesteps: int = 1000) -> Tensor:
-    """The times a sampler visits: `schedule.respaced`; of a count for dpm++, all but t = 0 of one more. (S,) int64."""
+    """The times a sampler visits, (S,) int64: those of `schedule.respaced`. For dpm++ and a count N they are the times
+    of N + 1 steps without the last one, t = 0. Raises ValueError as `respaced`."""
     if sampler == "dpm++" and str(steps).isdigit() and 0 < int(steps) < num_train_timesteps:
         return respaced(int(steps) + 1, num_train_timesteps)[:-1]
     return respaced(steps, num_train_timesteps)
@@ -103,8 +104,8 @@ def invert(predict: Callable[..., tuple[Tensor, Tensor | None]], x_start: Tensor
         x_later = sqrt(alpha_bar_later) x_start + sqrt(1 - alpha_bar_later) eps,    eps = predict(x_t, t_later)
         x_start = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
 
-    Each step asks the network for eps at the time it goes to, with the x of the time it leaves. The error of this falls
-    with the number of steps.
+    Each step asks the network for eps at the time it goes to, with the x of the time it leaves. This answer is wrong by
+    less with more steps.
     x_start: (B, C, H, W) in [-1, 1].  timesteps: (S,) int64, descending, as for `sampling.denoise`.
     Returns x at timesteps[0], (B, C, H, W).    Source: DDIM Sec. 4.3; as diffusers' DDIMInverseScheduler.
     """

@@ -1,4 +1,4 @@
-"""The one training loop: the cascade's stages, the digits' networks and their judge all learn in it.
+"""The one training loop: the cascade's stages, the digits' networks and both judges learn in it.
 
 Read `ddpm.py`, `images.py` and `charts.py` first. A trainer has a model, an optimizer, a loss and batches:
 

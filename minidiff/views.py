@@ -3,7 +3,7 @@
 Read `sampling.py` first. An anagram denoises one image as several: before the network looks, a *view* rearranges
 x_t, and what the network says is rearranged back by the inverse. That only works if the view
 
-    is linear, so that it may be applied to image and noise apart:    V(a x + b noise) = a V x + b V noise
+    is linear, so that image and noise may be viewed separately:    V(a x + b noise) = a V x + b V noise
     is orthogonal, so that Gaussian noise stays Gaussian noise of the same strength:  V V^T = I
 
 Every permutation of pixels qualifies, and so does the negative. `check` measures both, and says why a bad view is bad:
@@ -241,7 +241,7 @@ class Measure(NamedTuple):
 
 @torch.inference_mode()
 def check(view: View, size: int = 64) -> list[Measure]:
-    """Measure what a view must be, at size and four times that: linear, and A A^T = I.
+    """Measure what a view must be, at size and four times that: linear, and V V^T = I.
 
     Statistics are over 64 noise images of 3 channels; their bound is five standard errors.
     Source: the conditions of the Visual Anagrams paper.
@@ -268,7 +268,7 @@ def check(view: View, size: int = 64) -> list[Measure]:
 
 
 def _enlarging_error(view: View, size: int, generator: torch.Generator) -> Tensor:
-    """A smooth image enlarged, viewed and shrunk again, against the viewed one: root mean square over its deviation."""
+    """How far a smooth image, enlarged, viewed and shrunk again, is from its view: rms over the image's deviation."""
     smooth = F.interpolate(torch.randn(1, 3, 5, 5, generator=generator), size, mode="bicubic", align_corners=True)
     enlarged = F.interpolate(smooth, 4 * size, mode="bilinear", align_corners=True)
     difference = F.avg_pool2d(view.view(enlarged), 4) - view.view(smooth)

@@ -106,7 +106,7 @@ def _read_utf8(path: Path) -> str:
 
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
-    """A SentencePiece unigram model of the captions, with T5's special ids, and the course's words beside."""
+    """A SentencePiece unigram model of the captions and of the neutral prompts, with T5's special ids."""
     lines, model = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5, io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,

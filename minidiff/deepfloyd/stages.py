@@ -102,7 +102,7 @@ def super_resolution_model(unet: UNet, noise_level: int) -> Model:
 
 
 def upsample(low_res: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners, as both IF codes do it (not F.interpolate's default)."""
+    """Bilinear with aligned corners, as IF's own code and diffusers do it (not F.interpolate's default)."""
     return F.interpolate(low_res, size, mode="bilinear", align_corners=True)
 
 

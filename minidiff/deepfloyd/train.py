@@ -96,7 +96,7 @@ class Trainee(nn.Module):
             out = self.unet(stacked, t, prompt_embeds, labels)
         eps, pred_var = out.float().chunk(2, dim=1)
         # Where nearly all is noise, a small error in eps is a large one in the image, and there the prompt decides:
-        # weighed by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
+        # weighted by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
         weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float().to(x_start.device)
         bound_weight = variance_weight(self.schedule, t).to(x_start.device)
         return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight, bound_weight)
@@ -113,13 +113,13 @@ class Trainee(nn.Module):
 
 
 def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
-    """How much the bound counts at times t, (B,): as much for the place of the variance at one time as at another.
+    """The weight of the bound at times t, (B,). With it a misplaced variance costs as much at one time as at another.
 
         bound_weight = min(VARIANCE_SHARE / log(beta_t / beta_tilde_t)^2, MAX_BOUND_WEIGHT)
 
-    In one step the two limits of the variance nearly touch, and the bound hardly tells where between them it belongs:
-    at t = 38 by a ten-thousandth of a bit. In a walk of few steps they lie far apart, and a variance in the wrong place
-    is grain. The lowest point of the bound stays where it was.
+    In one step of 1,000 the two limits of the variance nearly touch, and the bound hardly tells where between them the
+    variance belongs: at t = 38 it changes by a ten-thousandth of a bit. In a walk of few steps the limits lie far
+    apart, and a variance in the wrong place is grain. The weight does not move the lowest point of the bound.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).flatten() for s in (t, t - 1))
     lower = ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
