@@ -54,10 +54,10 @@ The files in reading order; each imports only from files above it (tests/test_la
     mnist/models.py          trained networks on disk, their samples and figures
     mnist/trainer.py         the flags, plans and epochs that the trainers share
     mnist/judge.py           a classifier that judges samples
+    mnist/sample.py          digits from the trained networks
     mnist/train_denoiser.py  noise taken away in one step
     mnist/train_diffusion.py digits from noise by DDPM
     mnist/train_flow.py      digits from noise by flow matching
-    mnist/sample.py          digits from the trained networks
     mnist/anagram.py         one digit that is two, and how often that succeeds
 
 Run `python -m minidiff` for the list of commands.

@@ -17,7 +17,7 @@
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits.
 Distances are comparable only if features and N are the same.
 
-Read `mnist/trainer.py` first. Next: `mnist/train_denoiser.py`.
+Read `mnist/trainer.py` first. Next: `mnist/sample.py`.
 """
 
 import argparse
@@ -144,10 +144,9 @@ def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[s
     """The Frechet distance of n real test digits for each n of LEVEL_SIZES: the mean over all shuffled parts of n."""
     shuffled = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
     distances = {}
-    for n in LEVEL_SIZES:
-        parts = shuffled[: len(shuffled) // n * n].split(n) if n <= len(shuffled) else ()
-        if parts:
-            distances[str(n)] = sum(frechet(gaussian(part), reference) for part in parts) / len(parts)
+    for n in (n for n in LEVEL_SIZES if n <= len(features)):
+        parts = shuffled[: len(shuffled) // n * n].split(n)
+        distances[str(n)] = sum(frechet(gaussian(part), reference) for part in parts) / len(parts)
     return distances
 
 
@@ -206,11 +205,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if not trainer.fit(args, judge, loss, digits, test, kind):
         return
     features, verdicts = look(judge, test.images)
-    accuracy = agreement(verdicts, test.labels)
-    mean, covariance = gaussian(look(judge, digits.images)[0])
-    distances = real_distances(features, (mean, covariance))
+    accuracy, reference = agreement(verdicts, test.labels), gaussian(look(judge, digits.images)[0])
+    distances = real_distances(features, reference)
     config = kind | {"dataset": args.dataset, "accuracy": accuracy, "floors": distances}
-    models.write(args.out, judge, config, {"feature_mean": mean, "feature_covariance": covariance})
+    models.write(args.out, judge, config, dict(zip(("feature_mean", "feature_covariance"), reference)))
     say(f"right about {accuracy:.2%} of {len(test)} test digits; Frechet distance of test to training digits: "
         + ", ".join(f"{value:.3f} for {n}" for n, value in distances.items()))  # fmt: skip
     say(f"wrote {args.out}   ({cost()})")

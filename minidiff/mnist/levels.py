@@ -102,13 +102,11 @@ def known_mse(digits: Digits, a: Tensor, b: Tensor, weight: Tensor, dropout: flo
     """
     some, device = digits[: len(a)], digits.images.device
     noise = torch.randn(some.images.shape, generator=generator(device, 0), device=device).to(some.images)
-    total = 0.0
-    for i in range(0, len(some), 500):
-        part = slice(i, i + 500)
-        x, labels, aa, bb, w = some.images[part], some.labels[part], *(v[part].to(noise) for v in (a, b, weight))
-        x_t = aa.view(-1, 1, 1, 1) * x + bb.view(-1, 1, 1, 1) * noise[part]
+    tables, total = [v.to(noise) for v in (a, b, weight)], 0.0
+    for x, labels, z, a, b, w in zip(*(v.split(500) for v in (some.images, some.labels, noise, *tables))):
+        x_t = a.view(-1, 1, 1, 1) * x + b.view(-1, 1, 1, 1) * z
         for classes, share in ((None, dropout), (labels, 1 - dropout)):
             if share:
-                error = (posterior_mean(x_t, aa, bb, digits, classes) - x).square().flatten(1).mean(1)
+                error = (posterior_mean(x_t, a, b, digits, classes) - x).square().flatten(1).mean(1)
                 total += share * (w * error).sum().item()
     return total / len(some)

@@ -1,7 +1,5 @@
 """Networks of digits: on disk, as predictions and velocities, and in figures.
 
-A trained network is a folder with config.json and model.fp16.safetensors; `write`, `read` and `load` keep it.
-
 `sampling.denoise` wants eps at a time t = 0 to T - 1, the solvers of `flow.py` a velocity at a time from 0 to 1. The
 same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is a prompt of one
 token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draws with either.
@@ -9,8 +7,8 @@ token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draw
 Read `mnist/levels.py` first. Next: `mnist/trainer.py`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -173,9 +171,7 @@ def draw(
 
 def last(states: Iterator[Tensor]) -> Tensor:
     """The end of a walk, on the CPU."""
-    for state in states:
-        end = state
-    return end.cpu()
+    return deque(states, maxlen=1).pop().cpu()
 
 
 def at_once(device: torch.device) -> int:
@@ -201,43 +197,6 @@ def save_animation(states: Iterator[Tensor], path: Path) -> None:
     rows = [[_scaled(row) for row in x.split(5)] for x in frames]
     pages = [images.sheet(page, [[""] * len(row) for row in page]) for page in rows]
     images.save_gif(pages + [pages[-1]] * 10, path)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a network in training draws: image i is of class i modulo 10, if it takes classes, and from seed + i.
-
-    count: of each class.  out, about: the folder and the metadata of the images.
-    """
-
-    unet: UNet
-    sampler: str
-    steps: int
-    count: int
-    seed: int
-    out: Path
-    about: dict
-
-    def walk(self, guidance_scale: float = GUIDANCE_SCALE, count: int = 1) -> Iterator[Tensor]:
-        """From noise to the first samples, count of each class."""
-        n, device = count * CLASSES, next(self.unet.parameters()).device
-        answer = guided_unet(self.unet, torch.arange(n) % CLASSES, guidance_scale)
-        return walk(answer, seeded(range(self.seed, self.seed + n)), device, self.steps, self.sampler)
-
-    def save(self, epoch: int) -> None:
-        """All of them, ten in a row, as OUT/samples/epoch-NN.png."""
-        rows = last(self.walk(count=self.count)).split(CLASSES)
-        how = f"guidance {GUIDANCE_SCALE:g}" if self.unet.config.num_classes else "no class"
-        path = self.out / "samples" / f"epoch-{epoch:02d}.png"
-        save_strip(rows, [""] * len(rows), f"epoch {epoch}, {how}", path, self.about)
-
-    def save_ends(self) -> None:
-        """OUT/sampling.gif, and of a network with classes OUT/guidance.png, several scales from the same noise."""
-        save_animation(self.walk(), self.out / "sampling.gif")
-        if self.unet.config.num_classes:
-            scales = (0.0, 1.0, 5.0, 10.0)
-            save_strip([last(self.walk(s)) for s in scales], [f"scale {s:g}" for s in scales],
-                       "Guidance: 0 ignores the class, 1 is none", self.out / "guidance.png", self.about)  # fmt: skip
 
 
 def _scaled(row: Tensor) -> list[Tensor]:

@@ -7,13 +7,14 @@
     python -m minidiff.mnist.sample --sampler ddpm ddpm-lower ddpm-clip     less noise in a step; estimates in [0, 1]
     python -m minidiff.mnist.sample --kind flow --sampler euler midpoint heun --steps 5 10
     python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
+    python -m minidiff.mnist.sample --out out/digits.gif                    the walk of the first row, as an animation
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
 One row for each model, guidance scale, sampler and number of steps, from the same noise in all of them: image i of a
 row comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance. Samples are clamped to [0, 1] before they
-are drawn, written and judged.
+are drawn, written and judged. The trainers draw their figures by this command.
 
-Read `mnist/train_diffusion.py` and `mnist/train_flow.py` first. Next: `mnist/anagram.py`, the last file.
+Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
 """
 
 import argparse
@@ -24,15 +25,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from minidiff import checkpoint, images
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
 from minidiff.mnist import judge, models
+from minidiff.mnist.data import CLASSES
 from minidiff.mnist.models import FLOW_STEPS, GUIDANCE_SCALE, SAMPLERS, T
+from minidiff.mnist.trainer import say
 from minidiff.mnist.unet import UNet
+from minidiff.sampling import seeded
 from minidiff.weights import WEIGHTS
 
 STEPS = {"ddpm": T, "flow": FLOW_STEPS}
+IN_TRAINING = "--num-images 4"  # flags of the samples after an epoch
 IN_FIGURE = 100  # images of one row of the figure, at most
 
 
@@ -46,18 +52,18 @@ def parse_digits(text: str) -> list[int]:
 
 
 class Row(NamedTuple):
-    """How a row of the figure is drawn.  scale: None if the network takes no class."""
+    """How a row of the figure is drawn.  scale: of guidance, which a network without classes ignores."""
 
+    name: str
     unet: UNet
     config: dict
-    name: str
-    scale: float | None
+    scale: float
     sampler: str
     steps: int
 
     def words(self) -> list[str]:
         """The network, its guidance, and the sampler."""
-        scale = "no class" if self.scale is None else f"scale {self.scale:g}"
+        scale = f"scale {self.scale:g}" if self.unet.config.num_classes else "no class"
         sampler = [] if self.sampler == "ddpm" else [self.sampler]
         return [self.name, scale, *sampler, *([] if self.sampler == "dormand-prince" else [f"{self.steps} steps"])]
 
@@ -67,27 +73,58 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     rows, folders = [], args.model or [WEIGHTS / "mnist" / args.kind]
     for folder in folders:
         unet, config = models.load(folder, device, *STEPS)
-        kind, alike = config["kind"], [other for other in folders if other.name == folder.name]
-        scales = (args.guidance_scale or [GUIDANCE_SCALE]) if unet.config.num_classes else [None]
-        counts = [4] if args.quick else args.steps or [STEPS[kind]]
-        for scale, sampler in itertools.product(scales, args.sampler or SAMPLERS[kind][:1]):
-            if sampler not in SAMPLERS[kind]:
-                raise ValueError(f"--sampler {sampler} is for another kind of network; of {kind}: "
-                                 f"{', '.join(SAMPLERS[kind])}")  # fmt: skip
-            for steps in counts[:1] if sampler == "dormand-prince" else counts:  # which chooses its own
-                name = folder.name if len(alike) == 1 else str(folder)
-                rows.append(Row(unet, config, name, scale, sampler, steps))
+        name = folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
+        samplers, default = SAMPLERS[config["kind"]], STEPS[config["kind"]]
+        scales = args.guidance_scale[: None if unet.config.num_classes else 1]
+        counts = [4] if args.quick else args.steps or [default]
+        for scale, sampler in itertools.product(scales, args.sampler or samplers[:1]):
+            if sampler not in samplers:
+                raise ValueError(f"--sampler {sampler} is for another kind of network; of {config['kind']}: "
+                                 f"{', '.join(samplers)}")  # fmt: skip
+            alike = counts[:1] if sampler == "dormand-prince" else counts  # which chooses its own
+            rows += [Row(name, unet, config, scale, sampler, steps) for steps in alike]
     return rows
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def save_figure(
+    args: argparse.Namespace, rows: Sequence[Row], labels: Tensor, seeds: range, device: torch.device, judged: bool
+) -> None:
+    """Draw a digit of each class from each seed by every row, print what the judge says of them, and write the figure.
+
+    Words of all rows stand in the title, the others below a row. --tensors gets the first row.
+    """
+    judging = judge.load(args.judge) if judged else None
+    words, tens, texts = [row.words() for row in rows], [], []
+    common = [word for word in words[0] if all(word in others for others in words)]
+    for row, own in zip(rows, words):
+        calls: list[int] = []
+        hook = row.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        answer_of = lambda part, row=row: models.guided_unet(row.unet, labels[part], row.scale)  # noqa: E731
+        x = models.draw(answer_of, seeds, device, row.steps, row.sampler)
+        hook.remove()
+        dataset, classes = row.config["dataset"], {"labels": labels} if row.unet.config.num_classes else {}
+        if args.tensors and row is rows[0]:
+            tensors = {"images": x, "seed": torch.tensor(args.seed)} | classes
+            checkpoint.save(tensors, args.tensors, {"dataset": dataset})
+        if judging is not None:
+            report = judge.report(judging, x, classes.get("labels"), args.seed, dataset)
+            print(f"{', '.join(own)}, trained {row.config['trained']}:", *report, sep="\n  ")
+        evaluations = len(calls) // -(-len(seeds) // models.at_once(device))
+        more = [f"{evaluations} evaluations"] * (row.sampler in SAMPLERS["flow"][1:])  # others have one in each step
+        tens += (parts := x[:IN_FIGURE].split(CLASSES))
+        texts += [""] * (len(parts) - 1) + [", ".join([word for word in own if word not in common] + more)]
+    title = ", ".join([*common, f"seeds {seeds[0]} to {seeds[-1]}"])
+    models.save_strip(tens, texts, title, args.out, settings(args, "mnist.sample"))
+
+
+def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
+    """The command, also for trainers.  judged: whether to print what the judge says."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kind", choices=list(STEPS), default="ddpm", help="of the embedded network (default %(default)s)")
     p.add_argument("--model", type=file_path, nargs="+", help="folders of trained networks instead of the embedded one")
     p.add_argument("--digits", type=parse_digits, default="0-9", help="like 0-9, 3,7 or 0-2,9 (default %(default)s)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")
-    p.add_argument("--guidance-scale", type=finite, nargs="+", help="default 5")
+    p.add_argument("--guidance-scale", type=finite, nargs="+", default=[GUIDANCE_SCALE], help="default 5")
     p.add_argument("--steps", type=int, nargs="+", help="default: ddpm 300, flow 50")
     p.add_argument("--sampler", "--solver", choices=[*SAMPLERS["ddpm"], *SAMPLERS["flow"]], nargs="+",
                    help="default: ddpm, or euler of a flow")  # fmt: skip
@@ -99,26 +136,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
     images.check_output(args.out)
-    judging, device = judge.load(args.judge), device_of(args.device)
-    rows = rows_of(args, device)
-    labels = torch.tensor(args.digits).repeat(args.num_images)
+    device = device_of(args.device)
+    rows, labels = rows_of(args, device), torch.tensor(args.digits).repeat(args.num_images)
     seeds = range(args.seed, args.seed + len(labels))
-    common = [word for word in rows[0].words() if all(word in row.words() for row in rows)]  # these go to the title
-    tens, texts = [], []
-    for row in rows:
-        answer_of = lambda part, row=row: models.guided_unet(row.unet, labels[part], row.scale)  # noqa: E731
-        x = models.draw(answer_of, seeds, device, row.steps, row.sampler)
-        dataset, classes = row.config["dataset"], {} if row.scale is None else {"labels": labels}
-        if args.tensors and row is rows[0]:
-            tensors = {"images": x, "seed": torch.tensor(args.seed)} | classes
-            checkpoint.save(tensors, args.tensors, {"dataset": dataset})
-        print(f"{', '.join(row.words())}, trained {row.config['trained']}:",
-              *judge.report(judging, x, classes.get("labels"), args.seed, dataset), sep="\n  ")  # fmt: skip
-        tens += (parts := x[:IN_FIGURE].split(10))
-        texts += [""] * (len(parts) - 1) + [", ".join(word for word in row.words() if word not in common)]
-    title = ", ".join([*common, f"seeds {seeds[0]} to {seeds[-1]}"])
-    models.save_strip(tens, texts, title, args.out, settings(args, "mnist.sample"))
-    print(f"wrote {args.out}   ({cost()})")
+    if args.out.suffix.lower() == ".gif":
+        answer = models.guided_unet(rows[0].unet, labels, rows[0].scale)
+        states = models.walk(answer, seeded(seeds), device, rows[0].steps, rows[0].sampler)
+        models.save_animation(states, args.out)
+    else:
+        save_figure(args, rows, labels, seeds, device, judged)
+    say(f"wrote {args.out}   ({cost()})")
+
+
+def of_trainer(args: argparse.Namespace, name: str, flags: str = "", others: Sequence[Path] = ()) -> None:
+    """OUT/NAME of a trainer's figures: what this command draws with the network in OUT, or in that of --figures.
+
+    others: folders of networks whose rows stand above.
+    """
+    folders = [str(folder) for folder in (*others, args.figures or args.out)]
+    shared = ["--seed", str(args.seed), "--device", args.device, "--out", str(args.out / name), *flags.split()]
+    run(["--model", *folders, *shared, *["--quick"] * args.quick], judged=False)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    run(argv)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@
     x_t = (1 - t) x_0 + t x_1          L = mean |network(x_t, t) - (x_1 - x_0)|^2          x_0 noise, x_1 a digit
 
 The presets `time` and `class` are the course's. Their learning rate falls, because a step of Adam is about as long as
-the rate: at a constant 0.01 the weights never come to rest. `no-scheduler` is `class` at a constant 0.005, for 15
-epochs in place of 10. `better` is the course's larger network, without the digit, at 0.01 in place of the course's
-0.05, with which a small network learns worse. `small` is for a machine without fast half precision.
+the rate: at a constant 0.01 the weights never come to rest. `better` is the course's larger network at 0.01 in place of
+its 0.05, with which a small network learns worse.
 
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
-lines hardly cross, so the paths become straighter, and one or two steps suffice: reflow.png shows 1, 2, 4 and 50 steps
-before and after.
+lines hardly cross, so the paths become straighter, and one or two steps suffice.
 
-At the end come solvers.png (Euler, midpoint, Heun and Dormand-Prince, with the evaluations of each), sampling.gif and,
-with the digit, guidance.png; the straightness of the paths is printed.
+At the end come sampling.gif, solvers.png, with the digit guidance.png, and of reflow reflow.png: 1, 2, 4 and 50 steps
+before and after. The straightness of the paths is printed.
 
-Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/sample.py`.    Source: FM Eq. 22, FM Eq. 23.
+Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/anagram.py`, the last file.
+Source: FM Eq. 22, FM Eq. 23.
 """
 
 import argparse
@@ -34,13 +33,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import checkpoint, flow, training
-from minidiff.cli import command, cost, file_path, settings
-from minidiff.flow import Velocity
-from minidiff.mnist import data, levels, models, trainer
+from minidiff.cli import command, cost, file_path
+from minidiff.mnist import data, levels, models, sample, trainer
 from minidiff.mnist.data import CLASSES, Digits, generator
-from minidiff.mnist.models import DROPOUT, FLOW_STEPS, GUIDANCE_SCALE, dropped, guided_unet, save_strip, velocity
+from minidiff.mnist.models import DROPOUT, FLOW_STEPS, dropped, guided_unet, velocity
 from minidiff.mnist.trainer import Plan, Preset, say
 from minidiff.mnist.unet import UNet, UNetConfig
+from minidiff.sampling import draw_noise, seeded
 from minidiff.weights import WEIGHTS
 
 PAIRS = 20000  # how many lines reflow learns
@@ -101,76 +100,48 @@ def kept_pairs(folder: Path, teacher: UNet, count: int, seed: int, steps: int) -
     return Digits(*(torch.cat([part[key] for part in parts]) for key in ("images", "labels")))
 
 
-def by_solver(v: Velocity, x_0: Tensor, steps: int) -> tuple[list[Tensor], list[str]]:
-    """The same noises by every solver, a row each, named with its number of evaluations."""
-    few = max(1, steps // 5)
-    rows = [flow.solve(v, x_0, flow.grid(n)) for n in (few, steps)]
-    rows += [flow.solve(v, x_0, flow.grid(few), name) for name in ("midpoint", "heun")]
-    names = [f"Euler, {few}", f"Euler, {steps}", f"midpoint, {2 * few}", f"Heun, {2 * few}"]
-    x, evaluations = flow.dormand_prince(v, x_0)
-    return [*rows, x], [*names, f"Dormand-Prince, {evaluations}"]
+def pairs_of(args: argparse.Namespace, teacher: UNet, steps: int) -> tuple[Digits, Digits, dict[str, object]]:
+    """What reflow trains on, a tenth of it for the test, and the config of its network."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
+    sha256 = hashlib.sha256(weights).hexdigest()
+    config = {"kind": "flow", "teacher": str(args.teacher), "teacher_sha256": sha256}
+    count = args.pairs or (40 if args.quick else PAIRS)
+    tenth = max(1, count // 10)
+    trainer.check(args, config, count - tenth)  # before the pairs, which take long
+    folder = args.out / "training" / f"pairs-{sha256[:12]}-{count}-{args.seed}-{steps}"
+    pairs = kept_pairs(folder, teacher, count, args.seed, steps)
+    return pairs[tenth:], pairs[:tenth], config
 
 
-def few_steps(fields: dict[str, Velocity], x_0: Tensor, many: int) -> tuple[list[Tensor], list[str]]:
-    """1, 2, 4 and many Euler steps of each model from the same noises, a row each."""
-    runs = [(name, n) for name in fields for n in (1, 2, 4, many)]
-    return [flow.solve(fields[name], x_0, flow.grid(n)) for name, n in runs], [f"{name}, {n}" for name, n in runs]
-
-
-def save_comparisons(samples: models.Samples, teacher: UNet | None) -> None:
-    """solvers.png; reflow.png if there is a teacher; the straightness of both is printed.
-
-    Ten noises are drawn from; the straightness is that of all samples, without guidance.
-    """
-    networks = {"this model": samples.unet} if teacher is None else {"the teacher": teacher, "this model": samples.unet}
-    x_0, steps, labels = next(samples.walk(count=samples.count)), samples.steps, torch.arange(samples.count * CLASSES)
-    labels, ten, first = labels % CLASSES, labels[:CLASSES], x_0[:CLASSES]
-    rows = by_solver(velocity(guided_unet(samples.unet, ten, GUIDANCE_SCALE)), first, steps)
-    save_strip(*rows, "Solvers and their evaluations", samples.out / "solvers.png", samples.about)
-    if teacher is not None:
-        rows = few_steps({name: velocity(guided_unet(unet, ten)) for name, unet in networks.items()}, first, steps)
-        save_strip(*rows, "Euler steps before and after reflow", samples.out / "reflow.png", samples.about)
-    fields = {name: velocity(guided_unet(unet, labels)) for name, unet in networks.items()}
-    straight = {name: flow.straightness(v, x_0, steps).mean().item() for name, v in fields.items()}
-    say("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
-
-
-def fit(
-    args: argparse.Namespace, model: UNet, teacher: UNet | None, samples: models.Samples, device: torch.device
-) -> bool:  # fmt: skip
-    """`trainer.fit` with digits, or with the pairs of a teacher, a tenth of them for the test."""
-    config = {"kind": "flow"}
+def fit(args: argparse.Namespace, model: UNet, teacher: UNet | None, steps: int, device: torch.device) -> bool:
+    """`trainer.fit` with digits, or with the pairs of a teacher."""
     if teacher is None:
-        train, test = trainer.digits(args, device)
+        (train, test), config = trainer.digits(args, device), {"kind": "flow"}
         dropout = DROPOUT if model.config.num_classes else 1.0
         reference = lambda: levels.of_task(levels.flow, train, dropout)  # noqa: E731
     else:
-        weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
-        config |= {"teacher": str(args.teacher), "teacher_sha256": hashlib.sha256(weights).hexdigest()}
-        count = args.pairs or (40 if args.quick else PAIRS)
-        tenth = max(1, count // 10)
-        trainer.check(args, config, count - tenth)  # before the pairs, which take long
-        folder = f"pairs-{config['teacher_sha256'][:12]}-{count}-{args.seed}-{samples.steps}"
-        pairs = kept_pairs(args.out / "training" / folder, teacher, count, args.seed, samples.steps)
-        train, test = pairs[tenth:], pairs[:tenth]
-        reference = lambda: {"the teacher": trainer.loss_on(data.some(test, tenth), teacher, matching, args.seed)}  # noqa: E731
-    return trainer.fit(args, model, matching, train, test, config, reference, samples.save)
+        train, test, config = pairs_of(args, teacher, steps)
+        reference = lambda: {"the teacher": trainer.loss_on(data.some(test, len(test)), teacher, matching, args.seed)}  # noqa: E731
+    draw = lambda epoch: sample.of_trainer(args, f"samples/epoch-{epoch:02d}.png", sample.IN_TRAINING)  # noqa: E731
+    return trainer.fit(args, model, matching, train, test, config, reference, draw)
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, draw on the way, and draw the figures of the end."""
-    teacher = None
-    if args.preset == "reflow":
-        teacher, config = models.load(args.teacher, device, "flow")
-        args.dataset = config["dataset"]
-    begins = teacher is not None and not args.figures
-    model = copy.deepcopy(teacher) if begins else trainer.network(args, "flow", PRESETS, device)
-    about, (steps, count) = settings(args, "mnist.train_flow"), (3, 1) if args.quick else (FLOW_STEPS, 4)
-    samples = models.Samples(model, "euler", steps, count, args.seed, args.out, about)
-    if args.figures or fit(args, model, teacher, samples, device):
-        samples.save_ends()
-        save_comparisons(samples, teacher)
-        say(f"wrote {args.out}   ({cost()})")
+def save_figures(args: argparse.Namespace, model: UNet, teacher: UNet | None, steps: int, device: torch.device) -> None:
+    """Those of the end. The straightness of both networks' paths, without guidance, is printed."""
+    sample.of_trainer(args, "sampling.gif")
+    if model.config.num_classes:
+        sample.of_trainer(args, "guidance.png", "--guidance-scale 0 1 5 10")
+    sample.of_trainer(args, "solvers.png", "--solver euler midpoint heun dormand-prince --steps 10 50")
+    if teacher is not None:
+        sample.of_trainer(args, "reflow.png", "--guidance-scale 1 --steps 1 2 4 50", [args.teacher])
+    n = CLASSES if args.quick else 4 * CLASSES
+    x_0, labels = (
+        draw_noise((n, 1, 28, 28), seeded(range(args.seed, args.seed + n))).to(device),
+        torch.arange(n) % CLASSES,
+    )
+    straight = {name: flow.straightness(velocity(guided_unet(unet, labels)), x_0, steps).mean()
+                for name, unet in (("the teacher", teacher), ("this model", model)) if unet is not None}  # fmt: skip
+    say("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))
 
 
 @command
@@ -181,10 +152,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
     args = p.parse_args(argv)
     config = trainer.complete(args, "flow", PRESETS)
-    if args.preset == "reflow":
-        args.teacher = args.teacher or Path(config.get("teacher", WEIGHTS / "mnist" / "flow"))
+    steps, teacher = 3 if args.quick else FLOW_STEPS, None
     with training.processes(args.device) as device:
-        train(args, device)
+        if args.preset == "reflow":
+            args.teacher = args.teacher or Path(config.get("teacher", WEIGHTS / "mnist" / "flow"))
+            teacher, config = models.load(args.teacher, device, "flow")
+            args.dataset = config["dataset"]
+        begins = teacher is not None and not args.figures
+        model = copy.deepcopy(teacher) if begins else trainer.network(args, "flow", PRESETS, device)
+        if args.figures or fit(args, model, teacher, steps, device):
+            save_figures(args, model, teacher, steps, device)
+            say(f"wrote {args.out}   ({cost()})")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Preset(NamedTuple):
 
 
 Presets = Mapping[str, Preset]  # the first is the default
+QUICK = Plan(epochs=1, batch_size=16, lr=1e-2)
 
 # ---------------------------------------------------------------------------------------------- flags
 
@@ -95,11 +96,11 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
 
 
 def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
-    """Choose --out, and take the plan's numbers from the preset where no flag says them; of --quick, few and small.
+    """Choose --out, and the plan: that of the preset where no flag changes it; of --quick, few and small steps.
 
     With --figures, preset and data set become those of the network in its folder.
-    Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, or if --out cannot
-    be written.
+    Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, on --keep-epochs
+    that the plan has not, or if --out cannot be written.
     """
     config = models.read(args.figures, kind)[0] if args.figures else {}
     args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
@@ -108,9 +109,12 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
         flags = [name for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
         args.out = Path("out", "mnist", "-".join([kind, *names, *flags]).replace("_", "-"))
     images.check_output(args.out / "figure.png")
-    plan = Plan(epochs=1, batch_size=16, lr=1e-2) if args.quick else presets[args.preset].plan
-    for name, value in asdict(plan).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    changes = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
+    args.plan = replace(QUICK if args.quick else presets[args.preset].plan, **changes)
+    if wrong := [str(epoch) for epoch in args.keep_epochs if not 1 <= epoch <= args.plan.epochs]:
+        raise ValueError(
+            f"--keep-epochs takes epochs from 1 to {args.plan.epochs}, the last one; got {', '.join(wrong)}"
+        )
     return config
 
 
@@ -144,10 +148,12 @@ def fit(
 
     config: for the network, its "kind" first; a run goes on only with the same.
     levels() -> reference levels, which take a while.
-    Returns whether this is the first process and the plan's end is reached; on Ctrl-C it is not.
+    Returns whether to draw the figures of the end: in the first process, with --figures or when all epochs are done.
     Raises ValueError as `check` and `training.run`, and FloatingPointError as `training.run`.
     """
-    plan, settings, begin = check(args, config, len(train))
+    if args.figures:
+        return training.rank() == 0
+    plan, (settings, begin) = args.plan, check(args, config, len(train))
     device, n = train.images.device, len(train) // plan.batch_size
     dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
     model.to(memory_format=torch.channels_last if dtype == "bfloat16" else torch.contiguous_format)  # the faster one
@@ -166,7 +172,7 @@ def fit(
     ):  # fmt: skip
         say(record)
         if config["kind"] != "judge":
-            write(args, model, config, plan, record.step / n)
+            write(args, model, config, record.step / n)
         if not record.stopped and ((epoch := record.step // n) in (1, plan.epochs) or epoch % 5 == 0):
             draw(epoch)
     if record is None or record.stopped:
@@ -176,10 +182,10 @@ def fit(
     return True
 
 
-def write(args: argparse.Namespace, model: UNet, config: Mapping[str, object], plan: Plan, epochs: float) -> None:
+def write(args: argparse.Namespace, model: UNet, config: Mapping[str, object], epochs: float) -> None:
     """The network after so many epochs, into args.out; one of --keep-epochs once more, where it stays."""
-    about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(plan), "seed": args.seed}
-    about |= {"trained": f"{epochs:.3g} of {plan.epochs} epochs", "unet": asdict(model.config)}
+    about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(args.plan), "seed": args.seed}
+    about |= {"trained": f"{epochs:.3g} of {args.plan.epochs} epochs", "unet": asdict(model.config)}
     for folder in (args.out, *(kept(args, epoch) for epoch in args.keep_epochs if epoch == epochs)):
         models.write(folder, model, dict(config) | about)
 
@@ -195,25 +201,22 @@ def say(text: object) -> None:
         tqdm.write(str(text))
 
 
-def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[Plan, dict[str, object], int]:
-    """The plan; the settings that must be the same when the run goes on (the teacher may lie elsewhere); its step.
+def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[dict[str, object], int]:
+    """What must be the same when the run goes on (the teacher may lie elsewhere), and the step from which it goes on.
 
-    Raises ValueError if they are not, on a plan that `count` digits do not allow, on --keep-epochs that the plan has
-    not, or if a trained network would be replaced.
+    Raises ValueError if it is not the same, on batches that `count` digits do not fill, or if a trained network would
+    be replaced.
     """
-    plan = Plan(*(getattr(args, f.name) for f in fields(Plan)))
-    if plan.epochs < 1 or not 1 <= plan.batch_size <= count:
-        raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {plan}")
-    if wrong := [epoch for epoch in args.keep_epochs if not 1 <= epoch <= plan.epochs]:
-        raise ValueError(f"--keep-epochs takes epochs from 1 to {plan.epochs}, the last one; got "
-                         f"{', '.join(map(str, wrong))}")  # fmt: skip
-    settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(plan)}
+    if args.plan.epochs < 1 or not 1 <= args.plan.batch_size <= count:
+        raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {args.plan.epochs} and "
+                         f"{args.plan.batch_size}")  # fmt: skip
+    settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(args.plan)}
     settings |= {"ema": args.ema, "seed": args.seed}
     settings.pop("teacher", None)
     before = training.previous(args.out / "training", settings)
     if before is None and (args.out / "config.json").is_file():
         raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
-    return plan, settings, before["step"] if before else 0
+    return settings, before["step"] if before else 0
 
 
 def batches(train: Digits, plan: Plan, seed: int) -> Callable[[int], tuple[Digits, torch.Generator]]:
@@ -228,8 +231,7 @@ def batches(train: Digits, plan: Plan, seed: int) -> Callable[[int], tuple[Digit
         return torch.randperm(len(train), generator=generator(device, seed, data.ORDER, epoch), device=device)
 
     def batch_at(step: int) -> tuple[Digits, torch.Generator]:
-        epoch, i = divmod(step, n)
-        rows = order(epoch)[i * plan.batch_size : (i + 1) * plan.batch_size]
+        rows = order(step // n).split(plan.batch_size)[step % n]
         return train[rows[rank::world]], generator(device, seed, data.STEP, step * world + rank)
 
     return batch_at

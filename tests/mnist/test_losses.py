@@ -10,7 +10,6 @@ from minidiff import flow
 from minidiff.mnist import levels, models, train_denoiser, train_diffusion, train_flow
 from minidiff.mnist.data import Digits, generator
 from minidiff.mnist.unet import UNet, UNetConfig
-from minidiff.sampling import draw_noise, seeded
 
 
 class Recorder:
@@ -214,23 +213,6 @@ def test_the_out_of_distribution_figure_has_a_row_for_each_sigma_with_the_answer
     for row, (sigma, *_) in zip(rows, table):
         torch.testing.assert_close(row[0, :, :28], clean + sigma * noise, rtol=0, atol=1e-6)
         assert torch.equal(row[0, :, 28:], 0.25 - row[0, :, :28])
-
-
-def test_figures_of_the_flow_name_their_rows():
-    def v(x, time):
-        return time.view(-1, 1, 1, 1) - x
-
-    x_0 = draw_noise((2, 1, 28, 28), seeded([0, 1]))
-    rows, names = train_flow.by_solver(v, x_0, 10)
-    assert names[:4] == ["Euler, 2", "Euler, 10", "midpoint, 4", "Heun, 4"]
-    methods = (("euler", 2), ("euler", 10), ("midpoint", 2), ("heun", 2))
-    assert all(torch.equal(row, flow.solve(v, x_0, flow.grid(n), m)) for row, (m, n) in zip(rows, methods))
-    found, evaluations = flow.dormand_prince(v, x_0)
-    assert torch.equal(rows[4], found) and names[4] == f"Dormand-Prince, {evaluations}"
-    rows, names = train_flow.few_steps({"a": v, "b": lambda x, time: -v(x, time)}, x_0, 7)
-    assert names == [f"{name}, {n}" for name in "ab" for n in (1, 2, 4, 7)]
-    for row, (sign, n) in zip(rows, [(sign, n) for sign in (1, -1) for n in (1, 2, 4, 7)]):
-        assert torch.equal(row, flow.solve(lambda x, t, sign=sign: sign * v(x, t), x_0, flow.grid(n)))
 
 
 def test_the_mean_image_is_recognised_as_such(digits):

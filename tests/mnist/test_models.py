@@ -228,23 +228,3 @@ def test_each_of_many_is_what_its_label_and_seed_draw_alone(sampler, monkeypatch
         expected = models.last(models.walk(answer, seeded([3 + i]), cpu, 3, sampler))
         assert ((expected > 0) & (expected < 1)).sum() > 20  # clamped, the rest is 0 or 1
         torch.testing.assert_close(found[i : i + 1], expected.clamp(0, 1), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("classes", [True, False])
-def test_samples_of_a_training_are_drawn_from_seeds_and_classes_in_turn(classes, tmp_path, monkeypatch):
-    """20 of seed 7, two of each class, with guidance 5; guidance.png draws the first ten at four scales."""
-    samples, strips = models.Samples(net(classes), "euler", 2, 2, 7, tmp_path, {"a": 1}), {}
-    monkeypatch.setattr(models, "save_strip", lambda rows, labels, title, path, about: strips.update({path: rows}))
-    samples.save(3)
-    samples.save_ends()
-    unet, cpu = net(classes), torch.device("cpu")
-
-    def expected(labels, scale):
-        answer = models.guided_unet(unet, labels, scale)
-        return models.last(models.walk(answer, seeded(range(7, 7 + len(labels))), cpu, 2, "euler"))
-
-    torch.testing.assert_close(torch.cat(strips[tmp_path / "samples" / "epoch-03.png"]),
-                               expected(torch.arange(20) % 10, 5.0))  # fmt: skip
-    assert (tmp_path / "sampling.gif").is_file() and (tmp_path / "guidance.png" in strips) is classes
-    for row, scale in zip(strips.get(tmp_path / "guidance.png", []), (0.0, 1.0, 5.0, 10.0)):
-        torch.testing.assert_close(row, expected(torch.arange(10), scale))

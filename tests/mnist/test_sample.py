@@ -1,6 +1,7 @@
 """Samples of trained networks: what the flags ask for reaches the network, and the embedded networks draw well."""
 
 import shutil
+from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
@@ -131,6 +132,56 @@ def test_what_the_flags_ask_for_reaches_the_network(tmp_path):
     assert expected.min() < -0.05 and expected.max() > 1.05  # what is written is clamped, as the image is
     torch.testing.assert_close(found["images"], expected.clamp(0, 1))
     judge.main(["score", str(tmp_path / "s.safetensors")])
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An untrained flow network with classes, in a folder."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(4, time=True, num_classes=10))
+    config = {"kind": "flow", "dataset": "mnist", "trained": "1 of 9 epochs", "unet": asdict(unet.config)}
+    models.write(tmp_path / "f", unet, config)
+    return tmp_path / "f"
+
+
+def test_a_solver_of_several_evaluations_has_their_number_below_its_row(own, tmp_path, monkeypatch):
+    """Also where three digits are drawn two at a time. Dormand-Prince has six for each step and one to begin with."""
+    strips = []
+    monkeypatch.setattr(models, "at_once", lambda device: 2)
+    monkeypatch.setattr(models, "save_strip", lambda *args: strips.append(args))
+    solvers = ["euler", "midpoint", "rk4", "dormand-prince"]
+    sample.main(["--model", str(own), "--digits", "0-2", "--steps", "3", "--solver", *solvers, "--out",
+                 str(tmp_path / "s.png")])  # fmt: skip
+    *few, last = strips[0][1]
+    assert few == ["euler, 3 steps", "midpoint, 3 steps, 6 evaluations", "rk4, 3 steps, 12 evaluations"]
+    words, number, name = last.split()
+    assert (words, name) == ("dormand-prince,", "evaluations") and int(number) >= 13
+
+
+def test_a_gif_is_the_walk_of_the_first_row(own, tmp_path, monkeypatch):
+    walks = []
+    monkeypatch.setattr(models, "save_animation", lambda states, path: walks.append((list(states), path)))
+    sample.main(["--model", str(own), "--digits", "3,7", "--steps", "2", "4", "--seed", "5", "--out",
+                 str(tmp_path / "s.gif")])  # fmt: skip
+    (states, path), unet = walks[0], models.load(own, CPU, "flow")[0]
+    assert len(walks) == 1 and path == tmp_path / "s.gif" and len(states) == 3
+    torch.testing.assert_close(states[-1], alone(unet, torch.tensor([3, 7]), range(5, 7), 2, "euler"))
+
+
+def test_a_trainer_draws_from_its_folder_with_its_seed(own, tmp_path, capsys, monkeypatch):
+    """Two files of one training: they hold what the command would draw."""
+    args = Namespace(figures=None, out=own, seed=7, device="cpu", quick=True)
+    strips = []
+    monkeypatch.setattr(models, "save_strip", lambda rows, *more: strips.append((torch.cat(rows), *more)))
+    sample.of_trainer(args, "samples/epoch-03.png", sample.IN_TRAINING)
+    sample.main(["--model", str(own), "--seed", "7", "--quick", "--num-images", "4", "--out",
+                 str(tmp_path / "s.png")])  # fmt: skip
+    assert torch.equal(strips[0][0], strips[1][0]) and strips[0][-2] == own / "samples" / "epoch-03.png"
+    assert strips[0][2] == strips[1][2] == "f, scale 5, euler, 4 steps, seeds 7 to 46"
+    args.figures, args.out = own, tmp_path / "other"
+    sample.of_trainer(args, "x.png", "--num-images 4 --guidance-scale 0")
+    assert strips[2][-2] == tmp_path / "other" / "x.png" and not torch.equal(strips[2][0], strips[0][0])
+    assert capsys.readouterr().out.count("trained 1 of 9 epochs") == 1  # figures of a trainer print no report
 
 
 def test_digits_are_parsed():
