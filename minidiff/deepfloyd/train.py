@@ -61,6 +61,7 @@ CROP = 64
 EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
 MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
+OFFSET_NOISE = 0.1
 EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
@@ -148,7 +149,11 @@ def random_numbers(
 
     Where an image is nearly clean there is less left to learn, yet every walk ends there, and noise that is left there
     stays in the image. Drawing by a weight is the same in the mean as multiplying the loss by it.
-    Source: Min-SNR Sec. 3.4.
+
+    Stage 2 gets offset noise, OFFSET_NOISE of one more number for each colour of an image. Without it the network reads
+    the mean colour off x_t, where it is clear at t = 946 already. But a walk begins at t = 999 with an estimate that
+    is a guess, and would keep the colour of that guess. With it the network reads the colour off the small image.
+    Source: Min-SNR Sec. 3.4; Guttenberg, Diffusion with Offset Noise (2023).
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)
@@ -163,6 +168,7 @@ def random_numbers(
         random |= {"level": below(schedule.num_train_timesteps)}
         random |= {"top": below(size - CROP + 1), "left": below(size - CROP + 1)}
         random["low_noise"] = torch.randn(batch_size, 3, size, size, generator=generator)
+        random["noise"] += OFFSET_NOISE * torch.randn(batch_size, 3, 1, 1, generator=generator)
     return random
 
 

@@ -28,7 +28,7 @@ from minidiff.solvers import STEPS, times_for
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
-OF_DDPM = (*STEPS, "ddpm-lower")
+OF_DDPM = ("ddpm-lower", *STEPS)  # with few steps, the smaller variance leaves less grain
 SAMPLERS = {  # of each kind, the default first
     "ddpm": (*OF_DDPM, *(f"{name}-clip" for name in OF_DDPM)), "flow": (*flow.METHODS, "dormand-prince"),
 }  # fmt: skip

@@ -64,7 +64,7 @@ class Row(NamedTuple):
     def words(self) -> list[str]:
         """The network, its guidance, and the sampler."""
         scale = f"scale {self.scale:g}" if self.unet.config.num_classes else "no class"
-        sampler = [] if self.sampler == "ddpm" else [self.sampler]
+        sampler = [] if self.sampler == SAMPLERS["ddpm"][0] else [self.sampler]
         return [self.name, scale, *sampler, *([] if self.sampler == "dormand-prince" else [f"{self.steps} steps"])]
 
 
@@ -127,7 +127,7 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     p.add_argument("--guidance-scale", type=finite, nargs="+", default=[GUIDANCE_SCALE], help="default 5")
     p.add_argument("--steps", type=int, nargs="+", help="default: ddpm 300, flow 50")
     p.add_argument("--sampler", "--solver", choices=[*SAMPLERS["ddpm"], *SAMPLERS["flow"]], nargs="+",
-                   help="default: ddpm, or euler of a flow")  # fmt: skip
+                   help=f"default: {SAMPLERS['ddpm'][0]}, or euler of a flow")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--out", type=file_path, default=Path("out/digits.png"), help="image (default %(default)s)")

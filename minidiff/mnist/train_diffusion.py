@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if model.config.num_classes:
                 sample.of_trainer(args, "guidance.png", "--guidance-scale 0 1 5 10")
                 sample.of_trainer(args, "unconditional.gif", "--guidance-scale 0")
-            rows = cleaned(lambda c: models.prediction(models.guided_unet(model, c)), test.of_each_class(1),
+            rows = cleaned(lambda c: models.prediction(models.guided_unet(model, c), True), test.of_each_class(1),
                            (4, 8) if args.quick else (60, 120, 200))  # fmt: skip
             title, about = "Noisy test digits, cleaned by the rest of the walk", settings(args, "mnist.train_diffusion")
             models.save_strip(*rows, title, args.out / "cleaned.png", about)

@@ -127,12 +127,12 @@ def test_a_stopped_run_resumes_exactly(captioned, tmp_path, monkeypatch, capsys)
 
 
 def test_regression_the_losses_of_the_first_steps(captioned, tmp_path, monkeypatch):
-    """Of both stages, as this trainer wrote them when its bound got a weight and its images were no longer mirrored."""
+    """Of both stages, as this trainer wrote them when its bound got a weight, its images stayed unmirrored and stage 2 got offset noise."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     run(1, captioned, tmp_path / "one", 4, "--dtype", "float32")
     run(2, captioned, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))
     rows = [loss for folder in ("one", "two") for _, loss in losses(tmp_path / folder)]
-    expected = [1.069178, 1.516538, 0.853689, 0.527631, 1.069144, 1.516033, 0.853644, 0.527439]
+    expected = [1.069178, 1.516538, 0.853689, 0.527631, 1.110021, 1.507771, 0.890530, 0.539407]
     assert rows == pytest.approx(expected, rel=1e-4)
 
 
@@ -224,6 +224,16 @@ T.run(1, r"{captioned}", T.Path(r"{tmp_path / "one"}"), 4)
     assert len(seen) == len(others) == 4 and all(len(noise) == 2 for noise in (*seen, *others))
     assert not any(torch.equal(a, b) for a, b in zip(seen, others))
     assert here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)
+
+
+def test_stage_2_gets_offset_noise_and_stage_1_plain_noise():
+    """The mean of 64 x 64 plain numbers has the deviation 1 / 64 = 0.0156; with 0.1 of one more number,
+    sqrt(0.1^2 + 0.0156^2) = 0.1012. 600 means, to 5 standard errors of 3 %."""
+    for stage, size, deviation in ((1, 64, 0.0156), (2, 256, 0.1012)):
+        random = train.random_numbers(stage, 200, size, squaredcos_cap_v2(), torch.Generator().manual_seed(0))
+        means = random["noise"].mean((2, 3))
+        assert means.std().item() == pytest.approx(deviation, rel=0.15)
+        assert (random["noise"] - means[..., None, None]).std().item() == pytest.approx(1, rel=0.01)
 
 
 def test_the_variance_is_learned_alike_at_every_time_up_to_the_cap():

@@ -34,7 +34,7 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
             "no trained ddpm or flow in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
-        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm, ddim, dpm++"),
+        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm, ddim, dpm++"),
         (["--kind", "flow", "--sampler", "ddim"], "--sampler ddim is for another kind of network; of flow: euler, mid"),
         (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--num-images", "0"], "there is no image to draw; pass --num-images 1 or more"),
@@ -90,7 +90,7 @@ def test_a_ddpm_and_a_flow_stand_side_by_side_each_with_its_own_sampler_and_step
     )
     folders = [str(WEIGHTS / "mnist" / kind) for kind in ("ddpm", "flow")]
     sample.main(["--model", *folders, "--digits", "3", "--out", str(tmp_path / "s.png")])
-    assert walks == [(300, "ddpm"), (50, "euler")]
+    assert walks == [(300, "ddpm-lower"), (50, "euler")]
 
 
 def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monkeypatch):
