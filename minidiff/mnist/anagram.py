@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--num-images", type=int, default=100, help="default %(default)s")
     p.add_argument("--guidance-scale", type=finite, default=models.GUIDANCE_SCALE, help="default %(default)s")
     p.add_argument("--steps", type=int, default=100, help="of 300 (default %(default)s)")
-    p.add_argument("--sampler", choices=models.SAMPLERS["ddpm"], default=models.SAMPLERS["ddpm"][0], help="default %(default)s")
+    samplers = models.SAMPLERS["ddpm"]
+    p.add_argument("--sampler", choices=samplers, default=samplers[0], help="default %(default)s")
     p.add_argument("--model", type=file_path, default=WEIGHTS / "mnist" / "ddpm", help="default: the embedded one")
     p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="default: the embedded one")
     p.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default %(default)s)")

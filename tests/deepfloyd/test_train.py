@@ -127,7 +127,7 @@ def test_a_stopped_run_resumes_exactly(captioned, tmp_path, monkeypatch, capsys)
 
 
 def test_regression_the_losses_of_the_first_steps(captioned, tmp_path, monkeypatch):
-    """Of both stages, as this trainer wrote them when its bound got a weight, its images stayed unmirrored and stage 2 got offset noise."""
+    """Of both stages, as the trainer wrote them when the bound got a weight and the noise of stage 2 an offset."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     run(1, captioned, tmp_path / "one", 4, "--dtype", "float32")
     run(2, captioned, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))

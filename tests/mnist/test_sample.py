@@ -34,7 +34,7 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
             "no trained ddpm or flow in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
-        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm, ddim, dpm++"),
+        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm, ddim"),
         (["--kind", "flow", "--sampler", "ddim"], "--sampler ddim is for another kind of network; of flow: euler, mid"),
         (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--num-images", "0"], "there is no image to draw; pass --num-images 1 or more"),
