@@ -64,8 +64,8 @@ class Row(NamedTuple):
     def words(self) -> list[str]:
         """The network, its guidance, and the sampler."""
         scale = f"scale {self.scale:g}" if self.unet.config.num_classes else "no class"
-        sampler = [] if self.sampler == SAMPLERS["ddpm"][0] else [self.sampler]
-        return [self.name, scale, *sampler, *([] if self.sampler == "dormand-prince" else [f"{self.steps} steps"])]
+        steps = [] if self.sampler == "dormand-prince" else [f"{self.steps} steps"]
+        return [self.name, scale, f"by {self.sampler}", *steps]
 
 
 def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:

@@ -56,7 +56,7 @@ def test_a_network_without_classes_gets_no_digit(tmp_path, capsys):
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors"), "--guidance-scale", "1", "5"])
     assert "labels" not in load_file(tmp_path / "s.safetensors")
     shown = capsys.readouterr().out
-    assert "agreement" not in shown and shown.count("f, no class, euler, 4 steps, trained 1 of 9 epochs:") == 1
+    assert "agreement" not in shown and shown.count("f, no class, by euler, 4 steps, trained 1 of 9 epochs:") == 1
     # Images of another kind are not judged, here or later.
     edit_config(tmp_path / "f", dataset="fashion")
     sample.main([*flags, "--tensors", str(tmp_path / "s.safetensors")])
@@ -73,7 +73,7 @@ def test_networks_in_folders_of_one_name_have_two_names(tmp_path, capsys, monkey
     sample.main(["--model", str(embedded), str(own), "--digits", "3", "--quick", "--out", str(tmp_path / "s.png")])
     assert len(starts) == 2 and torch.equal(*starts)
     shown = capsys.readouterr().out
-    assert f"{embedded}, scale 5, euler, 4 steps" in shown and f"{own}, scale 5, euler, 4 steps" in shown
+    assert f"{embedded}, scale 5, by euler, 4 steps" in shown and f"{own}, scale 5, by euler, 4 steps" in shown
 
 
 def test_every_row_is_planned_before_one_is_drawn(tmp_path, capsys, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monke
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flow, ")]
     rows = [line.rstrip(":").split(", trained")[0] for line in shown]
     assert rows == [f"flow, scale {scale}, {how}" for scale in (0, 5)
-                    for how in ("heun, 2 steps", "heun, 3 steps", "dormand-prince")]  # fmt: skip
+                    for how in ("by heun, 2 steps", "by heun, 3 steps", "by dormand-prince")]  # fmt: skip
 
 
 def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "save_strip", lambda *args: strips.append(args))
     sample.main(["--digits", "3", "--num-images", "12", "--guidance-scale", "0", "1", "--out", str(tmp_path / "s.png")])
     rows, texts, title, *_ = strips[0]
-    assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, 300 steps, seeds 0 to 11"
+    assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, by ddpm-lower, 300 steps, seeds 0 to 11"
     assert [(len(x), x.mean().item()) for x in rows] == [(10, 0), (2, 0), (10, 1), (2, 1)]
 
 
@@ -153,8 +153,8 @@ def test_a_solver_of_several_evaluations_has_their_number_below_its_row(own, tmp
     sample.main(["--model", str(own), "--digits", "0-2", "--steps", "3", "--solver", *solvers, "--out",
                  str(tmp_path / "s.png")])  # fmt: skip
     *few, last = strips[0][1]
-    assert few == ["euler, 3 steps", "midpoint, 3 steps, 6 evaluations", "rk4, 3 steps, 12 evaluations"]
-    words, number, name = last.split()
+    assert few == ["by euler, 3 steps", "by midpoint, 3 steps, 6 evaluations", "by rk4, 3 steps, 12 evaluations"]
+    _, words, number, name = last.split()
     assert (words, name) == ("dormand-prince,", "evaluations") and int(number) >= 13
 
 
@@ -177,7 +177,7 @@ def test_a_trainer_draws_from_its_folder_with_its_seed(own, tmp_path, capsys, mo
     sample.main(["--model", str(own), "--seed", "7", "--quick", "--num-images", "4", "--out",
                  str(tmp_path / "s.png")])  # fmt: skip
     assert torch.equal(strips[0][0], strips[1][0]) and strips[0][-2] == own / "samples" / "epoch-03.png"
-    assert strips[0][2] == strips[1][2] == "f, scale 5, euler, 4 steps, seeds 7 to 46"
+    assert strips[0][2] == strips[1][2] == "f, scale 5, by euler, 4 steps, seeds 7 to 46"
     args.figures, args.out = own, tmp_path / "other"
     sample.of_trainer(args, "x.png", "--num-images 4 --guidance-scale 0")
     assert strips[2][-2] == tmp_path / "other" / "x.png" and not torch.equal(strips[2][0], strips[0][0])

@@ -245,7 +245,8 @@ def test_the_networks_of_chosen_epochs_stay_and_draw_from_one_noise(folder, tmp_
     assert "too late" not in capsys.readouterr().out
     sample.main(["--quick", "--model", str(first), str(second), "--out", str(tmp_path / "s.png")])
     printed = capsys.readouterr().out
-    assert "01, scale 5, 4 steps, trained 1 of 2 epochs:" in printed and ", trained 2 of 2 epochs:" in printed
+    assert "01, scale 5, by ddpm-lower, 4 steps, trained 1 of 2 epochs:" in printed
+    assert ", trained 2 of 2 epochs:" in printed
     run(train_diffusion, tmp_path / "whole", folder, *flags, "--keep-epochs", "1", "2")
     assert "--keep-epochs comes too late for 1: the run is past that" in capsys.readouterr().out
     assert network(tmp_path / "whole" / "epochs" / "02") == network(out) and not (tmp_path / "whole/epochs/01").exists()
