@@ -28,6 +28,8 @@ from minidiff.factorized import Part
 from minidiff.sampling import Step
 from minidiff.schedule import Schedule
 
+EMPTY = "(empty prompt)"
+
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = [Part(*cascade.encode(settings["prompt"]))]
         small, large = cascade.make(parts, seeds, through=lambda steps: flags.noted(steps, record))
         rows.append(list(small if large is None else large))
-        labels.append([", ".join([*words, f"seed {seed}"]) for seed in seeds])
+        labels.append([", ".join([*(word or EMPTY for word in words), f"seed {seed}"]) for seed in seeds])
         differences += [settings] * len(seeds)
     results, seeds = [x for row in rows for x in row], seeds * len(rows)
     if len(results) == 1 and cascade.has_upper:
         rows, labels = [[small[0], large[0]]], [["64 px, " + labels[0][0], "256 px"]]
-    title = (args.prompts[0] or "(empty prompt)") if len(args.prompts) == 1 else ""
+    title = (args.prompts[0] or EMPTY) if len(args.prompts) == 1 else ""
     metadata = flags.finish(args, "generate", results, seeds, rows, labels, title, cascade, differences)
     if args.show_every:
         sheet = images.sheet(*steps_sheet(record[:: args.show_every], cascade.stage(1).schedule), title)

@@ -166,6 +166,8 @@ def test_several_prompts_are_a_row_each(cascade, tmp_path, sheets):
     assert [(one["prompt"], one["steps"], one["seed"]) for one in written] == wanted
     assert not any("prompts" in one for one in written)
     assert images.read_metadata(tmp_path / "g-sheet.png")["prompts"] == f"['{PROMPT}', 'a dog']"
+    generate.main([PROMPT, "", "--model", str(cascade[0]), "--steps", "1", "--out", str(tmp_path / "e.png")])
+    assert sheets[1][1] == [[f"{PROMPT}, seed 0", "(empty prompt), seed 0"]]
 
 
 def test_stage2_none_stops_at_64_pixels(cascade, tmp_path, sheets):
