@@ -45,6 +45,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     training.py              the one training loop, of the cascade and of the digits
     deepfloyd/dataset.py     captioned images to train on
     deepfloyd/initial.py     the weights that training begins with
+    deepfloyd/progress.py    what its trainer shows after a checkpoint
     deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say
 

@@ -1,6 +1,6 @@
 """The weights that training begins with, where it does not go on from others.
 
-Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/train.py`.
+Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/progress.py`.
 """
 
 import torch

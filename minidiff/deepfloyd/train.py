@@ -21,7 +21,6 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 
 import argparse
 import contextlib
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,15 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, cli, ddpm, images, training
-from minidiff.cascade import Cascade
+from minidiff import checkpoint, cli, ddpm, training
 from minidiff.deepfloyd import stages, vocabulary
 from minidiff.deepfloyd.dataset import CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
+from minidiff.deepfloyd.progress import examine, preview
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
-from minidiff.factorized import Part
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
 R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
@@ -62,11 +60,9 @@ EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
 MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
 OFFSET_NOISE = 0.1
-EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
-PREVIEWS = 16  # prompts that are drawn after a checkpoint
 
 
 class Trainee(nn.Module):
@@ -202,47 +198,6 @@ def _write_unet(folder: Path, tensors: dict[str, Tensor], config: UNetConfig) ->
     checkpoint.write_json(folder / "config.json", FIXED | asdict(config) | derived)
     half = {key: value.half() for key, value in tensors.items()}
     checkpoint.save(half, folder / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
-
-
-@torch.inference_mode()
-def examine(model: Trainee, tokenizer: Tokenizer, x_start: Tensor, texts: list[str]) -> list[tuple]:
-    """The worth of a prompt: (t, error with the right prompt, with another image's, with none) for EXAMINED times.
-
-    The error is the mean squared difference between x_start (N, 3, H, W) and its estimate, clipped, with one noise for
-    all. Stage 1 only.
-    """
-    device, rows = x_start.device, []
-    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    columns = (texts, texts[1:] + texts[:1], [""] * len(texts))
-    states = [model.text_encoder(*(x.to(device) for x in tokenizer(column))) for column in columns]
-    for time in EXAMINED:
-        t = torch.full((len(x_start),), time, device=device)
-        alpha_bar, errors = model.schedule.alpha_bar(t), []
-        x_t = ddpm.add_noise(x_start, noise, alpha_bar)
-        for embeds in states:
-            out = torch.cat([model.unet(*part) for part in zip(x_t.split(32), t.split(32), embeds.split(32))])
-            estimate = ddpm.predict_x_start(x_t, out.float()[:, :3], alpha_bar).clamp(-1, 1)
-            errors.append((estimate - x_start).square().mean().item())
-        rows.append((time, *errors))
-    return rows
-
-
-def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, dataset: CaptionedImages) -> None:
-    """Samples of the weights just written: captions of held-out images drawn, or two training images enlarged."""
-    if stage == 1:
-        texts = dataset.held_out()[1]
-        prompts = texts[:: math.ceil(len(texts) / PREVIEWS)]
-        cascade, seeds = Cascade.load(str(out), "none", dtype=torch.float32), range(len(prompts))
-        x = cascade.draw([Part(torch.cat(cascade.encode(*prompts)))], seeds, steps=20, guidance_scale=4.0)
-        sheet = images.sheet(*images.grid(list(x), prompts))
-    else:
-        cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
-        x_start, texts = dataset.draw(2, torch.Generator().manual_seed(1))
-        low_res = F.avg_pool2d(x_start, 4)
-        x = cascade.enlarge(low_res, [Part(torch.cat(cascade.encode(*texts)))], range(2), steps=10)
-        rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
-        sheet = images.sheet(rows, [["bilinear", "stage 2", "original"]] * 2)
-    images.save(sheet, path, {"minidiff": "sheet"})
 
 
 def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenizer:

@@ -19,7 +19,7 @@ from PIL import Image
 from minidiff import charts, ddpm, images, training, weights
 from minidiff.cascade import Cascade
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, stages, text, train, vocabulary
+from minidiff.deepfloyd import initial, progress, stages, text, train, vocabulary
 from minidiff.deepfloyd.dataset import CaptionedImages, read_rows
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.t5 import T5Encoder
@@ -38,7 +38,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(train, "MINI_1", TINY[1])
     monkeypatch.setattr(train, "MINI_2", TINY[2])
     monkeypatch.setattr(train, "MINI_T5", TINY_T5)
-    monkeypatch.setattr(train, "PREVIEWS", 2)
+    monkeypatch.setattr(progress, "PREVIEWS", 2)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_BATCH", 4)
