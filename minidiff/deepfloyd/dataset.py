@@ -19,6 +19,7 @@ from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with a neutral prompt, for classifier-free guidance
+CPU = torch.device("cpu")
 HELD_OUT = 128  # images on which the error is measured
 
 
@@ -27,8 +28,9 @@ class CaptionedImages:
     rows: of captions.json, or {"captions": [...]} from text files. Those with "split": "val", whose numbers are `held`,
     are never drawn: `held_out` returns them."""
 
-    def __init__(self, folder: Path, size: int):
-        """Raises ValueError naming the file that is missing or wrong."""
+    def __init__(self, folder: Path, size: int, device: torch.device = CPU):
+        """device: where `take` puts images. Raises ValueError naming the file that is missing or wrong."""
+        self.device = device
         packed = folder / f"images_{size}.npy"
         if packed.is_file():
             self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
@@ -63,8 +65,8 @@ class CaptionedImages:
         return self.take(spread), [self.captions[i][0] for i in spread]
 
     def take(self, picks: Sequence[int]) -> Tensor:
-        """(B, 3, size, size) in [-1, 1]."""
-        return torch.from_numpy(self.pixels[list(picks)]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """(B, 3, size, size) in [-1, 1], on the device."""
+        return torch.from_numpy(self.pixels[list(picks)]).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _pick(texts: list[str], position: float) -> str:

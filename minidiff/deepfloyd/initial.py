@@ -94,7 +94,7 @@ def match_captions(
     for step in tqdm(range(steps), desc="captions", disable=quiet, mininterval=5):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1024 + 1023)
         x_start, texts = dataset.draw(CONTRASTIVE_BATCH, generator, dropout=0)
-        x_start = F.avg_pool2d(x_start, x_start.shape[-1] // 32).to(device)
+        x_start = F.avg_pool2d(x_start, x_start.shape[-1] // 32)
         ids, mask = tokenizer(texts)
         length = int(mask.sum(1).max())  # padding is hidden from real tokens, and the mean leaves it out
         ids, mask = ids[:, :length].to(device), mask[:, :length].to(device)

@@ -21,6 +21,7 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 
 import argparse
 import contextlib
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from minidiff import checkpoint, cli, ddpm, training
 from minidiff.deepfloyd import stages, vocabulary
-from minidiff.deepfloyd.dataset import CaptionedImages, train_tokenizer
+from minidiff.deepfloyd.dataset import CPU, CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.progress import examine, preview
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
@@ -90,7 +91,7 @@ class Trainee(nn.Module):
         with _fast_attention(x_start.device):
             prompt_embeds = (self.text_encoder or self.frozen[0])(ids, mask)
             stacked = x_t if self.stage == 1 else torch.cat([x_t, low_res], dim=1)
-            out = self.unet(stacked, t, prompt_embeds, labels)
+            out = self.unet(stacked, t.to(x_t.device), prompt_embeds, labels)
         eps, pred_var = out.float().chunk(2, dim=1)
         # Where nearly all is noise, a small error in eps is a large one in the image, and there the prompt decides:
         # weighted by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
@@ -106,7 +107,7 @@ class Trainee(nn.Module):
         both = torch.cat([x_start, low_res], dim=1)
         corners = zip(random["top"].tolist(), random["left"].tolist())
         both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
-        return both[:, :3], both[:, 3:], random["level"]
+        return both[:, :3], both[:, 3:], random["level"].to(both.device)
 
 
 def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
@@ -137,9 +138,10 @@ def load_into(module: nn.Module, source: checkpoint.Checkpoint) -> None:
 
 
 def random_numbers(
-    stage: int, batch_size: int, size: int, schedule: Schedule, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Every random choice of one step except the images, drawn on the CPU.
+    stage: int, batch_size: int, size: int, schedule: Schedule, generator: torch.Generator,
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every random choice of one step except the images: the noise on the device, single numbers on the CPU.
 
         P(t) ~ max(MIN_SHARE, min(1, MIN_SNR_GAMMA / SNR_t)),    SNR_t = alpha_bar_t / (1 - alpha_bar_t)
 
@@ -155,16 +157,20 @@ def random_numbers(
     share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)
     t = torch.multinomial(share, batch_size, replacement=True, generator=generator)
     side = size if stage == 1 else CROP
+    there = generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
     def below(high: int) -> Tensor:
         return torch.randint(high, (batch_size,), generator=generator)
 
-    random = {"t": t, "noise": torch.randn(batch_size, 3, side, side, generator=generator)}
+    def normal(side: int) -> Tensor:
+        return torch.randn(batch_size, 3, side, side, generator=there, device=device)
+
+    random = {"t": t, "noise": normal(side)}
     if stage == 2:
         random |= {"level": below(schedule.num_train_timesteps)}
         random |= {"top": below(size - CROP + 1), "left": below(size - CROP + 1)}
-        random["low_noise"] = torch.randn(batch_size, 3, size, size, generator=generator)
-        random["noise"] += OFFSET_NOISE * torch.randn(batch_size, 3, 1, 1, generator=generator)
+        random["low_noise"] = normal(size)
+        random["noise"] += OFFSET_NOISE * normal(1)
     return random
 
 
@@ -250,7 +256,7 @@ def first_weights(
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """To --steps; weights, samples and the held-out error after every checkpoint."""
-    dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else 256), args.out / "training"
+    dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else 256, device), args.out / "training"
     settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size")}
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, dataset)
@@ -261,6 +267,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,
                          EMA_DECAY, clip=1.0)  # fmt: skip
 
+    tokens = functools.cache(lambda text: tokenizer([text]))  # each caption comes hundreds of times
+
     def pooled(x_start: Tensor) -> Tensor:  # --size: a quarter of the pixels costs a quarter, and still holds at 64
         return x_start if args.stage == 2 else F.avg_pool2d(x_start, x_start.shape[-1] // args.size)
 
@@ -268,9 +276,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1024 + training.rank())
         x_start, texts = dataset.draw(args.batch_size // training.world(), generator)
         x_start = pooled(x_start)
-        random = random_numbers(args.stage, len(x_start), x_start.shape[-1], model.schedule, generator)
-        random = {key: value.to(device) for key, value in random.items()}
-        return x_start.to(device), *(x.to(device) for x in tokenizer(texts)), random
+        random = random_numbers(args.stage, len(x_start), x_start.shape[-1], model.schedule, generator, device)
+        ids, mask = (torch.cat(x).to(device) for x in zip(*map(tokens, texts)))
+        return x_start, ids, mask, random
 
     for record in training.run(model, lambda net, batch: net(*batch).mean(), batch_at, optimizer, plan, folder,
                                settings, dtype=args.dtype):  # fmt: skip
@@ -282,7 +290,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if args.stage == 1:
             x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
-                rows = examine(model, tokenizer, pooled(x_start).to(device), texts)
+                rows = examine(model, tokenizer, pooled(x_start), texts)
             header = ("step", "t", "right", "other", "none")
             training.add_rows(folder / "held_out.csv", header, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
