@@ -150,9 +150,9 @@ def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
 
 def check_starts(starts: Sequence[int], last: int, quick: bool) -> None:
     """Raises ValueError unless each i_start lies on the steps, which end at last."""
-    if min(starts) < 0 or max(starts) > last:
+    if wrong := [start for start in starts if not 0 <= start <= last]:
         few = "; --quick leaves few steps" if quick else ""
-        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {max(starts)}{few}")
+        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {wrong[0]}{few}")
 
 
 def check_edit(args: argparse.Namespace, cascade: Cascade) -> None:

@@ -414,6 +414,7 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "--sigma goes with --kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
         (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..32 for these steps, got 34"),
+        (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start must lie in 0..32 for these steps, got -1"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
         (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
         (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..32 for these steps, got -1"),
