@@ -89,7 +89,7 @@ class Cascade:
 
     @classmethod
     def load(
-        cls, model: str = "mini", stage2: str = "auto", *, text_model: str | None = None,
+        cls, model: str | Path = "mini", stage2: str | Path = "auto", *, text_model: str | Path | None = None,
         device: torch.device | str = "auto", dtype: torch.dtype | None = None, text_encoder: str = "auto",
         prompt_embeds: str | Path | None = None,
     ) -> "Cascade":  # fmt: skip
@@ -106,6 +106,8 @@ class Cascade:
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
         names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
+        if not names:
+            raise ValueError("a cascade needs a stage; pass a model of stage 1, or of stage 2, that is not none")
         folders = {number: weights.resolve(name, number, ("unet",), print) for number, name in names.items()}
         plans = {number: plan_stage(folder, dtype, device) for number, folder in folders.items()}
         widths = [stage.unet.config.encoder_hid_dim for stage, _ in plans.values()]
@@ -114,7 +116,7 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        folder, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        folder, encode = _text_encoder(str(text_model), widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
         defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
         return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)

@@ -326,6 +326,16 @@ def test_a_cascade_of_one_stage(folders):
         upper("a castle")
 
 
+def test_a_cascade_is_loaded_from_paths_too_and_needs_a_stage(folders):
+    one, two = folders
+    by_path, by_name = (Cascade.load(*ways, text_model=ways[0]) for ways in ((one, two), (str(one), str(two))))
+    assert by_path.settings == by_name.settings and by_path.has_upper
+    assert torch.equal(*(c.encode("a castle")[0] for c in (by_path, by_name)))
+    for stage2 in ("auto", "none"):
+        with pytest.raises(ValueError, match="a cascade needs a stage; pass a model of stage 1, or of stage 2"):
+            Cascade.load("none", stage2)
+
+
 def test_watching_passes_every_step_and_a_bar_counts_them(cascade, capsys):
     """`through` gets the records of stage 1; with progress a bar names the size and the calls of the network."""
     record, parts = [], parts_of(cascade, "prompt 0")
