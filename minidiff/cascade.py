@@ -90,18 +90,21 @@ class Cascade:
     @classmethod
     def load(
         cls, model: str | Path = "mini", stage2: str | Path = "auto", *, text_model: str | Path | None = None,
-        device: torch.device | str = "auto", dtype: torch.dtype | None = None, text_encoder: str = "auto",
+        device: torch.device | str = "auto", dtype: torch.dtype | str | None = None, text_encoder: str = "auto",
         prompt_embeds: str | Path | None = None,
     ) -> "Cascade":  # fmt: skip
         """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
         stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
-        device: "auto" is the best of this machine.  dtype: of the networks; None: what the device is fast at.
+        device: "auto" is the best of this machine.  dtype: of the networks, as a
+        torch.dtype or a name such as "float32"; None or "auto": what the device is fast at.
         text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
+        dtype = _chosen("dtype", dtype, cli.DTYPES) if isinstance(dtype, str) else dtype
+        streamed = _chosen("text_encoder", text_encoder, TEXT_ENCODERS)
         model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
@@ -116,7 +119,7 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        folder, encode = _text_encoder(str(text_model), widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        folder, encode = _text_encoder(str(text_model), widths[0], dtype, device, streamed, prompt_embeds)
         defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
         return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)
@@ -243,7 +246,7 @@ class Cascade:
         kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
         x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
         steps = sampling.denoise(
-            predict, x_t, timesteps, schedule, generators, step=STEPS[setting.sampler], keep=kept, jumps=jumps,
+            predict, x_t, timesteps, schedule, generators, step=_chosen("sampler", setting.sampler, STEPS), keep=kept, jumps=jumps,
             fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
         )  # fmt: skip
         total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
@@ -258,6 +261,13 @@ class Cascade:
 
         in_turns = isinstance(parts, InTurns)
         return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
+
+
+def _chosen(what: str, name: str, table: dict[str, object]) -> object:
+    """What a name stands for in a table. Raises ValueError that lists the names."""
+    if name not in table:
+        raise ValueError(f"no {what} {name!r}; choose from {', '.join(table)}")
+    return table[name]
 
 
 def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, bool]:

@@ -336,6 +336,18 @@ def test_a_cascade_is_loaded_from_paths_too_and_needs_a_stage(folders):
             Cascade.load("none", stage2)
 
 
+def test_names_are_those_of_the_flags_and_others_are_refused(cascade, folders):
+    one, two = map(str, folders)
+    for name, dtype in (("float16", torch.float16), ("float32", torch.float32)):
+        assert Cascade.load(one, dtype=name).stage(1).unet.conv_in.weight.dtype == dtype
+    for wrong in ({"dtype": "half"}, {"text_encoder": "stream"}):
+        ((what, name),) = wrong.items()
+        with pytest.raises(ValueError, match=f"no {what} '{name}'; choose from auto, "):
+            Cascade.load(one, two, **wrong)
+    with pytest.raises(ValueError, match=r"no sampler 'DDIM'; choose from ddpm, ddim, dpm\+\+"):
+        cascade.draw(parts_of(cascade, "prompt 0"), [0], steps=FEW, sampler="DDIM")
+
+
 def test_watching_passes_every_step_and_a_bar_counts_them(cascade, capsys):
     """`through` gets the records of stage 1; with progress a bar names the size and the calls of the network."""
     record, parts = [], parts_of(cascade, "prompt 0")
