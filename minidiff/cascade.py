@@ -97,8 +97,8 @@ class Cascade:
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
         stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
-        device: "auto" is the best of this machine.  dtype: of the networks, as a
-        torch.dtype or a name such as "float32"; None or "auto": what the device is fast at.
+        device: "auto" is the best of this machine.
+        dtype: of the networks, a torch.dtype or a name such as "float32"; None or "auto": what the device is fast at.
         text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
@@ -138,7 +138,13 @@ class Cascade:
         return self._stages[number - 1]
 
     def encode(self, *prompts: str) -> list[Tensor]:
-        """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once."""
+        """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once.
+
+        Raises ValueError if a prompt is no text.
+        """
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"a prompt is a text, got {prompt!r:.60}; pass several one by one: encode(*prompts)")
         wanted = [p for p in dict.fromkeys((*prompts, "")) if p not in self._states]
         for prompt in wanted if self.vocabulary else ():
             if unknown := vocabulary.unknown_words(prompt, self.vocabulary):
