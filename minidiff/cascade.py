@@ -297,6 +297,8 @@ def last_start(steps: int | str | Tensor) -> int:
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
     """The generators of a walk. An edit has a stream of its own: the noise that made an image leads back to it."""
     generators = seeded(seeds)
+    if not generators:
+        raise ValueError("no seeds; pass one for each image, such as [0, 1]")
     return generators if image is None and keep is None else other_stream(generators, edit)
 
 

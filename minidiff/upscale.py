@@ -19,6 +19,7 @@ from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
 from minidiff.factorized import averaged, through_views
+from minidiff.sampling import seeded
 
 
 def upscale(
@@ -33,9 +34,9 @@ def upscale(
     `Cascade.make`; only there the image is drawn.    Source: Imagen Sec. 2.4.
     """
     parts = averaged(*through_views(cascade.encode(*prompts), view_names))
-    small = images.load(image, 64).expand(len(seeds), -1, -1, -1)
+    small, generators = images.load(image, 64), seeded(seeds)
     return cascade.enlarge(
-        small, parts, seeds, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
+        small.expand(len(generators), -1, -1, -1), parts, generators, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
         image=None if i_start is None else images.load(image, 256), i_start=i_start or 0,
     )  # fmt: skip
 

@@ -477,6 +477,8 @@ def test_input_errors_of_the_door(cascade):
                 lambda: cascade("prompt 0", seed="a"), lambda: cascade.enlarge(LOW_RES, parts, 2)):  # fmt: skip
         with pytest.raises(ValueError, match=r"seeds must be a list of whole numbers, such as \[0, 1\], got "):
             ask()
+    with pytest.raises(ValueError, match=r"no seeds; pass one for each image, such as \[0, 1\]"):
+        cascade.draw(parts, [])
     for wrong in (["prompt 0"], None, 5, b"prompt 0"):
         with pytest.raises(ValueError, match="a prompt is a text, got .*; pass several one by one"):
             cascade(wrong)

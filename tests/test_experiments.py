@@ -132,6 +132,13 @@ def test_upscale_draws_each_seed_beside_the_small_image(tiny, photo):
     assert torch.equal(masked[..., 128:], images.load(photo, 256)[..., 128:])
 
 
+def test_upscale_takes_seeds_as_draw_does(tiny, photo):
+    assert torch.equal(upscale.upscale(tiny, photo, [PROMPT], (s for s in (3, 4))),
+                       upscale.upscale(tiny, photo, [PROMPT], [3, 4]))  # fmt: skip
+    with pytest.raises(ValueError, match=r"seeds must be a list of whole numbers, such as \[0, 1\], got 3"):
+        upscale.upscale(tiny, photo, [PROMPT], 3)
+
+
 def test_prompts_and_views_go_in_pairs(tiny, photo):
     """From Python, too: one line that says how many of each came."""
     with pytest.raises(ValueError, match="^3 prompts need as many views, got 2$"):
