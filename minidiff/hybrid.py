@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minidiff import cli, components, editing, flags, images
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import Part
+from minidiff.factorized import Part, listed
 from minidiff.sampling import seeded
 
 KINDS = ("frequency", "triple", "color", "motion", "scale")
@@ -46,7 +46,7 @@ def hybrid(
     image, mask, i_start, feather: as for `Cascade.make`.
     Raises ValueError if the number of prompts does not fit the kind.    Source: the Factorized Diffusion paper.
     """
-    chosen = components.of_kind(kind, sigma, weights)
+    chosen, prompts = components.of_kind(kind, sigma, weights), listed(prompts)
     needed = len(chosen) - (reference is not None)
     if len(prompts) != needed:
         raise ValueError(f"{kind}{' with a reference' if reference is not None else ''} needs {needed} prompts, got "

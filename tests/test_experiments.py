@@ -147,6 +147,16 @@ def test_prompts_and_views_go_in_pairs(tiny, photo):
         upscale.upscale(tiny, photo, ["a", "b"])
 
 
+def test_one_prompt_may_come_alone_and_is_no_list_of_letters(tiny, photo):
+    alone, listed = (upscale.upscale(tiny, photo, prompts, view_names=names)
+                     for prompts, names in ((PROMPT, "flip"), ([PROMPT], ["flip"])))  # fmt: skip
+    assert torch.equal(alone, listed)
+    with pytest.raises(ValueError, match="^1 prompts need as many views, got 2$"):
+        anagram.anagram(tiny, "ab")
+    with pytest.raises(ValueError, match="^frequency needs 2 prompts, got 1$"):
+        hybrid.hybrid(tiny, "ab")
+
+
 def test_denoise_noises_blurs_and_estimates(small, photo):
     """DDPM Eq. 4 and DDPM Eq. 15: the estimate turns the noisy image back with the network's eps; noise of its own
     stream is the same for one seed, and scaled with the time."""
