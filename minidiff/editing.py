@@ -90,7 +90,7 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
 
     image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, W), or four numbers as for `box`.
     method: one of METHODS.  width: as for `feather`.
-    Raises ValueError if a mask comes without an image, or the method is unknown.
+    Raises ValueError if a mask comes without an image, a mask's file has another shape, or the method is unknown.
     """
     if mask is None:
         return None
@@ -98,6 +98,8 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
         raise ValueError("a mask needs an image, of which the rest is kept")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
+    if isinstance(mask, (str, Path)):
+        images.check_same_shape(image, mask)
     region = feather(mask_at(mask, size), width)
     return (clean if method == "clean" else renoise)(images.load(image, size), region)
 

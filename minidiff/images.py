@@ -77,11 +77,13 @@ def mask_share(mask: Tensor, where: str = "") -> float:
     return mask.double().mean().item()
 
 
-def check_same_shape(image: str | Path, mask: str | Path) -> None:
-    """Raise ValueError if these files differ in shape by more than a pixel in 64: cropped, they would not fit."""
-    (w, h), (mask_w, mask_h) = _read(image).size, _read(mask).size
+def check_same_shape(image: str | Path | Image.Image | Tensor, mask: str | Path) -> None:
+    """Raise ValueError if image and mask differ in shape by more than a pixel in 64: cropped, they would not fit."""
+    page = to_pil(image) if isinstance(image, Tensor) else image
+    name, page = ("the image", page) if isinstance(page, Image.Image) else (page, _read(page))
+    (w, h), (mask_w, mask_h) = page.size, _read(mask).size
     if abs(w / h * mask_h / mask_w - 1) > 1 / 64:
-        sizes = f"{image} is {w}x{h}, {mask} is {mask_w}x{mask_h}"
+        sizes = f"{name} is {w}x{h}, {mask} is {mask_w}x{mask_h}"
         raise ValueError(f"the mask must have the shape of its image: {sizes}; any size of the same shape will do")
 
 
