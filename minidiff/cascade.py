@@ -48,7 +48,7 @@ EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
 KEPT = 1  # how many streams further the noise of what they keep comes from
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
-Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, W), or the corners of a box in pixels of 64
+Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or the corners of a box in pixels of 64
 
 
 class Settings(NamedTuple):
@@ -252,8 +252,8 @@ class Cascade:
         kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
         x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
         steps = sampling.denoise(
-            predict, x_t, timesteps, schedule, generators, step=_chosen("sampler", setting.sampler, STEPS), keep=kept, jumps=jumps,
-            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
+            predict, x_t, timesteps, schedule, generators, step=_chosen("sampler", setting.sampler, STEPS), keep=kept,
+            jumps=jumps, fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
         )  # fmt: skip
         total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
         bar = tqdm(steps, f"{size[1]} px", total, unit="step", disable=not self.progress)

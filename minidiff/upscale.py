@@ -36,7 +36,8 @@ def upscale(
     parts = averaged(*through_views(cascade.encode(*listed(prompts)), view_names))
     small, generators = images.load(image, 64), seeded(seeds)
     return cascade.enlarge(
-        small.expand(len(generators), -1, -1, -1), parts, generators, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
+        small.expand(len(generators), -1, -1, -1), parts, generators, noise_level=noise_level,
+        keep=editing.kept(image, mask, 256, "renoise", feather),
         image=None if i_start is None else images.load(image, 256), i_start=i_start or 0,
     )  # fmt: skip
 
