@@ -96,8 +96,10 @@ def from_pil(image: Image.Image) -> Tensor:
 def to_pil(x: Tensor) -> Image.Image:
     """One image in [-1, 1] to Pillow: (3, H, W), (1, 3, H, W) or, as grey, (1, 1, H, W) or (1, H, W). Clamped.
 
-    Raises ValueError on another shape, or if x holds NaN.
+    Raises ValueError on another shape, or if x holds NaN or bytes.
     """
+    if x.dtype == torch.uint8:
+        raise ValueError("an image lies in [-1, 1], got bytes, which lie in 0..255; pass x / 127.5 - 1")
     if x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 3 or x.shape[0] not in (1, 3):
@@ -111,6 +113,9 @@ def to_pil(x: Tensor) -> Image.Image:
 
 def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
     """An image file as Pillow reads it, turned upright, and the text in it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"an image is a file, a Pillow image or a tensor, got {type(path).__name__}; of a numpy array "
+                         "pass PIL.Image.fromarray(array)")  # fmt: skip
     if re.match("https?:/", str(path)):
         address = re.sub("^(https?):/+", r"\1://", str(path))  # a Path has one slash
         raise ValueError(f"{address} is a web address; download it first and pass the file")
