@@ -169,8 +169,13 @@ class Cascade:
         image: a file, a Pillow image or a tensor: to start from (with i_start) and to keep outside the mask.
         mask: 1 or white where new content goes; softened by `feather` pixels of 64.
         method: how the rest is kept, one of `editing.METHODS`; jumps: those of "repaint", at stage 1 only.
-        Returns (small, large or None).
+        Returns (small, large or None).    Raises ValueError also if an image comes without anything to do with it, or
+        a mask, a start or a feather without what it goes with.
         """
+        if image is None and i_start is not None:
+            raise ValueError("i_start needs an image to start from")
+        if image is not None and mask is None and i_start is None:
+            raise ValueError("what is to happen to the image? pass a mask or i_start")
         generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
         small = self.draw(
             parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,

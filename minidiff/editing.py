@@ -90,9 +90,12 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
 
     image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, H), or four numbers as for `box`.
     method: one of METHODS.  width: as for `feather`.
-    Raises ValueError if a mask comes without an image, a mask's file has another shape, or the method is unknown.
+    Raises ValueError if a mask comes without an image, or width without a mask; if a mask's file has another shape; or
+    if the method is unknown.
     """
     if mask is None:
+        if width:
+            raise ValueError("feather softens a mask; pass a mask")
         return None
     if image is None:
         raise ValueError("a mask needs an image, of which the rest is kept")

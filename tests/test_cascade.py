@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import minidiff.cascade
-from minidiff import ddpm, images, schedule, solvers, views
+from minidiff import anagram, ddpm, images, schedule, solvers, views
 from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
 from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import base_model
@@ -434,6 +434,23 @@ def test_make_edits_at_both_sizes_and_keeps_the_rest_exactly(tiny):
     started, _ = tiny.make(parts, [0], image=image, i_start=2)
     alone = tiny.draw(parts, [0], image=images.load(image, 64), i_start=2)
     assert torch.equal(started, alone)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"image": True}, "what is to happen to the image\\? pass a mask or i_start"),
+        ({"i_start": 1}, "i_start needs an image to start from"),
+        ({"mask": (0, 0, 9, 9)}, "a mask needs an image, of which the rest is kept"),
+        ({"image": True, "i_start": 1, "feather": 2.0}, "feather softens a mask; pass a mask"),
+    ],
+)
+def test_half_an_edit_is_refused(tiny, edit, message):
+    """By the experiments, too: all that edit go through `make`."""
+    edit |= {"image": torch.zeros(1, 3, 64, 64)} if "image" in edit else {}
+    for ask in (lambda: tiny.make(parts_of(tiny, "a"), [0], **edit), lambda: anagram.anagram(tiny, ["a", "b"], **edit)):
+        with pytest.raises(ValueError, match=message):
+            ask()
 
 
 def test_jumps_are_repaints_alone(folders):
