@@ -124,6 +124,21 @@ def test_a_reference_is_kept_in_its_component(small, photo):
         hybrid.hybrid(small, [PROMPT, "a dog"], "color", reference=photo)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"reference": 1, "image": 1, "i_start": 1}, "a reference says what is kept already; leave out image"),
+        ({"reference": 1, "image": 1, "mask": (0, 0, 9, 9)}, "a reference says what is kept already; leave out image"),
+        ({"weights": [0.5, 0.5]}, "weights go with kind scale, not frequency"),
+        ({"kind": "color", "sigma": 9.0}, "sigma goes with kind frequency and triple, not color"),
+    ],
+)
+def test_a_hybrid_ignores_no_argument(small, photo, more, message):
+    more = {key: photo if value == 1 and key != "i_start" else value for key, value in more.items()}
+    with pytest.raises(ValueError, match=message):
+        hybrid.hybrid(small, [PROMPT] * (1 if "reference" in more else 2), **more)
+
+
 def test_upscale_draws_each_seed_beside_the_small_image(tiny, photo):
     x = upscale.upscale(tiny, photo, [PROMPT], [3, 4])
     low_res = images.load(photo, 64).expand(2, -1, -1, -1)
@@ -410,12 +425,12 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (anagram.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
         (anagram.main, ["a", "b", "--out", "OUT.gif"], "OUT.gif; pass another name for the image: --out OUT.png"),
         (hybrid.main, ["a", "b", "--out", "OUT.GIF"], "the animation goes to OUT.GIF"),
-        (hybrid.main, ["a", "b", "--weights", "1", "1"], "--weights go with --kind scale, not frequency"),
+        (hybrid.main, ["a", "b", "--weights", "1", "1"], "weights go with kind scale, not frequency"),
         (hybrid.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
         (hybrid.main, ["a"], "frequency needs 2 prompts, got 1"),
-        (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with --reference needs 1 prompts, got 2"),
+        (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with a reference needs 1 prompts, got 2"),
         (hybrid.main, ["a", "b", "--kind", "scale"], "scale needs one weight per prompt"),
-        (hybrid.main, ["a", "b", "--sigma", "-1"], "--sigma must be at least 0, got -1"),
+        (hybrid.main, ["a", "b", "--sigma", "-1"], "sigma must be at least 0, got -1"),
         (inpaint.main, ["PHOTO"], "which region? pass a mask image after the image, or --box X0 Y0 X1 Y1"),
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
@@ -428,7 +443,7 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (inpaint.main, ["PHOTO", "a castle"], "which region? pass a mask image after the image"),
         (sdedit.main, ["PHOTO", "--feather", "2"], "--feather softens a mask; pass --mask or --box"),
         (generate.main, ["a", "--stage2-steps", "4"], "--stage2-steps and --stage2-guidance-scale need a stage 2"),
-        (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "--sigma goes with --kind frequency and triple"),
+        (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "sigma goes with kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
         (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..32 for these steps, got 34"),
         (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start must lie in 0..32 for these steps, got -1"),
