@@ -40,7 +40,7 @@ from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
-from minidiff.schedule import strided
+from minidiff.schedule import check_timesteps, strided
 from minidiff.solvers import STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
@@ -289,8 +289,9 @@ def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, 
     (`solvers.times_for`).    Raises ValueError as `schedule.respaced`.
     """
     if isinstance(steps, Tensor):
+        check_timesteps(steps, 1000)
         return steps, False
-    return (strided(), True) if steps == "course" else (times_for(sampler, steps), False)
+    return (strided(), True) if str(steps) == "course" else (times_for(sampler, steps), False)
 
 
 def last_start(steps: int | str | Tensor) -> int:

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -476,6 +477,19 @@ def test_steps_are_counts_names_sections_times_or_the_course():
     course, is_course = times_of("course")
     assert course.tolist() == list(range(990, -1, -30)) and is_course
     assert (last_start("course"), last_start(4), last_start(torch.tensor([5, 3]))) == (32, 3, 1)
+
+
+def test_times_that_are_none_are_refused(cascade):
+    parts = parts_of(cascade, "prompt 0")
+    for steps in (torch.tensor(5), torch.tensor([900.0, 100.0]), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="timesteps are one row of whole numbers, got .*; a count of steps is"):
+            cascade.draw(parts, [0], steps=steps)
+    with pytest.raises(ValueError, match="timesteps are empty"):
+        cascade.draw(parts, [0], steps=torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match="steps must be a count, a list like '10,10,3' or one of"):
+        cascade.draw(parts, [0], steps=np.array([900, 100]))
+    with pytest.raises(ValueError, match=r"times are whole numbers, got \[2.5\]"):
+        cascade.enlarge(LOW_RES, parts, [0, 1], noise_level=2.5)
 
 
 def test_input_errors_of_the_door(cascade):

@@ -196,6 +196,14 @@ def test_denoise_noises_blurs_and_estimates(small, photo):
 # --- each command -----------------------------------------------------------------------------------------------------
 
 
+def test_denoise_refuses_times_that_are_none(small, photo):
+    for t in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"t must lie in 0\.\.999, got {t}"):
+            denoise.denoise(small, photo, t)
+    with pytest.raises(ValueError, match=r"times are whole numbers, got \[500.0\]"):
+        denoise.denoise(small, photo, 500.0)
+
+
 def test_denoise_shows_every_way_and_their_errors(cascade, photo, tmp_path, sheets):
     """The walk from i_start 10 is 690 down to 0, and every fifth image of it is shown: 690, 540, 390, 240, 90."""
     run(denoise.main, cascade, tmp_path / "d.png", photo, "--t", 250, 750)
