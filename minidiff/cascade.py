@@ -242,15 +242,18 @@ class Cascade:
         if not 0 <= i_start <= last_start(setting.steps):
             raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
         timesteps = timesteps[i_start:]
+        _check_parts(parts, len(generators))
         unet, schedule = stage.unet, stage.schedule
         model = stages.super_resolution_model(unet, enlarged[1]) if enlarged else stages.base_model(unet)
         predict = self._predict(model, parts, setting, timesteps)
         if image is None:
             x_t = sampling.draw_noise((len(generators), 3, *size), generators)
-        elif image.shape[1:] == (3, *size):
+        elif isinstance(image, Tensor) and image.shape[1:] == (3, *size) and len(image) in (1, len(generators)):
             x_t = noised(image.float(), int(timesteps[0]), schedule, generators)
         else:
-            raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {got}; B is 1 or the "
+                             "number of seeds, and images.load reads a file")  # fmt: skip
         x_t = x_t.to(stage.device)
         if enlarged:  # noised after x_t is drawn, as in diffusers
             predict = stages.beside(noised(*enlarged, stage.noising, generators).to(stage.device), predict)
@@ -272,6 +275,17 @@ class Cascade:
 
         in_turns = isinstance(parts, InTurns)
         return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
+
+
+def _check_parts(parts: Sequence[Part], images: int) -> None:
+    """Raises ValueError unless these are parts whose states are for one image or for so many."""
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
+        raise ValueError(f"parts are a list of Part, such as [Part(*cascade.encode(prompt))], got {parts!r:.60}")
+    if not parts:
+        raise ValueError("no parts; pass at least one prompt")
+    for shape in (tuple(part.prompt_embeds.shape) for part in parts):
+        if len(shape) != 3 or shape[0] not in (1, images):
+            raise ValueError(f"a part's states must be (B, L, D), got {shape}; B is 1 or the number of seeds, {images}")
 
 
 def _chosen(what: str, name: str, table: dict[str, object]) -> object:

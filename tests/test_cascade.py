@@ -498,10 +498,21 @@ def test_input_errors_of_the_door(cascade):
         cascade.draw(parts, [0], steps=FEW, image=torch.zeros(1, 3, 8, 8), i_start=3)
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.32 for these steps, got 33"):
         cascade.draw(parts, [0], steps="course", i_start=33)
-    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
         cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
-        cascade.draw([], [0], steps=FEW)
+    with pytest.raises(ValueError, match=r"\(B, 3, 8, 8\), got \(2, 3, 8, 8\); B is 1 or the number of seeds"):
+        cascade.draw(parts, [0, 1, 2], image=torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"got str; B is 1 or the number of seeds, and images.load reads a file"):
+        cascade.draw(parts, [0], image="a.png")
+    for none in ([], InTurns([])):
+        with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
+            cascade.draw(none, [0], steps=FEW)
+    for wrong in (parts[0], "prompt 0", cascade.encode("prompt 0"), None):
+        with pytest.raises(ValueError, match=r"parts are a list of Part, such as \[Part\(\*cascade.encode"):
+            cascade.draw(wrong, [0], steps=FEW)
+    for states in (torch.zeros(2, 77, 32), torch.zeros(77, 32)):
+        with pytest.raises(ValueError, match=r"states must be \(B, L, D\), got \(.*\); B is 1 or the number of seeds, 3"):
+            cascade.draw([Part(states)], [0, 1, 2], steps=FEW)
     with pytest.raises(ValueError, match=r"a seed must lie in 0\.\.2\^32 - 1, got -1"):
         cascade.draw(parts, [-1])
     for ask in (lambda: cascade.draw(parts, 1.5), lambda: cascade.make(parts, "a"),
