@@ -498,7 +498,7 @@ def test_input_errors_of_the_door(cascade):
         cascade.draw(parts, [0], steps=FEW, image=torch.zeros(1, 3, 8, 8), i_start=3)
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.32 for these steps, got 33"):
         cascade.draw(parts, [0], steps="course", i_start=33)
-    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
+    with pytest.raises(ValueError, match=r"image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
         cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"\(B, 3, 8, 8\), got \(2, 3, 8, 8\); B is 1 or the number of seeds"):
         cascade.draw(parts, [0, 1, 2], image=torch.zeros(2, 3, 8, 8))
