@@ -28,13 +28,13 @@ from torch import Tensor
 
 from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import InTurns, averaged, through_views
+from minidiff.factorized import InTurns, averaged, listed, through_views
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
 
 
 def anagram(
-    cascade: Cascade, prompts: Sequence[str], view_names: Sequence[str] = ("identity", "rotate_180"),
+    cascade: Cascade, prompts: Sequence[str], view_names: str | Sequence[str] = ("identity", "rotate_180"),
     seeds: Sequence[int] = (0,), *, in_turns: bool = False, image: object = None, mask: Mask | None = None,
     i_start: int | None = None, feather: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -43,7 +43,7 @@ def anagram(
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
-    parts = through_views(cascade.encode(*prompts), view_names)
+    parts = through_views(cascade.encode(*listed(prompts)), view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
     return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
 

@@ -40,7 +40,7 @@ from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
-from minidiff.schedule import strided
+from minidiff.schedule import check_timesteps, strided
 from minidiff.solvers import STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
@@ -48,7 +48,7 @@ EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
 KEPT = 1  # how many streams further the noise of what they keep comes from
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
-Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, W), or the corners of a box in pixels of 64
+Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or the corners of a box in pixels of 64
 
 
 class Settings(NamedTuple):
@@ -89,23 +89,28 @@ class Cascade:
 
     @classmethod
     def load(
-        cls, model: str = "mini", stage2: str = "auto", *, text_model: str | None = None,
-        device: torch.device | str = "auto", dtype: torch.dtype | None = None, text_encoder: str = "auto",
+        cls, model: str | Path = "mini", stage2: str | Path = "auto", *, text_model: str | Path | None = None,
+        device: torch.device | str = "auto", dtype: torch.dtype | str | None = None, text_encoder: str = "auto",
         prompt_embeds: str | Path | None = None,
     ) -> "Cascade":  # fmt: skip
         """Find and check a cascade; a released model that is nowhere on this machine is downloaded.
 
         model: "mini" (embedded), a released name such as "IF-I-M-v1.0", a folder of the released layout, or "none".
         stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
-        device: "auto" is the best of this machine.  dtype: of the networks; None: what the device is fast at.
+        device: "auto" is the best of this machine.
+        dtype: of the networks, a torch.dtype or a name such as "float32"; None or "auto": what the device is fast at.
         text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
+        dtype = _chosen("dtype", dtype, cli.DTYPES) if isinstance(dtype, str) else dtype
+        streamed = _chosen("text_encoder", text_encoder, TEXT_ENCODERS)
         model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
         names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
+        if not names:
+            raise ValueError("a cascade needs a stage; pass a model of stage 1, or of stage 2, that is not none")
         folders = {number: weights.resolve(name, number, ("unet",), print) for number, name in names.items()}
         plans = {number: plan_stage(folder, dtype, device) for number, folder in folders.items()}
         widths = [stage.unet.config.encoder_hid_dim for stage, _ in plans.values()]
@@ -114,7 +119,7 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        folder, encode = _text_encoder(text_model, widths[0], dtype, device, TEXT_ENCODERS[text_encoder], prompt_embeds)
+        folder, encode = _text_encoder(str(text_model), widths[0], dtype, device, streamed, prompt_embeds)
         defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
         return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)
@@ -133,7 +138,13 @@ class Cascade:
         return self._stages[number - 1]
 
     def encode(self, *prompts: str) -> list[Tensor]:
-        """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once."""
+        """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once.
+
+        Raises ValueError if a prompt is no text.
+        """
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"a prompt is a text, got {prompt!r:.60}; pass several one by one: encode(*prompts)")
         wanted = [p for p in dict.fromkeys((*prompts, "")) if p not in self._states]
         for prompt in wanted if self.vocabulary else ():
             if unknown := vocabulary.unknown_words(prompt, self.vocabulary):
@@ -158,8 +169,13 @@ class Cascade:
         image: a file, a Pillow image or a tensor: to start from (with i_start) and to keep outside the mask.
         mask: 1 or white where new content goes; softened by `feather` pixels of 64.
         method: how the rest is kept, one of `editing.METHODS`; jumps: those of "repaint", at stage 1 only.
-        Returns (small, large or None).
+        Returns (small, large or None).    Raises ValueError also if an image comes without anything to do with it, or
+        a mask, a start or a feather without what it goes with.
         """
+        if image is None and i_start is not None:
+            raise ValueError("i_start needs an image to start from")
+        if image is not None and mask is None and i_start is None:
+            raise ValueError("what is to happen to the image? pass a mask or i_start")
         generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
         small = self.draw(
             parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,
@@ -226,23 +242,26 @@ class Cascade:
         if not 0 <= i_start <= last_start(setting.steps):
             raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
         timesteps = timesteps[i_start:]
+        _check_parts(parts, len(generators))
         unet, schedule = stage.unet, stage.schedule
         model = stages.super_resolution_model(unet, enlarged[1]) if enlarged else stages.base_model(unet)
         predict = self._predict(model, parts, setting, timesteps)
         if image is None:
             x_t = sampling.draw_noise((len(generators), 3, *size), generators)
-        elif image.shape[1:] == (3, *size):
+        elif isinstance(image, Tensor) and image.shape[1:] == (3, *size) and len(image) in (1, len(generators)):
             x_t = noised(image.float(), int(timesteps[0]), schedule, generators)
         else:
-            raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {tuple(image.shape)}")
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {got}; B is 1 or the "
+                             "number of seeds, and images.load reads a file")  # fmt: skip
         x_t = x_t.to(stage.device)
         if enlarged:  # noised after x_t is drawn, as in diffusers
             predict = stages.beside(noised(*enlarged, stage.noising, generators).to(stage.device), predict)
         kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
         x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
         steps = sampling.denoise(
-            predict, x_t, timesteps, schedule, generators, step=STEPS[setting.sampler], keep=kept, jumps=jumps,
-            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
+            predict, x_t, timesteps, schedule, generators, step=_chosen("sampler", setting.sampler, STEPS), keep=kept,
+            jumps=jumps, fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
         )  # fmt: skip
         total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
         bar = tqdm(steps, f"{size[1]} px", total, unit="step", disable=not self.progress)
@@ -258,6 +277,24 @@ class Cascade:
         return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
 
 
+def _check_parts(parts: Sequence[Part], images: int) -> None:
+    """Raises ValueError unless these are parts whose states are for one image or for so many."""
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
+        raise ValueError(f"parts are a list of Part, such as [Part(*cascade.encode(prompt))], got {parts!r:.60}")
+    if not parts:
+        raise ValueError("no parts; pass at least one prompt")
+    for shape in (tuple(part.prompt_embeds.shape) for part in parts):
+        if len(shape) != 3 or shape[0] not in (1, images):
+            raise ValueError(f"a part's states must be (B, L, D), got {shape}; B is 1 or the number of seeds, {images}")
+
+
+def _chosen(what: str, name: str, table: dict[str, object]) -> object:
+    """What a name stands for in a table. Raises ValueError that lists the names."""
+    if name not in table:
+        raise ValueError(f"no {what} {name!r}; choose from {', '.join(table)}")
+    return table[name]
+
+
 def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, bool]:
     """The timesteps that `steps` means for a sampler, and whether it is the course's walk.
 
@@ -266,8 +303,9 @@ def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, 
     (`solvers.times_for`).    Raises ValueError as `schedule.respaced`.
     """
     if isinstance(steps, Tensor):
+        check_timesteps(steps, 1000)
         return steps, False
-    return (strided(), True) if steps == "course" else (times_for(sampler, steps), False)
+    return (strided(), True) if str(steps) == "course" else (times_for(sampler, steps), False)
 
 
 def last_start(steps: int | str | Tensor) -> int:
@@ -279,6 +317,8 @@ def last_start(steps: int | str | Tensor) -> int:
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:
     """The generators of a walk. An edit has a stream of its own: the noise that made an image leads back to it."""
     generators = seeded(seeds)
+    if not generators:
+        raise ValueError("no seeds; pass one for each image, such as [0, 1]")
     return generators if image is None and keep is None else other_stream(generators, edit)
 
 

@@ -142,11 +142,18 @@ def value_ticks(low: float, high: float) -> list[float]:
 
 
 def read_rows(path: Path) -> list[tuple[int, ...]]:
-    """The rows of a table of numbers, without its header: (step, ...); none if there is no such file."""
+    """The rows of a table of numbers, without its header: (step, ...); none if there is no such file.
+
+    Raises ValueError that names the file if a row is broken.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [(int(step), *map(float, more)) for step, *more in list(csv.reader(file))[1:]]
+        rows = list(csv.reader(file))
+    try:
+        return [(int(step), float(value), *map(float, more)) for step, value, *more in rows[1:]]
+    except ValueError as error:
+        raise ValueError(f"{path} has a broken row ({error}); take it out") from None
 
 
 def plot(folder: Path, part: int, levels: Mapping[str, float]) -> None:

@@ -45,8 +45,11 @@ def denoise(
 ) -> Cleaned:  # fmt: skip
     """Noise an image to time t (0..999), then blur it, and let the network estimate the clean image in one step.
 
-    image: a file, a Pillow image or a tensor.    Source: DDPM Eq. 4 and DDPM Eq. 15.
+    image: a file, a Pillow image or a tensor.    Raises ValueError if t lies outside 0..999.
+    Source: DDPM Eq. 4 and DDPM Eq. 15.
     """
+    if not 0 <= t < 1000:
+        raise ValueError(f"t must lie in 0..999, got {t}")
     stage, settings = cascade.stage(1), cascade.settings[0]
     original = images.load(image, stage.unet.config.sample_size)
     noisy = noised(original, t, stage.schedule, seeded([seed], NOISE))

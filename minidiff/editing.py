@@ -88,24 +88,34 @@ def reference(image: Tensor, component: Component) -> KeepRule:
 def kept(image: object, mask: object, size: int, method: str = "renoise", width: float = 0.0) -> KeepRule | None:
     """What a walk at this size keeps of an image: all that lies outside the mask. None if there is no mask.
 
-    image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, W), or four numbers as for `box`.
+    image: whatever `images.load` reads.  mask: an image file, a tensor (1, 1, H, H), or four numbers as for `box`.
     method: one of METHODS.  width: as for `feather`.
-    Raises ValueError if a mask comes without an image, or the method is unknown.
+    Raises ValueError if a mask comes without an image, or width without a mask; if a mask's file has another shape; or
+    if the method is unknown.
     """
     if mask is None:
+        if width:
+            raise ValueError("feather softens a mask; pass a mask")
         return None
     if image is None:
         raise ValueError("a mask needs an image, of which the rest is kept")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
+    if isinstance(mask, (str, Path)):
+        images.check_same_shape(image, mask)
     region = feather(mask_at(mask, size), width)
     return (clean if method == "clean" else renoise)(images.load(image, size), region)
 
 
 def mask_at(mask: object, size: int) -> Tensor:
-    """A mask at this size, (1, 1, size, size) in [0, 1]: of a file, a tensor (1, 1, H, W), or the corners of a box."""
+    """A mask at this size, (1, 1, size, size) in [0, 1]: of a file, a tensor (1, 1, H, H), or the corners of a box.
+
+    Raises ValueError if a tensor has another shape; its numbers may be of any type.
+    """
     if isinstance(mask, Tensor):
-        return mask if mask.shape[-1] == size else F.interpolate(mask, (size, size), mode="nearest")
+        if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+            raise ValueError(f"a mask's tensor must be (1, 1, H, H), a square, got {tuple(mask.shape)}")
+        return F.interpolate(mask.float(), (size, size), mode="nearest")
     return images.load_mask(mask, size) if isinstance(mask, (str, Path)) else box(mask, size)
 
 
@@ -115,7 +125,7 @@ def box(corners: Sequence[float], size: int) -> Tensor:
     Raises ValueError unless 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64.
     """
     if isinstance(corners, str) or not isinstance(corners, Sequence) or len(corners) != 4:
-        raise ValueError("a mask is an image file, a tensor (1, 1, H, W), or four numbers x0 y0 x1 y1, got "
+        raise ValueError("a mask is an image file, a tensor (1, 1, H, H), or four numbers x0 y0 x1 y1, got "
                          f"{type(corners).__name__}")  # fmt: skip
     x0, y0, x1, y1 = corners
     if not (0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64):
@@ -141,6 +151,6 @@ def check_mask(mask: Tensor, image: Tensor) -> None:
     if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2:] != image.shape[2:]:
         H, W = image.shape[2:]
         raise ValueError(f"the mask must be (1, 1, {H}, {W}) like its image, got {tuple(mask.shape)}")
-    if mask.min() < 0 or mask.max() > 1:
+    if not 0 <= mask.min() <= mask.max() <= 1:  # NaN is not, either
         raise ValueError(f"a mask lies in [0, 1], 1 where new content goes, got {mask.min():g} to {mask.max():g}; "
                          "convert a mask of another convention (-1 and 1, or 1 = keep) first")  # fmt: skip

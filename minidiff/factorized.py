@@ -72,8 +72,14 @@ def factorized(
     return predict
 
 
-def through_views(prompt_embeds: Sequence[Tensor], view_names: Sequence[str]) -> list[Part]:
+def listed(texts: str | Sequence[str]) -> list[str]:
+    """Prompts or names as a list: a text alone is the only one, and no list of letters."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def through_views(prompt_embeds: Sequence[Tensor], view_names: str | Sequence[str]) -> list[Part]:
     """A part for each prompt, seen through its view. Raises ValueError unless there is one view for each prompt."""
+    view_names = listed(view_names)
     if len(prompt_embeds) != len(view_names):
         raise ValueError(f"{len(prompt_embeds)} prompts need as many views, got {len(view_names)}")
     return [Part(states, named(name)) for states, name in zip(prompt_embeds, view_names)]

@@ -30,6 +30,13 @@ def seed_number(text: str) -> int:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def out_path(text: str) -> Path:
+    """The type of --out. Its name gives the sheet and the animation theirs, and a folder such as . has none."""
+    if (path := file_path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; pass a file name, such as {path / 'image.png'}")
+    return path
+
+
 def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "auto") -> argparse.ArgumentParser:
     """The flags of every command that draws.
 
@@ -38,7 +45,7 @@ def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "a
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="one image each (default 0)")
     p.add_argument("--num-images", type=int, default=1, help="images of one --seed, counted up (default %(default)s)")
-    p.add_argument("--out", type=file_path, default=Path(out), help="image to write (default %(default)s)")
+    p.add_argument("--out", type=out_path, default=Path(out), help="image to write (default %(default)s)")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: a smoke test, not an image")
     p.add_argument("--model", default="mini", help="mini, a released name, or a folder (default %(default)s)")
     p.add_argument("--steps", nargs="+", default=[steps] if steps else None,
@@ -129,7 +136,7 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
         if taken or path.resolve() in [file.resolve() for file in beside]:
             raise ValueError(f"a result could take the place of {path}; pass another --out")
         images.load(path, 64)
-    images.check_output(*images.output_paths(args.out, 2), *beside)
+    images.check_output(args.out, *images.output_paths(args.out, 2), *beside)
 
 
 def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
@@ -150,9 +157,9 @@ def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
 
 def check_starts(starts: Sequence[int], last: int, quick: bool) -> None:
     """Raises ValueError unless each i_start lies on the steps, which end at last."""
-    if min(starts) < 0 or max(starts) > last:
+    if wrong := [start for start in starts if not 0 <= start <= last]:
         few = "; --quick leaves few steps" if quick else ""
-        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {max(starts)}{few}")
+        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {wrong[0]}{few}")
 
 
 def check_edit(args: argparse.Namespace, cascade: Cascade) -> None:

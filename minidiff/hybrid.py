@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minidiff import cli, components, editing, flags, images
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import Part
+from minidiff.factorized import Part, listed
 from minidiff.sampling import seeded
 
 KINDS = ("frequency", "triple", "color", "motion", "scale")
@@ -44,13 +44,10 @@ def hybrid(
     kind: one of KINDS.  sigma: of the low pass, pixels of 64.  weights: of kind "scale", one for each prompt.
     reference: an image whose first component is kept; the prompts are then for the others.
     image, mask, i_start, feather: as for `Cascade.make`.
-    Raises ValueError if the number of prompts does not fit the kind.    Source: the Factorized Diffusion paper.
+    Raises ValueError if these do not go together.    Source: the Factorized Diffusion paper.
     """
-    chosen = components.of_kind(kind, sigma, weights)
-    needed = len(chosen) - (reference is not None)
-    if len(prompts) != needed:
-        raise ValueError(f"{kind}{' with a reference' if reference is not None else ''} needs {needed} prompts, got "
-                         f"{len(prompts)}")  # fmt: skip
+    prompts, is_edit = listed(prompts), image is not None or mask is not None or i_start is not None
+    chosen = divided(len(prompts), kind, sigma, weights, reference is not None, is_edit)
     # The component of a reference needs no prompt: what the network predicts of it is replaced.
     states = cascade.encode(*[prompts[0]] * (len(chosen) - len(prompts)), *prompts)
     parts = [Part(states, component=component) for states, component in zip(states, chosen)]
@@ -62,6 +59,24 @@ def hybrid(
         return small, None
     keep = editing.reference(images.load(reference, 4 * size), chosen[0])
     return small, cascade.enlarge(small, parts, generators, keep=keep)
+
+
+def divided(
+    prompts: int, kind: str, sigma: float, weights: Sequence[float] | None, has_reference: bool, is_edit: bool
+) -> list[components.Component]:
+    """The components of so many prompts. is_edit: image, mask or i_start is given. Raises ValueError as `hybrid`."""
+    if weights is not None and kind != "scale":
+        raise ValueError(f"weights go with kind scale, not {kind}")
+    if sigma != components.SIGMA and kind not in ("frequency", "triple"):
+        raise ValueError(f"sigma goes with kind frequency and triple, not {kind}")
+    if sigma < 0:
+        raise ValueError(f"sigma must be at least 0, got {sigma:g}")
+    if has_reference and is_edit:
+        raise ValueError("a reference says what is kept already; leave out image, mask or box, and i_start")
+    chosen = components.of_kind(kind, sigma, None if weights is None else list(weights))
+    if prompts != (needed := len(chosen) - has_reference):
+        raise ValueError(f"{kind}{' with a reference' * has_reference} needs {needed} prompts, got {prompts}")
+    return chosen
 
 
 @cli.command
@@ -118,18 +133,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--reference", type=cli.file_path, metavar="IMAGE", help="an image whose first component is kept")
     flags.add_edit_flags(p)
     args = p.parse_intermixed_args(argv)
-    if args.weights and args.kind != "scale":
-        raise ValueError(f"--weights go with --kind scale, not {args.kind}")
-    if args.sigma != components.SIGMA and args.kind not in ("frequency", "triple"):
-        raise ValueError(f"--sigma goes with --kind frequency and triple, not {args.kind}")
-    if args.sigma < 0:
-        raise ValueError(f"--sigma must be at least 0, got {args.sigma:g}")
-    needed = len(components.of_kind(args.kind, args.sigma, args.weights)) - (args.reference is not None)
-    if len(args.prompts) != needed:
-        what = f"{args.kind} with --reference" if args.reference else args.kind
-        raise ValueError(f"{what} needs {needed} prompts, got {len(args.prompts)}")
-    if args.reference and (args.mask or args.box or args.image):
-        raise ValueError("--reference says what is kept already; leave out --image, --mask and --box")
+    is_edit = any(edit is not None for edit in (args.image, args.mask, args.box, args.i_start))
+    divided(len(args.prompts), args.kind, args.sigma, args.weights, args.reference is not None, is_edit)
     return args
 
 

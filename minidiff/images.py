@@ -77,11 +77,13 @@ def mask_share(mask: Tensor, where: str = "") -> float:
     return mask.double().mean().item()
 
 
-def check_same_shape(image: str | Path, mask: str | Path) -> None:
-    """Raise ValueError if these files differ in shape by more than a pixel in 64: cropped, they would not fit."""
-    (w, h), (mask_w, mask_h) = _read(image).size, _read(mask).size
+def check_same_shape(image: str | Path | Image.Image | Tensor, mask: str | Path) -> None:
+    """Raise ValueError if image and mask differ in shape by more than a pixel in 64: cropped, they would not fit."""
+    page = to_pil(image) if isinstance(image, Tensor) else image
+    name, page = ("the image", page) if isinstance(page, Image.Image) else (page, _read(page))
+    (w, h), (mask_w, mask_h) = page.size, _read(mask).size
     if abs(w / h * mask_h / mask_w - 1) > 1 / 64:
-        sizes = f"{image} is {w}x{h}, {mask} is {mask_w}x{mask_h}"
+        sizes = f"{name} is {w}x{h}, {mask} is {mask_w}x{mask_h}"
         raise ValueError(f"the mask must have the shape of its image: {sizes}; any size of the same shape will do")
 
 
@@ -94,8 +96,10 @@ def from_pil(image: Image.Image) -> Tensor:
 def to_pil(x: Tensor) -> Image.Image:
     """One image in [-1, 1] to Pillow: (3, H, W), (1, 3, H, W) or, as grey, (1, 1, H, W) or (1, H, W). Clamped.
 
-    Raises ValueError on another shape, or if x holds NaN.
+    Raises ValueError on another shape, or if x holds NaN or bytes.
     """
+    if x.dtype == torch.uint8:
+        raise ValueError("an image lies in [-1, 1], got bytes, which lie in 0..255; pass x / 127.5 - 1")
     if x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 3 or x.shape[0] not in (1, 3):
@@ -109,6 +113,9 @@ def to_pil(x: Tensor) -> Image.Image:
 
 def _open(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
     """An image file as Pillow reads it, turned upright, and the text in it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"an image is a file, a Pillow image or a tensor, got {type(path).__name__}; of a numpy array "
+                         "pass PIL.Image.fromarray(array)")  # fmt: skip
     if re.match("https?:/", str(path)):
         address = re.sub("^(https?):/+", r"\1://", str(path))  # a Path has one slash
         raise ValueError(f"{address} is a web address; download it first and pass the file")

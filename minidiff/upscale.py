@@ -18,12 +18,13 @@ from torch import Tensor
 from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
-from minidiff.factorized import averaged, through_views
+from minidiff.factorized import averaged, listed, through_views
+from minidiff.sampling import seeded
 
 
 def upscale(
-    cascade: Cascade, image: object, prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), *,
-    view_names: Sequence[str] = ("identity",), noise_level: int = NOISE_LEVEL, i_start: int | None = None,
+    cascade: Cascade, image: object, prompts: str | Sequence[str] = "", seeds: Sequence[int] = (0,), *,
+    view_names: str | Sequence[str] = "identity", noise_level: int = NOISE_LEVEL, i_start: int | None = None,
     mask: Mask | None = None, feather: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The image at 256x256, once for each seed: (B, 3, 256, 256) in [-1, 1].
@@ -32,10 +33,11 @@ def upscale(
     noise_level: 0..999.  i_start: start from the image itself, noised to this place on the steps.  mask: as for
     `Cascade.make`; only there the image is drawn.    Source: Imagen Sec. 2.4.
     """
-    parts = averaged(*through_views(cascade.encode(*prompts), view_names))
-    small = images.load(image, 64).expand(len(seeds), -1, -1, -1)
+    parts = averaged(*through_views(cascade.encode(*listed(prompts)), view_names))
+    small, generators = images.load(image, 64), seeded(seeds)
     return cascade.enlarge(
-        small, parts, seeds, noise_level=noise_level, keep=editing.kept(image, mask, 256, "renoise", feather),
+        small.expand(len(generators), -1, -1, -1), parts, generators, noise_level=noise_level,
+        keep=editing.kept(image, mask, 256, "renoise", feather),
         image=None if i_start is None else images.load(image, 256), i_start=i_start or 0,
     )  # fmt: skip
 

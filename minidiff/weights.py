@@ -70,9 +70,10 @@ def _check_stage(what: str, stage: int, wanted: int) -> None:
                            f"({kind[wanted]}) is needed: {choices}")  # fmt: skip
 
 
-def short_name(model: str, stage: int) -> str:
+def short_name(model: str | Path, stage: int) -> str:
     """One name for one model, however it is spelled: "mini" for the embedded one, a released one without its owner.
     A folder of such a name comes first, here as in `resolve`, and keeps its name."""
+    model = str(model)
     if cli.file_path(model).is_dir():
         return model
     return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import minidiff.cascade
-from minidiff import ddpm, images, schedule, solvers, views
+from minidiff import anagram, ddpm, images, schedule, solvers, views
 from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
 from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import base_model
@@ -326,6 +327,28 @@ def test_a_cascade_of_one_stage(folders):
         upper("a castle")
 
 
+def test_a_cascade_is_loaded_from_paths_too_and_needs_a_stage(folders):
+    one, two = folders
+    by_path, by_name = (Cascade.load(*ways, text_model=ways[0]) for ways in ((one, two), (str(one), str(two))))
+    assert by_path.settings == by_name.settings and by_path.has_upper
+    assert torch.equal(*(c.encode("a castle")[0] for c in (by_path, by_name)))
+    for stage2 in ("auto", "none"):
+        with pytest.raises(ValueError, match="a cascade needs a stage; pass a model of stage 1, or of stage 2"):
+            Cascade.load("none", stage2)
+
+
+def test_names_are_those_of_the_flags_and_others_are_refused(cascade, folders):
+    one, two = map(str, folders)
+    for name, dtype in (("float16", torch.float16), ("float32", torch.float32)):
+        assert Cascade.load(one, dtype=name).stage(1).unet.conv_in.weight.dtype == dtype
+    for wrong in ({"dtype": "half"}, {"text_encoder": "stream"}):
+        ((what, name),) = wrong.items()
+        with pytest.raises(ValueError, match=f"no {what} '{name}'; choose from auto, "):
+            Cascade.load(one, two, **wrong)
+    with pytest.raises(ValueError, match=r"no sampler 'DDIM'; choose from ddpm, ddim, dpm\+\+"):
+        cascade.draw(parts_of(cascade, "prompt 0"), [0], steps=FEW, sampler="DDIM")
+
+
 def test_watching_passes_every_step_and_a_bar_counts_them(cascade, capsys):
     """`through` gets the records of stage 1; with progress a bar names the size and the calls of the network."""
     record, parts = [], parts_of(cascade, "prompt 0")
@@ -414,6 +437,23 @@ def test_make_edits_at_both_sizes_and_keeps_the_rest_exactly(tiny):
     assert torch.equal(started, alone)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"image": True}, "what is to happen to the image\\? pass a mask or i_start"),
+        ({"i_start": 1}, "i_start needs an image to start from"),
+        ({"mask": (0, 0, 9, 9)}, "a mask needs an image, of which the rest is kept"),
+        ({"image": True, "i_start": 1, "feather": 2.0}, "feather softens a mask; pass a mask"),
+    ],
+)
+def test_half_an_edit_is_refused(tiny, edit, message):
+    """By the experiments, too: all that edit go through `make`."""
+    edit |= {"image": torch.zeros(1, 3, 64, 64)} if "image" in edit else {}
+    for ask in (lambda: tiny.make(parts_of(tiny, "a"), [0], **edit), lambda: anagram.anagram(tiny, ["a", "b"], **edit)):
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
 def test_jumps_are_repaints_alone(folders):
     cascade = Cascade.load(str(folders[0]), dtype=torch.float32)
     cascade.settings[0] = Settings(3, 1.0)
@@ -439,22 +479,51 @@ def test_steps_are_counts_names_sections_times_or_the_course():
     assert (last_start("course"), last_start(4), last_start(torch.tensor([5, 3]))) == (32, 3, 1)
 
 
+def test_times_that_are_none_are_refused(cascade):
+    parts = parts_of(cascade, "prompt 0")
+    for steps in (torch.tensor(5), torch.tensor([900.0, 100.0]), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="timesteps are one row of whole numbers, got .*; a count of steps is"):
+            cascade.draw(parts, [0], steps=steps)
+    with pytest.raises(ValueError, match="timesteps are empty"):
+        cascade.draw(parts, [0], steps=torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match="steps must be a count, a list like '10,10,3' or one of"):
+        cascade.draw(parts, [0], steps=np.array([900, 100]))
+    with pytest.raises(ValueError, match=r"times are whole numbers, got \[2.5\]"):
+        cascade.enlarge(LOW_RES, parts, [0, 1], noise_level=2.5)
+
+
 def test_input_errors_of_the_door(cascade):
     parts = parts_of(cascade, "prompt 0")
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.2 for these steps, got 3"):
         cascade.draw(parts, [0], steps=FEW, image=torch.zeros(1, 3, 8, 8), i_start=3)
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.32 for these steps, got 33"):
         cascade.draw(parts, [0], steps="course", i_start=33)
-    with pytest.raises(ValueError, match=r"the image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
         cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
-        cascade.draw([], [0], steps=FEW)
+    with pytest.raises(ValueError, match=r"\(B, 3, 8, 8\), got \(2, 3, 8, 8\); B is 1 or the number of seeds"):
+        cascade.draw(parts, [0, 1, 2], image=torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"got str; B is 1 or the number of seeds, and images.load reads a file"):
+        cascade.draw(parts, [0], image="a.png")
+    for none in ([], InTurns([])):
+        with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
+            cascade.draw(none, [0], steps=FEW)
+    for wrong in (parts[0], "prompt 0", cascade.encode("prompt 0"), None):
+        with pytest.raises(ValueError, match=r"parts are a list of Part, such as \[Part\(\*cascade.encode"):
+            cascade.draw(wrong, [0], steps=FEW)
+    for states in (torch.zeros(2, 77, 32), torch.zeros(77, 32)):
+        with pytest.raises(ValueError, match=r"states must be \(B, L, D\), got \(.*\); B is 1 or the number of seeds"):
+            cascade.draw([Part(states)], [0, 1, 2], steps=FEW)
     with pytest.raises(ValueError, match=r"a seed must lie in 0\.\.2\^32 - 1, got -1"):
         cascade.draw(parts, [-1])
     for ask in (lambda: cascade.draw(parts, 1.5), lambda: cascade.make(parts, "a"),
                 lambda: cascade("prompt 0", seed="a"), lambda: cascade.enlarge(LOW_RES, parts, 2)):  # fmt: skip
         with pytest.raises(ValueError, match=r"seeds must be a list of whole numbers, such as \[0, 1\], got "):
             ask()
+    with pytest.raises(ValueError, match=r"no seeds; pass one for each image, such as \[0, 1\]"):
+        cascade.draw(parts, [])
+    for wrong in (["prompt 0"], None, 5, b"prompt 0"):
+        with pytest.raises(ValueError, match="a prompt is a text, got .*; pass several one by one"):
+            cascade(wrong)
     for small, seeds in ((LOW_RES[0], [0, 1]), (LOW_RES[:, :1], [0, 1]), (LOW_RES, [0])):
         with pytest.raises(ValueError, match=rf"small must be \(B, 3, h, w\) with B = {len(seeds)} seeds, got \("):
             cascade.enlarge(small, parts, seeds)

@@ -149,3 +149,11 @@ def test_an_axis_always_has_two_to_eight_round_numbers():
     for low in (1e-30, 1e-3, 0.0217, 0.99, 7.0):
         for factor in (1.21, 1.4, 2, 3, 5, 9, 11, 99, 1001, 1e7, 1e30):
             assert 2 <= len(charts.value_ticks(low, low * factor)) <= 8, (low, factor)
+
+
+@pytest.mark.parametrize("row", ["2,abc", "2", "x,1"])
+def test_a_broken_row_is_found_in_its_file(tmp_path, row):
+    path = tmp_path / "loss.csv"
+    path.write_text(f"step,loss\n1,0.5\n{row}\n")
+    with pytest.raises(ValueError, match=r"loss.csv has a broken row \(.*\); take it out"):
+        charts.read_rows(path)

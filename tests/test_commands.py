@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import minidiff.cascade
-from minidiff import cli, encode, generate, images, upscale, weights
+from minidiff import anagram, cli, encode, generate, images, upscale, weights
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import stages, text
 from minidiff.deepfloyd.unet import UNetConfig
@@ -278,6 +278,11 @@ def test_output_that_cannot_be_written_fails_before_the_work(cascade, tmp_path, 
     out = tmp_path / "file" / "g.png"
     assert "cannot write to" in fails(capsys, generate.main, PROMPT, "--model", one, "--out", out)
     assert "must end in one of .safetensors" in fails(capsys, encode.main, PROMPT, "--out", tmp_path / "e.png")
+    assert "error: g must end in one of" in fails(capsys, generate.main, PROMPT, "--model", one, "--out", "g")
+    (tmp_path / "folder.png").mkdir()
+    for main, folder in ((generate.main, tmp_path / "folder.png"), (generate.main, "."), (anagram.main, "")):
+        message = fails(capsys, main, PROMPT, PROMPT, "--model", one, "--stage2", "none", "--out", folder)
+        assert "is a folder; pass a file name, such as" in message and "image.png" in message
 
 
 @pytest.mark.parametrize(

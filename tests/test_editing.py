@@ -66,6 +66,30 @@ def test_the_walk_of_repaint_is_the_published_schedulers():
         assert times == expected + [-1]
 
 
+def test_a_masks_file_must_have_the_shape_of_any_kind_of_image(tmp_path):
+    photo = Image.new("RGB", (90, 70))
+    photo.save(tmp_path / "photo.png")
+    for size in ((45, 35), (64, 64)):
+        Image.new("L", size).save(tmp_path / f"{size[0]}.png")
+    for image in (tmp_path / "photo.png", photo, images.load(photo)):
+        assert editing.kept(image, tmp_path / "45.png", 8) is not None
+        with pytest.raises(ValueError, match=r"is 90x70, .*64.png is 64x64; any size of the same shape will do"):
+            editing.kept(image, str(tmp_path / "64.png"), 8)
+
+
+def test_a_masks_tensor_may_be_of_any_type_and_is_square():
+    mask = editing.box((16, 16, 48, 48), 64)
+    for size in (64, 256):
+        for other in (mask.bool(), mask.long(), mask.half(), mask.double()):
+            assert torch.equal(editing.mask_at(other, size), editing.box((16, 16, 48, 48), size))
+    assert editing.feather(editing.mask_at(mask.bool(), 64), 2.0).unique().numel() > 2
+    for wrong in (mask[0, 0], mask[0], mask[..., :32], mask.expand(2, 1, -1, -1), torch.tensor([1, 2, 3, 4])):
+        with pytest.raises(ValueError, match=r"a mask's tensor must be \(1, 1, H, H\), a square, got"):
+            editing.mask_at(wrong, 256)
+    with pytest.raises(ValueError, match=r"a mask lies in \[0, 1\], .* got nan to nan"):
+        editing.check_mask(mask * math.nan, torch.zeros(1, 3, 64, 64))
+
+
 def test_the_walk_of_repaint_by_hand():
     """Four entries, jumps of 2, twice: down to the first, up 2, down again. Each jump costs its length in calls."""
     times = visits(torch.tensor([900, 600, 300, 0]), True, (2, 2))

@@ -124,6 +124,21 @@ def test_a_reference_is_kept_in_its_component(small, photo):
         hybrid.hybrid(small, [PROMPT, "a dog"], "color", reference=photo)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"reference": 1, "image": 1, "i_start": 1}, "a reference says what is kept already; leave out image"),
+        ({"reference": 1, "image": 1, "mask": (0, 0, 9, 9)}, "a reference says what is kept already; leave out image"),
+        ({"weights": [0.5, 0.5]}, "weights go with kind scale, not frequency"),
+        ({"kind": "color", "sigma": 9.0}, "sigma goes with kind frequency and triple, not color"),
+    ],
+)
+def test_a_hybrid_ignores_no_argument(small, photo, more, message):
+    more = {key: photo if value == 1 and key != "i_start" else value for key, value in more.items()}
+    with pytest.raises(ValueError, match=message):
+        hybrid.hybrid(small, [PROMPT] * (1 if "reference" in more else 2), **more)
+
+
 def test_upscale_draws_each_seed_beside_the_small_image(tiny, photo):
     x = upscale.upscale(tiny, photo, [PROMPT], [3, 4])
     low_res = images.load(photo, 64).expand(2, -1, -1, -1)
@@ -132,12 +147,29 @@ def test_upscale_draws_each_seed_beside_the_small_image(tiny, photo):
     assert torch.equal(masked[..., 128:], images.load(photo, 256)[..., 128:])
 
 
+def test_upscale_takes_seeds_as_draw_does(tiny, photo):
+    assert torch.equal(upscale.upscale(tiny, photo, [PROMPT], (s for s in (3, 4))),
+                       upscale.upscale(tiny, photo, [PROMPT], [3, 4]))  # fmt: skip
+    with pytest.raises(ValueError, match=r"seeds must be a list of whole numbers, such as \[0, 1\], got 3"):
+        upscale.upscale(tiny, photo, [PROMPT], 3)
+
+
 def test_prompts_and_views_go_in_pairs(tiny, photo):
     """From Python, too: one line that says how many of each came."""
     with pytest.raises(ValueError, match="^3 prompts need as many views, got 2$"):
         anagram.anagram(tiny, ["a", "b", "c"])
     with pytest.raises(ValueError, match="^2 prompts need as many views, got 1$"):
         upscale.upscale(tiny, photo, ["a", "b"])
+
+
+def test_one_prompt_may_come_alone_and_is_no_list_of_letters(tiny, photo):
+    alone, listed = (upscale.upscale(tiny, photo, prompts, view_names=names)
+                     for prompts, names in ((PROMPT, "flip"), ([PROMPT], ["flip"])))  # fmt: skip
+    assert torch.equal(alone, listed)
+    with pytest.raises(ValueError, match="^1 prompts need as many views, got 2$"):
+        anagram.anagram(tiny, "ab")
+    with pytest.raises(ValueError, match="^frequency needs 2 prompts, got 1$"):
+        hybrid.hybrid(tiny, "ab")
 
 
 def test_denoise_noises_blurs_and_estimates(small, photo):
@@ -162,6 +194,14 @@ def test_denoise_noises_blurs_and_estimates(small, photo):
 
 
 # --- each command -----------------------------------------------------------------------------------------------------
+
+
+def test_denoise_refuses_times_that_are_none(small, photo):
+    for t in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"t must lie in 0\.\.999, got {t}"):
+            denoise.denoise(small, photo, t)
+    with pytest.raises(ValueError, match=r"times are whole numbers, got \[500.0\]"):
+        denoise.denoise(small, photo, 500.0)
 
 
 def test_denoise_shows_every_way_and_their_errors(cascade, photo, tmp_path, sheets):
@@ -393,12 +433,12 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (anagram.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
         (anagram.main, ["a", "b", "--out", "OUT.gif"], "OUT.gif; pass another name for the image: --out OUT.png"),
         (hybrid.main, ["a", "b", "--out", "OUT.GIF"], "the animation goes to OUT.GIF"),
-        (hybrid.main, ["a", "b", "--weights", "1", "1"], "--weights go with --kind scale, not frequency"),
+        (hybrid.main, ["a", "b", "--weights", "1", "1"], "weights go with kind scale, not frequency"),
         (hybrid.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
         (hybrid.main, ["a"], "frequency needs 2 prompts, got 1"),
-        (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with --reference needs 1 prompts, got 2"),
+        (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with a reference needs 1 prompts, got 2"),
         (hybrid.main, ["a", "b", "--kind", "scale"], "scale needs one weight per prompt"),
-        (hybrid.main, ["a", "b", "--sigma", "-1"], "--sigma must be at least 0, got -1"),
+        (hybrid.main, ["a", "b", "--sigma", "-1"], "sigma must be at least 0, got -1"),
         (inpaint.main, ["PHOTO"], "which region? pass a mask image after the image, or --box X0 Y0 X1 Y1"),
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
@@ -411,9 +451,10 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (inpaint.main, ["PHOTO", "a castle"], "which region? pass a mask image after the image"),
         (sdedit.main, ["PHOTO", "--feather", "2"], "--feather softens a mask; pass --mask or --box"),
         (generate.main, ["a", "--stage2-steps", "4"], "--stage2-steps and --stage2-guidance-scale need a stage 2"),
-        (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "--sigma goes with --kind frequency and triple"),
+        (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "sigma goes with kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
         (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..32 for these steps, got 34"),
+        (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start must lie in 0..32 for these steps, got -1"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
         (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
         (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..32 for these steps, got -1"),

@@ -524,6 +524,20 @@ def test_to_pil_rounds_and_clamps():
     assert [pixel[0] for pixel in (row.getpixel((i, 0)) for i in range(8))] == [0, 0, 51, 128, 255, 255, 0, 1]
 
 
+@pytest.mark.parametrize("other", [np.zeros((8, 8, 3), np.uint8), None, 5, b"png", [torch.zeros(3, 8, 8)]])
+def test_what_is_no_image_is_named_by_its_type(other):
+    with pytest.raises(ValueError, match=f"a Pillow image or a tensor, got {type(other).__name__}; "):
+        images.load(other, 64)
+
+
+def test_a_tensor_of_bytes_is_not_taken_for_values_in_minus_1_to_1():
+    x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
+    whole = ((x + 1) * 127.5).round().to(torch.uint8)
+    with pytest.raises(ValueError, match=r"got bytes, which lie in 0\.\.255; pass x / 127\.5 - 1"):
+        images.load(whole)
+    assert torch.allclose(images.load(whole / 127.5 - 1), x.expand(1, 3, 16, 16), atol=1 / 255)
+
+
 def test_to_pil_takes_each_shape():
     x = torch.linspace(-1, 1, 3 * 4 * 5).view(3, 4, 5)
     three, four = images.to_pil(x), images.to_pil(x[None].to(torch.bfloat16).float().requires_grad_())
