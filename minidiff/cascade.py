@@ -64,7 +64,7 @@ class Settings(NamedTuple):
         return self._replace(**{name: value for name, value in changes.items() if value is not None})
 
 
-DEFAULTS = {"mini": (Settings(27, 5.0), Settings(20, 1.0)), "released": (Settings(100, 7.0), Settings(50, 4.0))}
+DEFAULTS = {"mini": (Settings(27, 3.0), Settings(20, 1.0)), "released": (Settings(100, 7.0), Settings(50, 4.0))}
 
 
 class Cascade:

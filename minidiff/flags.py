@@ -56,7 +56,7 @@ def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "a
         p.add_argument("--stage2-steps", nargs="+", help="of stage 2 (default: mini 20, others 50)")
         p.add_argument("--stage2-guidance-scale", type=finite, help="of stage 2 (default: mini 1, others 4)")
     p.add_argument("--sampler", choices=solvers.STEPS, help="of both stages (default ddpm)")
-    p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 5, others 7)")
+    p.add_argument("--guidance-scale", type=finite, nargs="+", help="of stage 1; 1: none (default: mini 3, others 7)")
     p.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
     p.add_argument("--prompt-embeds", type=file_path, metavar="FILE",
                    help="read the prompts' states from a file of minidiff.encode, or the course's .pth")  # fmt: skip

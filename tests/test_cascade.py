@@ -281,9 +281,9 @@ def test_settings_hold_for_every_later_call_and_an_argument_for_one(cascade):
 
 
 def test_a_loaded_cascade_has_the_settings_of_its_models(folders):
-    """mini 27 and 20 steps with guidance 5 and 1, every other model IF's 100 and 50 with 7 and 4."""
+    """mini 27 and 20 steps with guidance 3 and 1, every other model IF's 100 and 50 with 7 and 4."""
     one, two = map(str, folders)
-    assert DEFAULTS["mini"] == ((27, 5.0, "ddpm", ""), (20, 1.0, "ddpm", ""))
+    assert DEFAULTS["mini"] == ((27, 3.0, "ddpm", ""), (20, 1.0, "ddpm", ""))
     assert DEFAULTS["released"] == ((100, 7.0, "ddpm", ""), (50, 4.0, "ddpm", ""))
     assert Cascade.load().settings == list(DEFAULTS["mini"])
     assert Cascade.load(one, two).settings == list(DEFAULTS["released"])
