@@ -63,7 +63,7 @@ class Preset(NamedTuple):
 
 
 Presets = Mapping[str, Preset]  # the first is the default
-QUICK = Plan(epochs=1, batch_size=16, lr=1e-2)
+QUICK = Plan(epochs=1, batch_size=16, lr=1e-3)
 
 # ---------------------------------------------------------------------------------------------- flags
 

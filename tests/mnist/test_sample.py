@@ -129,7 +129,7 @@ def test_what_the_flags_ask_for_reaches_the_network(tmp_path):
     found, unet = load_file(tmp_path / "s.safetensors"), models.load(WEIGHTS / "mnist" / "flow", CPU, "flow")[0]
     assert found["labels"].tolist() == [3, 7, 3, 7] and found["seed"].item() == 5
     expected = alone(unet, found["labels"], range(5, 9), 2, "euler", 2.0)
-    assert expected.min() < -0.05 and expected.max() > 1.05  # what is written is clamped, as the image is
+    assert expected.min() < -0.02 and expected.max() > 1.02  # what is written is clamped, as the image is
     torch.testing.assert_close(found["images"], expected.clamp(0, 1))
     judge.main(["score", str(tmp_path / "s.safetensors")])
 

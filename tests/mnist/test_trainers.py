@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_leaves_its_network_and_goes_on_to_the_same_number
     config, tensors = models.read(tmp_path / "n", kind)
     assert config["trained"] == "0.4 of 1 epochs"  # 10 of 25 steps
     assert config["dataset"] == "fashion" and config["preset"] in ("course", "time") and config["seed"] == 4
-    assert config["plan"] == {"epochs": 1, "batch_size": 16, "lr": 0.01, "lr_decay": 1.0}
+    assert config["plan"] == {"epochs": 1, "batch_size": 16, "lr": 0.001, "lr_decay": 1.0}
     kept = torch.load(tmp_path / "n" / "training" / "checkpoint.pt", weights_only=True)["model"]
     assert torch.equal(tensors["down1.0.0.weight"], kept["down1.0.0.weight"].half().float())
     run(module, tmp_path / "n", fashion, *flags)
