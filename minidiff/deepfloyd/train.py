@@ -63,7 +63,7 @@ MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with t
 OFFSET_NOISE = 0.1
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
-HELD_OUT = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
+COLUMNS = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
 
 
@@ -291,7 +291,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
                 rows = examine(model, tokenizer, pooled(x_start), texts)
-            training.add_rows(folder / "held_out.csv", HELD_OUT, [(record.step, *row) for row in rows])
+            training.add_rows(folder / "held_out.csv", COLUMNS, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
                        + ", ".join(f"t {t}: {a:.4f} / {b:.4f} / {c:.4f}" for t, a, b, c in rows))  # fmt: skip
         preview(args.out, args.stage, samples, args.text_encoder, dataset)
