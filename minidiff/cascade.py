@@ -40,8 +40,7 @@ from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, factorized
 from minidiff.guidance import Model
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
-from minidiff.schedule import check_timesteps, strided
-from minidiff.solvers import STEPS, times_for
+from minidiff.solvers import COURSE, STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
 EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
@@ -196,7 +195,7 @@ class Cascade:
         """Stage 1: one image for each seed, (B, 3, H, H) float32 in [-1, 1]. H is the UNet's sample_size, 64 in IF.
 
         parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
-        where they stand.  steps: as `times_of`.  sampler: ddpm, ddim or dpm++.
+        where they stand.  steps: as `solvers.times_for`.  sampler: ddpm, ddim or dpm++.
         image: (1 or B, 3, H, H), the image to start from, noised to the i_start-th of the times (SDEdit).
         keep: what of an image is kept (`editing.py`).  jumps: RePaint's, as for `sampling.denoise`.
         through: passes the steps on, and may watch them.
@@ -238,7 +237,8 @@ class Cascade:
 
         enlarged: for stage 2, the small image at this size, and its noise level.
         """
-        stage, (timesteps, is_course) = self.stage(number), times_of(setting.steps, setting.sampler)
+        stage, timesteps = self.stage(number), times_for(setting.sampler, setting.steps)
+        is_course = str(setting.steps) == COURSE
         if not 0 <= i_start <= last_start(setting.steps):
             raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
         timesteps = timesteps[i_start:]
@@ -295,23 +295,9 @@ def _chosen(what: str, name: str, table: dict[str, object]) -> object:
     return table[name]
 
 
-def times_of(steps: int | str | Tensor, sampler: str = "ddpm") -> tuple[Tensor, bool]:
-    """The timesteps that `steps` means for a sampler, and whether it is the course's walk.
-
-    steps: a count, a name like smart27, sections like "10,10,3,2,2", timesteps as a tensor; or "course": 990, 960, ...,
-    0, which stops there, slightly noisy, and does not threshold.  Of a count, dpm++ leaves t = 0 out
-    (`solvers.times_for`).    Raises ValueError as `schedule.respaced`.
-    """
-    if isinstance(steps, Tensor):
-        check_timesteps(steps, 1000)
-        return steps, False
-    return (strided(), True) if str(steps) == "course" else (times_for(sampler, steps), False)
-
-
 def last_start(steps: int | str | Tensor) -> int:
     """The last i_start: the last place on these steps from which the network is asked at all."""
-    timesteps, is_course = times_of(steps)
-    return len(timesteps) - (2 if is_course else 1)
+    return len(times_for("ddpm", steps)) - (2 if str(steps) == COURSE else 1)
 
 
 def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit: int) -> list[torch.Generator]:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, components, flags, images
-from minidiff.cascade import Cascade, last_start, times_of
+from minidiff.cascade import Cascade, last_start
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import Part, factorized
 from minidiff.sampling import Step, noised, one_step, seeded
+from minidiff.solvers import times_for
 
 BLUR_SIGMA, BLUR_KERNEL = 2.0, 13
 SHOWN_EVERY = 5
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     (seed,), cascade = flags.seeds_of(args), flags.load_cascade(args)
     setting = cascade.settings[0]
-    timesteps, last = times_of(setting.steps, setting.sampler)[0], last_start(setting.steps)
+    timesteps, last = times_for(setting.sampler, setting.steps), last_start(setting.steps)
     i_start = min(10, len(timesteps) // 3) if args.i_start is None else args.i_start
     flags.check_starts([i_start], last, args.quick)
     original = images.load(args.image, cascade.stage(1).unet.config.sample_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, editing, images, solvers, views
-from minidiff.cascade import Cascade, last_start, times_of
+from minidiff.cascade import Cascade, last_start
 from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
@@ -100,7 +100,7 @@ def load_cascade(args: argparse.Namespace, *, compares: bool = False, beside: Se
         if len(getattr(args, flag) or []) > 1:
             raise ValueError(f"this command takes one --{flag.replace('_', '-')}; minidiff.generate compares several")
     for steps in [*(args.steps or []), *(args.stage2_steps or [])]:
-        times_of(steps)  # raises if it is neither a count nor a name
+        solvers.times_for("ddpm", steps)  # raises if it is neither a count nor a name
     cascade = Cascade.load(
         args.model, args.stage2, text_model=getattr(args, "text_model", None), device=args.device,
         dtype=cli.DTYPES[args.dtype], text_encoder=args.text_encoder, prompt_embeds=args.prompt_embeds,

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from minidiff import cli, editing, flags, images
-from minidiff.cascade import Cascade, Mask, times_of
+from minidiff.cascade import Cascade, Mask
 from minidiff.factorized import Part
+from minidiff.solvers import times_for
 
 
 def inpaint(
@@ -39,7 +40,7 @@ def inpaint(
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
-    jumps = _jumps(args, len(times_of(cascade.settings[0].steps)[0]))
+    jumps = _jumps(args, len(times_for("ddpm", cascade.settings[0].steps)))
     results, labels = [], []
     for method in args.method:
         small, large = inpaint(cascade, args.image, mask, args.prompt, seeds, method=method, jumps=jumps,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidiff import ddpm
 from minidiff.ddpm import FixXStart, Previous, cast
-from minidiff.schedule import Schedule, check_timesteps, respaced
+from minidiff.schedule import Schedule, check_timesteps, respaced, strided
 
 
 def ddim_step(
@@ -86,11 +86,21 @@ def dpm_step(
 
 
 STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --sampler names
+COURSE = "course"  # the walk of the course: it ends at t = 0, slightly noisy, and does not threshold
 
 
-def times_for(sampler: str, steps: int | str, num_train_timesteps: int = 1000) -> Tensor:
-    """The times a sampler visits, (S,) int64: those of `schedule.respaced`. For dpm++ and a count N they are the times
-    of N + 1 steps without the last one, t = 0. Raises ValueError as `respaced`."""
+def times_for(sampler: str, steps: int | str | Tensor, num_train_timesteps: int = 1000) -> Tensor:
+    """The times a sampler visits, (S,) int64, descending.
+
+    steps: a count, a name like smart27, or sections like "10,10,3,2,2" (`schedule.respaced`); of 1,000 times also
+    "course", 990, 960, ..., 0; or the times themselves as a tensor. For dpm++ a count N means the times of N + 1 steps
+    without the last one, t = 0.    Raises ValueError as `respaced` and `check_timesteps`.
+    """
+    if isinstance(steps, Tensor):
+        check_timesteps(steps, num_train_timesteps)
+        return steps
+    if str(steps) == COURSE and num_train_timesteps == 1000:
+        return strided()
     if sampler == "dpm++" and str(steps).isdigit() and 0 < int(steps) < num_train_timesteps:
         return respaced(int(steps) + 1, num_train_timesteps)[:-1]
     return respaced(steps, num_train_timesteps)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import minidiff.cascade
 from minidiff import anagram, ddpm, images, schedule, solvers, views
-from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start, times_of
+from minidiff.cascade import DEFAULTS, EDIT_LARGE, EDIT_SMALL, KEPT, Cascade, Settings, last_start
 from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import InTurns, Part, averaged, factorized
@@ -467,15 +467,7 @@ def test_jumps_are_repaints_alone(folders):
 # --- steps and errors -------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_counts_names_sections_times_or_the_course():
-    assert times_of(4)[0].tolist() == times_of("4")[0].tolist() == [999, 666, 333, 0]
-    assert torch.equal(times_of("smart27", "dpm++")[0], schedule.respaced("smart27"))
-    assert times_of(3, "dpm++")[0].tolist() == times_of("3", "dpm++")[0].tolist() == [999, 666, 333]  # not 0
-    assert times_of(3, "ddim")[0].tolist() == [999, 500, 0] and len(times_of(1000, "dpm++")[0]) == 1000
-    assert times_of("1,1,1")[0].tolist() == [667, 334, 0]
-    assert times_of(torch.tensor([5, 3]))[0].tolist() == [5, 3]
-    course, is_course = times_of("course")
-    assert course.tolist() == list(range(990, -1, -30)) and is_course
+def test_the_last_start_is_the_last_time_at_which_the_network_is_asked():
     assert (last_start("course"), last_start(4), last_start(torch.tensor([5, 3]))) == (32, 3, 1)
 
 

@@ -209,6 +209,21 @@ def test_dpm_with_few_steps_is_better_without_the_time_0():
         assert errors[1] < 0.3 * errors[0]
 
 
+def test_steps_are_counts_names_sections_times_or_the_course():
+    def times(steps, sampler="ddpm", of=1000):
+        return solvers.times_for(sampler, steps, of).tolist()
+
+    assert times(4) == times("4") == [999, 666, 333, 0]
+    assert times("smart27", "dpm++") == respaced("smart27").tolist()
+    assert times(3, "dpm++") == times("3", "dpm++") == [999, 666, 333]  # not 0
+    assert times(3, "ddim") == [999, 500, 0] and len(times(1000, "dpm++")) == 1000
+    assert times("1,1,1") == [667, 334, 0]
+    assert times(torch.tensor([5, 3])) == [5, 3]
+    assert times("course") == list(range(990, -1, -30))
+    with pytest.raises(ValueError, match="got 'course'"):  # of another number of times there is no such walk
+        times("course", of=300)
+
+
 def test_euler_steps_on_the_flows_clock_are_ddim():
     """The flow's state is x_t / (sqrt(alpha_bar) + sqrt(1 - alpha_bar))."""
     schedule, kept, x = linear(300), [299, 200, 90, 7], noise(5)
