@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minidiff.deepfloyd.tokenizer import clean
 
-NEUTRAL = ["", "", "", "", "a high quality photo", "a high quality picture"]  # prompts that fit any image
+NEUTRAL = ["a high quality photo", "a high quality picture"]  # what a landscape may be called, too
 PERSON = re.compile(r"\b(man|woman|boy|girl|person)\b")
 PERSON_CLASS = "person"
 TRAITS = {"hat": ("hat", "cap", "beanie", "turban"), "glasses": ("glasses", "sunglasses"),

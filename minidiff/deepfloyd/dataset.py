@@ -18,7 +18,8 @@ from minidiff.checkpoint import write_whole
 from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
-CAPTION_DROPOUT = 0.12  # how often an image is shown with a neutral prompt, for classifier-free guidance
+CAPTION_DROPOUT = 0.12  # how often an image is shown with the empty prompt, for classifier-free guidance
+PHOTO = 2.5  # how many times as often a landscape has another text than its caption: "", or one of NEUTRAL
 CPU = torch.device("cpu")
 HELD_OUT = 128  # images on which the error is measured
 
@@ -54,8 +55,15 @@ class CaptionedImages:
         """A batch (B, 3, size, size) in [-1, 1], each image with one of its captions."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator).tolist()
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
-        return self.take(picks), [_pick(NEUTRAL, n) if d < dropout else _pick(self.captions[i], c)
-                                  for i, (c, d, n) in zip(picks, choice)]  # fmt: skip
+        return self.take(picks), [self._text(i, *numbers, dropout) for i, numbers in zip(picks, choice)]
+
+    def _text(self, i: int, which: float, drop: float, neutral: float, dropout: float) -> str:
+        """A caption of image i, or the empty prompt. "A high quality photo" is the name of what comes nearest to one:
+        of landscapes, and of any image of a set that does not name kinds. Numbers in [0, 1) choose."""
+        is_photo = self.rows[i].get("kind", "full") == "full"
+        if drop < dropout * (PHOTO if is_photo else 1):
+            return _pick(["", *NEUTRAL], neutral) if is_photo else ""
+        return _pick(self.captions[i], which)
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
@@ -109,7 +117,7 @@ def _read_utf8(path: Path) -> str:
 
 def train_tokenizer(captions: list[list[str]], path: Path, vocab_size: int) -> None:
     """A SentencePiece unigram model of the captions and of the neutral prompts, with T5's special ids."""
-    lines, model = sorted({clean(c) for row in captions for c in row}) + NEUTRAL[4:] * 5, io.BytesIO()
+    lines, model = sorted({clean(c) for row in captions for c in row}) + NEUTRAL * 5, io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, hard_vocab_limit=False,
         character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>",
