@@ -92,6 +92,13 @@ def test_a_wrong_flag_is_not_taken(no_work, capsys):
         assert capsys.readouterr().err
 
 
+def test_no_command_replaces_the_images_of_another():
+    """All commands of the course page can run one after the other: each that draws has an --out of its own."""
+    drawn = [line for line in commands(COURSE) if ".train_" not in line and "--check" not in line]
+    files = [re.findall(r" --out (\S+)", line) or line.split()[2] for line in drawn]
+    assert len(files) >= 20 and [file for file in files if files.count(file) > 1] == []
+
+
 @pytest.mark.parametrize(("name", "least"), [(COURSE, 25), (REAL, 10)])
 def test_there_are_commands_to_test(name, least):
     assert len(commands(name)) >= least
