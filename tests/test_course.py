@@ -34,7 +34,7 @@ def commands(name: str) -> list[str]:
 
 WORK = ("cascade.Cascade.stage", "cascade.Cascade.encode", "deepfloyd.text.load_text_encoder", "anagram.report",
         "weights._list", "weights.check", "mnist.trainer.digits", "mnist.train_flow.kept_pairs",
-        "mnist.models.draw", "mnist.judge.score", "charts.compared")  # fmt: skip
+        "mnist.models.draw", "mnist.models.walk", "mnist.judge.score", "charts.compared")  # fmt: skip
 
 
 class Accepted(Exception):
