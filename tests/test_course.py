@@ -17,11 +17,12 @@ from minidiff import sampling, weights
 from minidiff.cascade import Cascade
 from minidiff.mnist import models, trainer
 from tests.deepfloyd.test_unet import RELEASED
+from tests.mnist import real
 
 ROOT = Path(minidiff.__file__).parents[1]
-COURSE, REAL, NOTEBOOK = "course.md", "19-real-weights.md", "course.ipynb"
+COURSE, REAL, NOTEBOOK, DIGITS = "course.md", "19-real-weights.md", "course.ipynb", "course-b.ipynb"
 TEXTS = {name: (ROOT / "walkthrough" / name).read_text(encoding="utf-8") for name in (COURSE, REAL)}
-CELLS = json.loads((ROOT / "walkthrough" / NOTEBOOK).read_text(encoding="utf-8"))
+CELLS = {name: json.loads((ROOT / "walkthrough" / name).read_text(encoding="utf-8")) for name in (NOTEBOOK, DIGITS)}
 
 
 def commands(name: str) -> list[str]:
@@ -33,7 +34,7 @@ def commands(name: str) -> list[str]:
 
 WORK = ("cascade.Cascade.stage", "cascade.Cascade.encode", "deepfloyd.text.load_text_encoder", "anagram.report",
         "weights._list", "weights.check", "mnist.trainer.digits", "mnist.train_flow.kept_pairs",
-        "mnist.models.draw", "mnist.judge.score", "charts.compared")  # fmt: skip
+        "mnist.models.draw", "mnist.models.walk", "mnist.judge.score", "charts.compared")  # fmt: skip
 
 
 class Accepted(Exception):
@@ -90,6 +91,13 @@ def test_a_wrong_flag_is_not_taken(no_work, capsys):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(argv)
         assert capsys.readouterr().err
+
+
+def test_no_command_replaces_the_images_of_another():
+    """All commands of the course page can run one after the other: each that draws has an --out of its own."""
+    drawn = [line for line in commands(COURSE) if ".train_" not in line and "--check" not in line]
+    files = [re.findall(r" --out (\S+)", line) or line.split()[2] for line in drawn]
+    assert len(files) >= 20 and [file for file in files if files.count(file) > 1] == []
 
 
 @pytest.mark.parametrize(("name", "least"), [(COURSE, 25), (REAL, 10)])
@@ -183,12 +191,13 @@ def few_calls(monkeypatch):
     monkeypatch.setattr(sampling, "denoise", denoise)
 
 
-def test_the_notebook_is_one():
+@pytest.mark.parametrize("cells", CELLS.values(), ids=CELLS)
+def test_the_notebook_is_one(cells):
     """nbformat 4.5: kinds, ids, lines that end where they should; nothing stored that a run made."""
-    assert CELLS["nbformat"] == 4 and CELLS["nbformat_minor"] == 5 and CELLS["metadata"]["kernelspec"]
-    ids = [cell["id"] for cell in CELLS["cells"]]
+    assert cells["nbformat"] == 4 and cells["nbformat_minor"] == 5 and cells["metadata"]["kernelspec"]
+    ids = [cell["id"] for cell in cells["cells"]]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
-    for cell in CELLS["cells"]:
+    for cell in cells["cells"]:
         keys = {"cell_type", "id", "metadata", "source"}
         if cell["cell_type"] == "code":
             keys |= {"outputs", "execution_count"}
@@ -211,17 +220,35 @@ def test_the_cells_of_the_notebook_run(monkeypatch, few_calls):
     """All in one namespace. What a cell shows is the value of its last line."""
     monkeypatch.chdir(ROOT)
     namespace, sheets = {}, 0
-    for cell in CELLS["cells"]:
+    for cell in CELLS[NOTEBOOK]["cells"]:
         if cell["cell_type"] == "code":
             shown = run("".join(cell["source"]), namespace)
             sheets += isinstance(shown, Image.Image) and shown.width > 200
-    assert sheets == 8
+    assert sheets == 9
     assert namespace["walked"].shape == (1, 3, 64, 64)
     assert [step.t for step in namespace["record"][::5]] == [690, 540, 390, 240, 90]
 
 
+def test_the_cells_of_the_notebook_of_digits_run(tmp_path):
+    """All in one namespace, on few digits and in few steps. The networks have the course's numbers of weights."""
+    namespace, counts, sheets = {}, None, 0
+    short = {'ROOT / "data"': repr(str(real.write_folder(tmp_path))), 'ROOT / "out': f'Path("{tmp_path}") / "out',
+             "COUNT, D = 3200, 16": "COUNT, D = 128, 4", '50, "euler"': '2, "euler"', '300, "ddpm"': '2, "ddpm"',
+             "(60, 120)": "(1, 2)"}  # fmt: skip
+    for cell in CELLS[DIGITS]["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            for long, quick in short.items():
+                code = code.replace(long, quick)
+            shown = run(code, namespace)
+            sheets += isinstance(shown, Image.Image) and shown.width > 200
+            counts = shown if cell["id"] == "unet" else counts
+    assert counts == ["7,891,073", "1,975,361", "1,996,417", "2,019,201"]
+    assert sheets == 12 and len(namespace["curve"]) == 2 and (tmp_path / "out/flow-notebook.gif").is_file()
+
+
 def test_one_line_of_the_notebook_names_the_model():
-    code = ["".join(cell["source"]) for cell in CELLS["cells"] if cell["cell_type"] == "code"]
+    code = ["".join(cell["source"]) for cell in CELLS[NOTEBOOK]["cells"] if cell["cell_type"] == "code"]
     lines = [line for line in "\n".join(code).splitlines() if "mini" in re.findall(r'"([^"]*)"', line)]
     assert lines == ['MODEL = "mini"']
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -182,12 +183,17 @@ def at_once(device: torch.device) -> int:
 # ---------------------------------------------------------------------------------------------- figures
 
 
+def strip(rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str = "") -> Image.Image:
+    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
+    texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
+    return images.sheet([_scaled(row) for row in rows], texts, title)
+
+
 def save_strip(
     rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
 ) -> None:
-    """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
-    texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
-    images.save(images.sheet([_scaled(row) for row in rows], texts, title), path, metadata)
+    """`strip` as a file."""
+    images.save(strip(rows, labels, title), path, metadata)
 
 
 def save_animation(states: Iterator[Tensor], path: Path) -> None:

@@ -170,6 +170,7 @@ def test_strips_and_animations_show_what_they_are_given(tmp_path):
     black, white = torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28)
     models.save_strip([black, white], ["black", "white"], "", tmp_path / "s.png", {"seed": 3})
     image = Image.open(tmp_path / "s.png")
+    assert np.array_equal(image, models.strip([black, white], [["black"] * 2, ["white"] * 2]))
     assert image.text["seed"] == "3" and image.getpixel((100, 100)) == (0, 0, 0)
     states = [torch.rand(7, 1, 28, 28) * (i + 1) / 64 for i in range(64)]
 
