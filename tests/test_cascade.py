@@ -488,7 +488,7 @@ def test_times_that_are_none_are_refused(cascade):
         cascade.draw(parts, [0], steps=torch.tensor([], dtype=torch.int64))
     with pytest.raises(ValueError, match="steps must be a count, a list like '10,10,3' or one of"):
         cascade.draw(parts, [0], steps=np.array([900, 100]))
-    with pytest.raises(ValueError, match=r"times are whole numbers, got \[2.5\]"):
+    with pytest.raises(ValueError, match=r"times are whole numbers, .*, got tensor\(\[2.5"):
         cascade.enlarge(LOW_RES, parts, [0, 1], noise_level=2.5)
 
 

@@ -200,7 +200,7 @@ def test_denoise_refuses_times_that_are_none(small, photo):
     for t in (-1, 1000):
         with pytest.raises(ValueError, match=rf"t must lie in 0\.\.999, got {t}"):
             denoise.denoise(small, photo, t)
-    with pytest.raises(ValueError, match=r"times are whole numbers, got \[500.0\]"):
+    with pytest.raises(ValueError, match=r"times are whole numbers, .*, got tensor\(\[500"):
         denoise.denoise(small, photo, 500.0)
 
 

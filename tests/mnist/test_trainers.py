@@ -306,6 +306,16 @@ def test_plans_that_no_run_can_have_are_refused(flags, folder, tmp_path, capsys)
     assert "need 1 epoch or more, and batches of 1 to 400 digits, got " in message
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("lr", "nan"), ("lr", 0), ("lr-decay", -0.5), ("lr-decay", 0), ("ema", 1), ("ema", -1),
+                        ("seed", -1), ("seed", 2**32)],
+)  # fmt: skip
+def test_rates_and_seeds_that_no_run_can_have_are_refused(flag, value, folder, tmp_path, capsys):
+    """An average of decay -1 or 2 is a network that nobody trained; a negative factor gives complex rates."""
+    message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "x", f"--{flag}", value)
+    assert f"--{flag}" in message and "got" in message and "Traceback" not in message
+
+
 @pytest.mark.parametrize(("epochs", "wrong"), [([1, 0], "got 0"), ([-1, 2, 4], "got -1, 4")])
 def test_only_epochs_of_the_plan_can_be_kept(epochs, wrong, folder, tmp_path, capsys):
     flags = ["--quick", "--data", folder, "--out", tmp_path / "x", "--epochs", 3, "--keep-epochs", *epochs]
