@@ -112,9 +112,9 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     images.check_output(args.out / "figure.png")
     changes = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
     args.plan = replace(QUICK if args.quick else presets[args.preset].plan, **changes)
-    if not (0 < args.plan.lr < math.inf and 0 < args.plan.lr_decay <= 1 and 0 <= args.ema < 1):
-        raise ValueError(f"need a --lr above 0, a --lr-decay above 0 and up to 1, and an --ema from 0 to below 1, got "
-                         f"{args.plan.lr}, {args.plan.lr_decay} and {args.ema}")  # fmt: skip
+    if not (0 <= args.plan.lr < math.inf and 0 < args.plan.lr_decay <= 1 and 0 <= args.ema < 1):
+        raise ValueError("need a --lr of 0 or more, a --lr-decay above 0 and up to 1, and an --ema from 0 to below 1, "
+                         f"got {args.plan.lr}, {args.plan.lr_decay} and {args.ema}")  # fmt: skip
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must lie in 0..2^32 - 1, got {args.seed}")
     if wrong := [str(epoch) for epoch in args.keep_epochs if not 1 <= epoch <= args.plan.epochs]:

@@ -134,7 +134,7 @@ class UNet(nn.Module):
         Raises ValueError on an input that the config has not, or without one that it has.
         """
         if (time is not None, c is not None) != (self.config.time, self.config.num_classes > 0):
-            raise ValueError(f"give x, a time and a class c where the config has them, and only there, for {self.config}")
+            raise ValueError(f"give a time and a class c where the config has them, and only there: {self.config}")
         skip28 = self.in_block(x)  # (B, D, 28, 28)
         skip14 = self.down1(skip28)  # (B, D, 14, 14)
         skip7 = self.down2(skip14)  # (B, 2D, 7, 7)
