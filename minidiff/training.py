@@ -219,10 +219,12 @@ def _anyone(stopped: bool, model: nn.Module) -> bool:
 def previous(folder: Path, settings: Mapping[str, object]) -> dict | None:
     """The state in folder/checkpoint.pt, or None if the run is new.
 
-    Raises ValueError if it is damaged, or of a run with other settings.
+    Raises ValueError if it is damaged or of a run with other settings, or if a new run would replace a network.
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
+        if any((folder.parent / name).is_file() for name in ("config.json", "unet/config.json")):
+            raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -220,8 +220,6 @@ def check(args: argparse.Namespace, config: Mapping[str, object], count: int) ->
     settings |= {"ema": args.ema, "seed": args.seed}
     settings.pop("teacher", None)
     before = training.previous(args.out / "training", settings)
-    if before is None and (args.out / "config.json").is_file():
-        raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
     return settings, before["step"] if before else 0
 
 
