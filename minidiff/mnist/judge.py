@@ -92,7 +92,7 @@ def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or not len(images):
         raise ValueError(f"digits must be (N, 1, 28, 28) of float32, got {tuple(images.shape)} of {images.dtype}")
     if not images.isfinite().all():
-        raise ValueError("the digits hold NaN or infinity, about which no judge can say anything; draw them again")
+        raise ValueError("the digits hold NaN or infinity, about which no judge can say anything; draw them with less guidance")
     judge.eval()
     features = torch.cat([judge.features(x.clamp(0, 1)) for x in images.split(500)])
     return features.cpu().double(), judge.head(features).argmax(1).cpu()
