@@ -225,7 +225,7 @@ class Cascade:
         if not 0 <= noise_level < stage.noising.num_train_timesteps:
             raise ValueError(f"noise_level must lie in 0..{stage.noising.num_train_timesteps - 1}, got {noise_level}")
         size = (4 * small.shape[2], 4 * small.shape[3])
-        enlarged = stages.upsample(small.float(), size), noise_level
+        enlarged = stages.upsample(images.in_range(small).float(), size), noise_level
         return self._walk(2, setting, parts, generators, size, image, i_start, keep, None, through, enlarged)
 
     def _walk(
@@ -238,9 +238,10 @@ class Cascade:
         enlarged: for stage 2, the small image at this size, and its noise level.
         """
         stage, timesteps = self.stage(number), times_for(setting.sampler, setting.steps)
-        is_course = str(setting.steps) == COURSE
-        if not 0 <= i_start <= last_start(setting.steps):
-            raise ValueError(f"i_start must lie in 0..{last_start(setting.steps)} for these steps, got {i_start}")
+        is_course, last = str(setting.steps) == COURSE, 0 if image is None else last_start(setting.steps)
+        if not 0 <= i_start <= last:
+            what = "without an image to start from" if image is None else "for these steps"
+            raise ValueError(f"i_start must lie in 0..{last} {what}, got {i_start}")
         timesteps = timesteps[i_start:]
         _check_parts(parts, len(generators))
         unet, schedule = stage.unet, stage.schedule
@@ -249,7 +250,7 @@ class Cascade:
         if image is None:
             x_t = sampling.draw_noise((len(generators), 3, *size), generators)
         elif isinstance(image, Tensor) and image.shape[1:] == (3, *size) and len(image) in (1, len(generators)):
-            x_t = noised(image.float(), int(timesteps[0]), schedule, generators)
+            x_t = noised(images.in_range(image).float(), int(timesteps[0]), schedule, generators)
         else:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {got}; B is 1 or the "

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from minidiff import images
-from minidiff.cli import command, cost, file_path, settings
+from minidiff.cli import command, cost, file_path, finite, settings
 
 Points = Sequence[tuple[int, float]]  # step, value
 
@@ -148,11 +148,11 @@ def read_rows(path: Path) -> list[tuple[int, ...]]:
     """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
     try:
-        return [(int(step), float(value), *map(float, more)) for step, value, *more in rows[1:]]
-    except ValueError as error:
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        return [(int(step), finite(value), *map(finite, more)) for step, value, *more in rows]
+    except (ValueError, csv.Error, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path} has a broken row ({error}); take it out") from None
 
 

@@ -35,7 +35,7 @@ def add_noise(x_start: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:
     x_start, noise: (B, C, H, W), noise ~ N(0, I).  alpha_bar_t: (B, 1, 1, 1) in [0, 1].
     Raises ValueError if the shapes differ.    Source: DDPM Eq. 4.
     """
-    _same_shape(x_start=x_start, noise=noise)
+    same_shape(x_start=x_start, noise=noise)
     return cast(alpha_bar_t.sqrt(), x_start) * x_start + cast((1 - alpha_bar_t).sqrt(), x_start) * noise
 
 
@@ -59,7 +59,7 @@ def predict_x_start(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
     Not clipped; near alpha_bar_t = 0 errors in eps grow by 1 / sqrt(alpha_bar_t), which is 20291 at IF's t = 999.
     Raises ValueError if the shapes differ.    Source: DDPM Eq. 15.
     """
-    _same_shape(x_t=x_t, eps=eps)
+    same_shape(x_t=x_t, eps=eps)
     return (x_t - cast((1 - alpha_bar_t).sqrt(), x_t) * eps) / cast(alpha_bar_t.sqrt(), x_t)
 
 
@@ -74,7 +74,7 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, alpha_bar_t: Tensor, alpha_bar_
     x_start, x_t: (B, C, H, W).  alpha_bar_t, alpha_bar_prev: (B, 1, 1, 1), alpha_bar_t < alpha_bar_prev <= 1.
     Source: DDPM Eq. 7.
     """
-    _same_shape(x_start=x_start, x_t=x_t)
+    same_shape(x_start=x_start, x_t=x_t)
     alpha_t = alpha_bar_t / alpha_bar_prev
     to_start = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
     to_noisy = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
@@ -122,13 +122,13 @@ def step(
     pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t (DDPM Sec. 3.2's
     first choice).  previous: only `solvers.dpm_step` uses it.  Returns (x_prev, pred_x_start).
     """
-    _same_shape(x_t=x_t, eps=eps, noise=noise)
+    pred_var = torch.ones_like(x_t) if pred_var is None else pred_var
+    same_shape(x_t=x_t, eps=eps, noise=noise, pred_var=pred_var)
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
     pred_x_start = predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         pred_x_start = fix_x_start(pred_x_start)
     mean = posterior_mean(pred_x_start, x_t, alpha_bar_t, alpha_bar_prev)
-    pred_var = torch.ones_like(x_t) if pred_var is None else pred_var
     log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
     still_noisy = cast((t_prev >= 0).view(-1, 1, 1, 1).to(x_t.device), x_t)
     return mean + still_noisy * (0.5 * log_var).exp() * noise, pred_x_start
@@ -146,7 +146,9 @@ def loss(
     weight, bound_weight: 1, or (B,), how much each image's time counts.  Without pred_var, L_simple is all. With it,
     one term of the variational bound (`bound`) trains the variance and is kept from touching eps; T times a term at a
     random time estimates the sum over all times, and 0.001 is its weight.
+    Raises ValueError if the shapes differ.
     """
+    same_shape(x_start=x_start, noise=noise, eps=eps)
     simple = weight * (noise - eps).square().flatten(1).mean(1)
     if pred_var is None:
         return simple
@@ -196,11 +198,21 @@ def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def cast(coefficient: Tensor, like: Tensor) -> Tensor:
-    """To the type first and the device second: tables are float64 on the CPU, which Apple's GPUs do not have."""
+    """To the type first and the device second: tables are float64 on the CPU, which Apple's GPUs do not have.
+
+    Raises ValueError unless coefficient is (B, 1, 1, 1), or (1, 1, 1, 1) for all images alike, and `like` of floats.
+    (A coefficient (B,) would multiply the columns of images that are B pixels wide.)
+    """
+    if coefficient.shape[1:] != (1, 1, 1) or len(coefficient) not in (1, len(like)):
+        raise ValueError(f"alpha-bars and times must be (B, 1, 1, 1) for images {tuple(like.shape)}, got "
+                         f"{tuple(coefficient.shape)}; Schedule.alpha_bar(t) has this shape")  # fmt: skip
+    if not like.is_floating_point():
+        raise ValueError(f"images are floats in [-1, 1], got {like.dtype}; of bytes pass x / 127.5 - 1")
     return coefficient.to(like.dtype).to(like.device)
 
 
-def _same_shape(**tensors: Tensor) -> None:
+def same_shape(**tensors: Tensor) -> None:
+    """Raises ValueError if shapes differ: (B, H, W) beside (B, 1, H, W) would become (B, B, H, W) without a word."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

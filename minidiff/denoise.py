@@ -41,12 +41,13 @@ class Cleaned(NamedTuple):
 
 
 def denoise(
-    cascade: Cascade, image: object, t: int, prompt: str = "", seed: int = 0, *, blur_sigma: float = BLUR_SIGMA,
-    blur_kernel: int = BLUR_KERNEL,
+    cascade: Cascade, image: object, t: int, prompt: str = flags.NEUTRAL, seed: int = 0, *,
+    blur_sigma: float = BLUR_SIGMA, blur_kernel: int = BLUR_KERNEL,
 ) -> Cleaned:  # fmt: skip
     """Noise an image to time t (0..999), then blur it, and let the network estimate the clean image in one step.
 
-    image: a file, a Pillow image or a tensor.    Raises ValueError if t lies outside 0..999.
+    image: a file, a Pillow image or a tensor. The command has guidance_scale 1; here `cascade.settings` decide.
+    Raises ValueError if t lies outside 0..999.
     Source: DDPM Eq. 4 and DDPM Eq. 15.
     """
     if not 0 <= t < 1000:

@@ -147,7 +147,8 @@ def feather(mask: Tensor, width: float) -> Tensor:
 
 
 def check_mask(mask: Tensor, image: Tensor) -> None:
-    """Raise ValueError unless mask is (1, 1, H, W) in [0, 1], with the image's H and W."""
+    """Raise ValueError unless mask is (1, 1, H, W) in [0, 1], with the image's H and W, and the image in range."""
+    images.in_range(image)
     if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2:] != image.shape[2:]:
         H, W = image.shape[2:]
         raise ValueError(f"the mask must be (1, 1, {H}, {W}) like its image, got {tuple(mask.shape)}")

@@ -130,7 +130,7 @@ def markdown() -> str:
 
 def in_full(tag: str) -> str:
     """Everything about one equation. Raises ValueError with the list of tags if there is none such."""
-    found = [row for row in rows() if row.tag.lower() == tag.lower()]
+    found = [row for row in rows() if re.sub(r"\s", "", row.tag.lower()) == re.sub(r"\s", "", tag.lower())]
     if not found:
         known = ", ".join(dict.fromkeys(row.tag for row in rows()))
         raise ValueError(f"no equation {tag!r}; choose from {known}")

@@ -31,6 +31,11 @@ class Part:
     view: View = IDENTITY
     component: Component = whole
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.prompt_embeds, Tensor) and isinstance(self.view, View) and callable(self.component)):
+            raise ValueError("a Part is states, a view and a component, such as Part(*cascade.encode(prompt), "
+                             f"views.named('flip')), got {self!r:.99}")  # fmt: skip
+
 
 def factorized(
     model: Model,
@@ -47,10 +52,14 @@ def factorized(
     An image x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
     pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
     split_batch: one network call per part and branch, with a fraction of the memory.
-    Raises ValueError without parts.    Source: Factorized Diffusion.
+    Raises ValueError without parts, or if their states differ in length or width.    Source: Factorized Diffusion.
     """
     if not parts:
         raise ValueError("no parts; pass at least one prompt")
+    (*_, L, D), shapes = negative_prompt_embeds.shape, [tuple(part.prompt_embeds.shape[-2:]) for part in parts]
+    if set(shapes) != {(L, D)}:
+        raise ValueError(f"the parts' states are {shapes}, those of the negative prompt {(L, D)}; encode all prompts "
+                         "with one text encoder")  # fmt: skip
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs = [part.view.view(x_t) for part in parts]

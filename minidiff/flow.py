@@ -40,9 +40,8 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
     x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
     Source: FM Eq. 22 with sigma_min = 0.
     """
-    if x_0.shape != x_1.shape:
-        raise ValueError(f"x_0 and x_1 must agree in shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
-    time = time.view(-1, 1, 1, 1).to(x_0)
+    ddpm.same_shape(x_0=x_0, x_1=x_1)
+    time = ddpm.cast(time.view(-1, 1, 1, 1), x_0)
     return (1 - time) * x_0 + time * x_1
 
 
@@ -52,8 +51,9 @@ def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
         L = mean |velocity - (x_1 - x_0)|^2
 
     x_0, x_1: (B, C, H, W).  velocity: the network's answer at a point of their `path`.
-    Source: FM Eq. 23 with sigma_min = 0.
+    Raises ValueError if the shapes differ.    Source: FM Eq. 23 with sigma_min = 0.
     """
+    ddpm.same_shape(x_0=x_0, x_1=x_1, velocity=velocity)
     return (velocity - (x_1 - x_0)).square().flatten(1).mean(1)
 
 
@@ -194,6 +194,8 @@ def log_likelihood(velocity: Velocity, x_1: Tensor, times: Tensor, probe: Tensor
     Of images with 256 grey levels only differences mean something, unless noise as wide as a level was added to them.
     Source: Chen et al., Neural Ordinary Differential Equations, 2018; the estimator, Grathwohl et al., FFJORD, 2019.
     """
+    if not (times.diff() > 0).all():
+        raise ValueError(f"times must rise from noise to data, such as grid(100), got {times.tolist()[0]} first")
     x, spread, back = x_1, torch.zeros(len(x_1)).to(x_1), times.flip(0).tolist()
     for now, earlier in zip(back, back[1:]):
         h = earlier - now

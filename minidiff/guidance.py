@@ -7,6 +7,7 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 and `guided` gives it the text and makes it a prediction. Next: `toy.py`, models with a known answer.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,10 @@ def guided(
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
     pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all. With 0 the
     conditional one is not, and the prompt has no say, not even in pred_var.
+    Raises ValueError unless guidance_scale is a finite number.
     """
+    if isinstance(guidance_scale, str) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, such as 7.5, got {guidance_scale!r}")
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         cond = prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)

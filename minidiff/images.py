@@ -39,7 +39,7 @@ def load(path: str | Path | Image.Image | Tensor, size: int | None = None) -> Te
     Raises ValueError if the file is missing, broken, no image, or a labelled sheet of `save_images`.
     """
     if isinstance(path, Tensor):
-        path = to_pil(path)
+        path = to_pil(in_range(path))
     image = _flat(path, "the image") if isinstance(path, Image.Image) else _flat(_read(path), path)
     return from_pil(image if size is None else ImageOps.fit(image, (size, size), BICUBIC))
 
@@ -91,6 +91,14 @@ def from_pil(image: Image.Image) -> Tensor:
     """Any Pillow image to (1, 3, H, W) float32 in [-1, 1]."""
     values = torch.from_numpy(np.array(_flat(image, "the image")))  # (H, W, 3) uint8
     return (values.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()
+
+
+def in_range(x: Tensor) -> Tensor:
+    """The same image, which may leave [-1, 1] a little. Raises ValueError on bytes, NaN, and values beyond +-10."""
+    if x.dtype == torch.uint8 or not x.abs().max() <= 10:
+        what = "bytes, which lie in 0..255" if x.dtype == torch.uint8 else f"values from {x.min():g} to {x.max():g}"
+        raise ValueError(f"an image lies in [-1, 1], got {what}; pass x / 127.5 - 1")
+    return x
 
 
 def to_pil(x: Tensor) -> Image.Image:

@@ -24,7 +24,7 @@ from minidiff.solvers import times_for
 
 
 def inpaint(
-    cascade: Cascade, image: object, mask: Mask, prompt: str = "", seeds: Sequence[int] = (0,), *,
+    cascade: Cascade, image: object, mask: Mask, prompt: str = flags.NEUTRAL, seeds: Sequence[int] = (0,), *,
     method: str = "renoise", jumps: tuple[int, int] = editing.JUMPS, feather: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The image painted anew where the mask is: (small, large or None), each (B, 3, H, W) in [-1, 1].

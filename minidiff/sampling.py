@@ -86,10 +86,13 @@ def denoise(
 
 
 def final(steps: Iterable[Step]) -> Tensor:
-    """Where a walk leads, (B, C, H, W). Raises ValueError if it has no step."""
+    """Where a walk leads, (B, C, H, W). Raises ValueError if it has no step, or leads to NaN or infinity."""
     last = deque(steps, maxlen=1)
     if not last:
         raise ValueError("the walk has no step: a single timestep needs the final step")
+    if not last[0].x_prev.isfinite().all():
+        raise ValueError("the walk leads to NaN or infinity: its start, a prompt's states or the weights are not "
+                         "finite, or half precision overflows; try --dtype float32")  # fmt: skip
     return last[0].x_prev
 
 
@@ -136,7 +139,7 @@ def noised(x_start: Tensor, t: int, schedule: Schedule, generators: Sequence[tor
     x_start: (B, C, H, W), or (1, C, H, W) for all alike, in [-1, 1].  Source: DDPM Eq. 4.
     """
     x_start = x_start.expand(len(generators), -1, -1, -1)
-    if t < 0:
+    if t == -1:
         return x_start
     noise = draw_noise(x_start.shape, generators).to(x_start.device)
     return ddpm.add_noise(x_start, noise, schedule.alpha_bar(torch.tensor([t])))

@@ -60,8 +60,8 @@ class Schedule:
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:
         """alpha-bar at each time of t: (B,) int64 in -1..T-1, where -1 is clean. Returns (B, 1, 1, 1) float64.
         Raises ValueError if a time lies outside the table, or is no whole number."""
-        if t.is_floating_point():
-            raise ValueError(f"times are whole numbers, got {t.tolist()}")
+        if not isinstance(t, torch.Tensor) or t.is_floating_point():
+            raise ValueError(f"times are whole numbers, such as torch.tensor([500]), got {t}")
         t = t.cpu()  # once: reading from a GPU waits for all that it still has to do
         if t.numel() and not (-1 <= int(t.min()) and int(t.max()) < self.num_train_timesteps):
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.tolist()}")
@@ -157,8 +157,9 @@ def respaced(steps: int | str, num_train_timesteps: int = 1000) -> torch.Tensor:
 
 def check_timesteps(timesteps: torch.Tensor, num_train_timesteps: int) -> None:
     """Raise ValueError unless timesteps is a non-empty descending row of whole numbers inside 0..T-1."""
-    if timesteps.ndim != 1 or timesteps.is_floating_point():
-        kind = f"{tuple(timesteps.shape)} of {timesteps.dtype}"
+    if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or timesteps.is_floating_point():
+        is_tensor = isinstance(timesteps, torch.Tensor)
+        kind = f"{tuple(timesteps.shape)} of {timesteps.dtype}" if is_tensor else f"{timesteps!r:.60}"
         raise ValueError(f"timesteps are one row of whole numbers, got {kind}; a count of steps is a plain number")
     ts = timesteps.tolist()
     if not ts:

@@ -40,6 +40,7 @@ def ddim_step(
     Returns (x_prev, x_start), each (B, C, H, W).
     """
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    ddpm.same_shape(x_t=x_t, noise=noise)
     x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         x_start = fix_x_start(x_start)
@@ -101,7 +102,7 @@ def times_for(sampler: str, steps: int | str | Tensor, num_train_timesteps: int 
         return steps
     if str(steps) == COURSE and num_train_timesteps == 1000:
         return strided()
-    if sampler == "dpm++" and str(steps).isdigit() and 0 < int(steps) < num_train_timesteps:
+    if sampler == "dpm++" and str(steps).isdecimal() and 0 < int(steps) < num_train_timesteps:
         return respaced(int(steps) + 1, num_train_timesteps)[:-1]
     return respaced(steps, num_train_timesteps)
 

@@ -72,8 +72,8 @@ class Record(NamedTuple):
     def __str__(self) -> str:
         held_out = "" if self.held_out is None else f", on held-out images {self.held_out:.5f}"
         stopped = "; stopped: the same command goes on from here" if self.stopped else ""
-        return (f"step {self.step} of {self.steps}: loss {self.loss:.5f}{held_out}, {self.steps_per_second:.3g} steps/s"
-                f"{stopped}")  # fmt: skip
+        loss = "no new step" if math.isnan(self.loss) else f"loss {self.loss:.5f}"
+        return f"step {self.step} of {self.steps}: {loss}{held_out}, {self.steps_per_second:.3g} steps/s{stopped}"
 
 
 def run(
@@ -86,7 +86,8 @@ def run(
     loss(model, batch) -> one number.  held_out() -> the loss on other images.  levels: reference levels of the plot.
     settings: what must be the same when a run goes on.  dtype: one of DTYPES; one that is named counts from now on.
     At a record, and after the last one, the model holds its averaged weights and is in eval mode.
-    Raises ValueError as `previous`, if the checkpoint is of another network or the folder cannot be written, and
+    Raises ValueError as `previous`, if the checkpoint is of another network or beyond the plan's end or the folder
+    cannot be written, and
     FloatingPointError where a loss, a gradient or a weight is not finite; the checkpoint stays as it was.
     """
     state = _begin(model, optimizer, plan, folder, settings, dtype)
@@ -218,10 +219,12 @@ def _anyone(stopped: bool, model: nn.Module) -> bool:
 def previous(folder: Path, settings: Mapping[str, object]) -> dict | None:
     """The state in folder/checkpoint.pt, or None if the run is new.
 
-    Raises ValueError if it is damaged, or of a run with other settings.
+    Raises ValueError if it is damaged or of a run with other settings, or if a new run would replace a network.
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
+        if any((folder.parent / name).is_file() for name in ("config.json", "unet/config.json")):
+            raise ValueError(f"{folder.parent} holds a trained network, which this would replace; pass another --out")
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -244,6 +247,9 @@ def _begin(
     """The state to go on from: that of the checkpoint, which fills model and optimizer, or of a new run."""
     device, state = next(model.parameters()).device, previous(folder, settings)
     images.check_output(folder / "loss.png")
+    if state is not None and state["step"] > plan.steps:
+        raise ValueError(f"{folder / 'checkpoint.pt'} is at step {state['step']} already, and the run is to end at "
+                         f"{plan.steps}; pass more --steps, or another --out")  # fmt: skip
     if state is None:
         floats = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
         average = {key: value.detach().clone() for key, value in floats.items()} if plan.ema_decay else {}

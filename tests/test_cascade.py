@@ -3,6 +3,7 @@ noise; and what Python users rely on: the same result by every way in, settings,
 
 import functools
 import json
+import math
 import re
 
 import numpy as np
@@ -21,6 +22,7 @@ from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import InTurns, Part, averaged, factorized
 from minidiff.guidance import guided
 from minidiff.sampling import denoise, draw_noise, final, noised, other_stream, seeded
+from minidiff.views import IDENTITY
 from tests.reference.fill import HERE, normal, read, relative_l2
 from tests.tiny import recorded_cascade, write_cascade
 
@@ -166,13 +168,13 @@ def test_guidance_scale_and_noise_level_matter():
 def test_the_course_walk_is_the_bare_loop(cascade):
     """As the course walks: nothing touches the estimate, which then leaves [-1, 1] and leads elsewhere; and the walk
     stops at t = 0, one step before clean."""
-    bare = cascade.draw(parts_of(cascade, "prompt 0"), [5], steps="course", i_start=25)
-    (generator,) = seeded([5])
+    parts, image = parts_of(cascade, "prompt 0"), torch.zeros(1, 3, 8, 8)
+    bare = cascade.draw(parts, [5], steps="course", image=image, i_start=25)
+    (generator,) = other_stream(seeded([5]), EDIT_SMALL)
     predict = guided(base_model(cascade.stage(1).unet), *cascade.encode("prompt 0", ""), 7.0)
-    x_t = draw_noise((1, 3, 8, 8), [generator])
-    timesteps = torch.arange(990, -1, -30)[25:]
+    x_t, timesteps = noised(image, 240, COSINE, [generator]), torch.arange(990, -1, -30)[25:]
     assert torch.equal(bare, final(denoise(predict, x_t, timesteps, COSINE, [generator], final_step=False)))
-    assert relative_l2(bare, cascade.draw(parts_of(cascade, "prompt 0"), [5], steps=timesteps)) > 1e-3
+    assert relative_l2(bare, cascade.draw(parts, [5], steps=timesteps, image=image)) > 1e-3
 
 
 def test_upsampled_and_noised_to_its_level_stage_2_reads_the_small_image(cascade):
@@ -480,7 +482,7 @@ def test_times_that_are_none_are_refused(cascade):
         cascade.draw(parts, [0], steps=torch.tensor([], dtype=torch.int64))
     with pytest.raises(ValueError, match="steps must be a count, a list like '10,10,3' or one of"):
         cascade.draw(parts, [0], steps=np.array([900, 100]))
-    with pytest.raises(ValueError, match=r"times are whole numbers, got \[2.5\]"):
+    with pytest.raises(ValueError, match=r"times are whole numbers, .*, got tensor\(\[2.5"):
         cascade.enlarge(LOW_RES, parts, [0, 1], noise_level=2.5)
 
 
@@ -489,7 +491,23 @@ def test_input_errors_of_the_door(cascade):
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.2 for these steps, got 3"):
         cascade.draw(parts, [0], steps=FEW, image=torch.zeros(1, 3, 8, 8), i_start=3)
     with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.32 for these steps, got 33"):
-        cascade.draw(parts, [0], steps="course", i_start=33)
+        cascade.draw(parts, [0], steps="course", image=torch.zeros(1, 3, 8, 8), i_start=33)
+    with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.0 without an image to start from, got 1"):
+        cascade.draw(parts, [0], steps=FEW, i_start=1)
+    for scale in (math.nan, math.inf, "7"):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number, such as 7.5, got "):
+            cascade.draw(parts, [0], steps=FEW, guidance_scale=scale)
+    for x in (torch.full((1, 3, 8, 8), 200.0), torch.full((1, 3, 8, 8), math.nan), torch.zeros(1, 3, 8, 8).byte()):
+        with pytest.raises(ValueError, match=r"an image lies in \[-1, 1\], got "):
+            cascade.draw(parts, [0], image=x, i_start=1)
+        with pytest.raises(ValueError, match=r"an image lies in \[-1, 1\], got "):
+            cascade.enlarge(x, parts, [0])
+    for width in (16, 32):  # of a text encoder of another family; of another length
+        with pytest.raises(ValueError, match="of the negative prompt .*; encode all prompts with one text encoder"):
+            cascade.draw([Part(torch.zeros(1, 77 if width == 16 else 5, width))], [0], guidance_scale=1.0)
+    for part in (("a castle",), (parts[0].prompt_embeds, "flip"), (parts[0].prompt_embeds, IDENTITY, "low")):
+        with pytest.raises(ValueError, match=r"a Part is states, a view and a component, such as Part\(\*cascade.enc"):
+            Part(*part)
     with pytest.raises(ValueError, match=r"image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
         cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"\(B, 3, 8, 8\), got \(2, 3, 8, 8\); B is 1 or the number of seeds"):

@@ -151,9 +151,9 @@ def test_an_axis_always_has_two_to_eight_round_numbers():
             assert 2 <= len(charts.value_ticks(low, low * factor)) <= 8, (low, factor)
 
 
-@pytest.mark.parametrize("row", ["2,abc", "2", "x,1"])
+@pytest.mark.parametrize("row", ["2,abc", "2", "x,1", "2,nan", "2,inf", "2,0.5,nan", "2,0.5\udcff"])
 def test_a_broken_row_is_found_in_its_file(tmp_path, row):
     path = tmp_path / "loss.csv"
-    path.write_text(f"step,loss\n1,0.5\n{row}\n")
+    path.write_bytes(f"step,loss\n1,0.5\n{row}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"loss.csv has a broken row \(.*\); take it out"):
         charts.read_rows(path)

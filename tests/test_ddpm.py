@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff import ddpm, schedule
+from minidiff import ddpm, schedule, solvers
 from minidiff.guidance import dynamic_threshold
 from tests.reference.fill import normal, read, relative_l2
 
@@ -197,6 +197,24 @@ def test_shapes_must_agree():
     t = torch.tensor([10])
     with pytest.raises(ValueError, match=r"shapes must agree, got .*, noise \(1, 3, 8, 8\)"):
         ddpm.step(COSINE, small, t, t - 1, small, None, large)
+    two, t = torch.zeros(2, 3, 4, 4), torch.tensor([10, 20])
+    with pytest.raises(ValueError, match=r"shapes must agree, got .*, pred_var \(1, 3, 4, 4\)"):
+        ddpm.step(COSINE, two, t, t - 1, two, small, two)
+    with pytest.raises(ValueError, match=r"shapes must agree, got .*, eps \(1, 3, 4, 4\)"):
+        ddpm.loss(COSINE, two, two, t, small, None)
+    with pytest.raises(ValueError, match=r"shapes must agree, got .*, noise \(1, 3, 4, 4\)"):  # one noise for both
+        solvers.ddim_step(COSINE, two, t, t - 1, two, None, small, eta=1.0)
+
+
+def test_coefficients_belong_to_images_and_not_to_columns():
+    """4 images 4 pixels wide: alpha-bars (4,) would give each column another noise, and no one would see it."""
+    x, t = torch.zeros(4, 1, 4, 4), torch.arange(4)
+    with pytest.raises(ValueError, match=r"must be \(B, 1, 1, 1\) for images \(4, 1, 4, 4\), got \(4,\); Schedule"):
+        ddpm.add_noise(x, x, COSINE.alphas_cumprod[t])
+    with pytest.raises(ValueError, match=r"for images \(1, 1, 4, 4\), got \(4, 1, 1, 1\)"):  # would be 4 images
+        ddpm.add_noise(x[:1], x[:1], COSINE.alpha_bar(t))
+    with pytest.raises(ValueError, match=r"images are floats in \[-1, 1\], got torch.uint8"):  # would be black
+        ddpm.add_noise(x.byte(), x.byte(), COSINE.alpha_bar(t))
 
 
 @pytest.mark.parametrize("process", [schedule.squaredcos_cap_v2(), schedule.linear(1000), schedule.linear(300)])

@@ -869,7 +869,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_prints_the_table_or_one_equation():
     lines = run().stdout.splitlines()
     assert lines[0].split() == ["tag", "formula", "home", "test", "chapter"] and len(lines) == len(ROWS) + 1
-    one = run("ddpm eq. 7").stdout
+    one = run("ddpm eq.7 ").stdout
     assert one.startswith("DDPM Eq. 7    minidiff/ddpm.py::posterior_mean    walkthrough, chapter ")
     for part in ("posterior_variance", "test_ddpm_eq7_posterior_mean", "0.28 / 0.64 * 0.5 = 0.21875"):
         assert part in one

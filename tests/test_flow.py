@@ -32,7 +32,7 @@ def test_fm_eq22_the_path_by_hand_and_at_its_ends():
     assert torch.equal(flow.path(x_0, x_1, torch.zeros(2)), x_0)
     assert torch.equal(flow.path(x_0, x_1, torch.ones(2)), x_1)
     assert flow.path(x_0, x_1, torch.tensor([0.0, 1.0])).flatten().tolist() == [2.0, 3.0]  # each picture its own time
-    with pytest.raises(ValueError, match=r"must agree in shape, got \(2, 1, 1, 1\) and \(1, 1, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"shapes must agree, got x_0 \(2, 1, 1, 1\), x_1 \(1, 1, 1, 1\)"):
         flow.path(x_0, x_1[:1], torch.zeros(2))
 
 
@@ -281,3 +281,9 @@ def test_bad_input_is_told():
         flow.solve(gaussian, noise(), flow.grid(2), "leapfrog")
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         flow.grid(0)
+    with pytest.raises(ValueError, match=r"times must be \(B, 1, 1, 1\) for images \(1, 1, 8, 8\), got \(2, 1, 1, 1\)"):
+        flow.path(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([0.2, 0.5]))
+    with pytest.raises(ValueError, match=r"shapes must agree, got .* velocity \(2, 8, 8\)"):  # would be (2, 2, 8, 8)
+        flow.loss(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8))
+    with pytest.raises(ValueError, match=r"times must rise from noise to data, such as grid\(100\), got 1.0 first"):
+        flow.log_likelihood(gaussian, noise(), flow.grid(2).flip(0))

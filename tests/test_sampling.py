@@ -1,5 +1,6 @@
 """The loop: against closed-form denoisers, and its promises about times, noise, records and final steps."""
 
+import math
 import re
 
 import numpy as np
@@ -161,6 +162,11 @@ def test_final_returns_the_last_x_prev_and_refuses_a_walk_without_steps():
     assert torch.equal(final(denoise(predict, x_t, respaced(4), SCHEDULE, seeded([0]))), last.x_prev)
     with pytest.raises(ValueError, match="the walk has no step: a single timestep needs the final step"):
         final(denoise(predict, x_t, torch.tensor([500]), SCHEDULE, seeded([0]), final_step=False))
+    for odd in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="the walk leads to NaN or infinity: its start, .* try --dtype float32"):
+            final(denoise(predict, odd * x_t, respaced(4), SCHEDULE, seeded([0])))
+    with pytest.raises(ValueError, match=r"timesteps must lie in -1\.\.999, got \[-5\]"):  # would be the clean image
+        noised(x_t, -5, SCHEDULE, seeded([0]))
 
 
 # --- schedules, errors, random numbers --------------------------------------------------------------------------------

@@ -146,3 +146,8 @@ def test_check_timesteps_says_what_is_wrong():
     for outside in ([1000, 5], [5, -1]):
         with pytest.raises(ValueError, match=rf"timesteps must lie in 0\.\.999, got {outside[0]} to {outside[1]}"):
             schedule.check_timesteps(torch.tensor(outside), T)
+    for wrong in ([30, 10], 27, torch.tensor([2.5])):
+        with pytest.raises(ValueError, match="timesteps are one row of whole numbers, got .*; a count of"):
+            schedule.check_timesteps(wrong, T)
+    with pytest.raises(ValueError, match=r"times are whole numbers, such as torch.tensor\(\[500\]\), got 5"):
+        schedule.linear().alpha_bar(5)

@@ -279,3 +279,9 @@ def test_inversion_and_back_misses_less_with_more_steps():
         errors.append((back - x_start).square().mean().sqrt().item())
     print(f"errors {errors}")
     assert all(b < 0.7 * a for a, b in zip(errors, errors[1:])) and errors[3] < 0.02
+
+
+def test_a_count_is_written_in_digits():
+    """"²" is a digit to str.isdigit, and no number."""
+    with pytest.raises(ValueError, match="steps must be a count, a list like .*, got '²'"):
+        solvers.times_for("dpm++", "²")

@@ -160,6 +160,16 @@ def test_a_finished_run_trains_no_further_and_shows_its_end_again(train):
     train()
     record, net, folder = train(loss=lambda *_: pytest.fail("a step was made"))
     assert record.step == 30 and math.isnan(record.loss) and equal(net.state_dict(), state(folder)["model"])
+    assert str(record) == "step 30 of 30: no new step, 0 steps/s"
+
+
+def test_a_run_does_not_go_on_beyond_its_end(train):
+    """A checkpoint at step 30 never meets the end of a plan of 20: it would train without end, at rates below 0."""
+    _, _, folder = train()
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="is at step 30 already, and the run is to end at 20; pass more --steps"):
+        train(plan=Plan(steps=20, save_every=10, lr=lambda step: 1e-2), each=lambda _: pytest.fail("a step was made"))
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_after_a_kill_at_a_record_the_record_comes_again(train):

@@ -5,6 +5,8 @@ Read `deepfloyd/unet.py` first. Next: `deepfloyd/initial.py`.
 
 import io
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,13 +36,15 @@ class CaptionedImages:
         self.device = device
         packed = folder / f"images_{size}.npy"
         if packed.is_file():
-            self.pixels = np.load(packed, mmap_mode="r")  # (N, size, size, 3)
+            self.pixels = read_pixels(packed, size)
             self.rows = read_rows(folder / "captions.json")
         else:
             files = sorted(p for p in folder.glob("*") if p.suffix.lower() in images.KNOWN)
-            files = [p for p in files if p.with_suffix(".txt").is_file()]
+            bare, files = len(files), [p for p in files if p.with_suffix(".txt").is_file()]
             if not files:
                 raise ValueError(f"{folder} holds neither {packed.name} nor images with a .txt of captions each")
+            if bare := bare - len(files):
+                warnings.warn(f"{bare} images in {folder} have no .txt of captions and are left out", stacklevel=2)
             self.rows = [{"captions": read_lines(p.with_suffix(".txt"))} for p in files]
             self.pixels = np.stack([np.asarray(images.to_pil(images.load(p, size))) for p in files])
         if len(self.pixels) != (n := len(self.rows)):
@@ -49,6 +53,9 @@ class CaptionedImages:
         self.held = [i for i, row in enumerate(self.rows) if row.get("split") == "val"]
         self.weights = torch.tensor([float(row.get("weight", 1)) for row in self.rows])
         self.weights[self.held] = 0
+        if not (0 < self.weights.sum() < math.inf and self.weights.min() >= 0):  # NaN is not, either
+            raise ValueError(f"{folder}: each weight must be a number of 0 or more, and one that is not held out above "
+                             "0")  # fmt: skip
 
     def draw(self, batch_size: int, generator: torch.Generator,
              dropout: float = CAPTION_DROPOUT) -> tuple[Tensor, list[str]]:  # fmt: skip
@@ -89,6 +96,17 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def read_pixels(path: Path, size: int) -> np.ndarray:
+    """Packed images, mapped: (N, size, size, 3) uint8. Raises ValueError naming the file."""
+    try:
+        pixels = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array of images ({error}); pack them again") from None
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
+        raise ValueError(f"{path} must hold uint8 (N, {size}, {size}, 3), got {pixels.dtype} {pixels.shape}")
+    return pixels
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of captions.json, without blank captions. Raises ValueError naming the file and the row."""
     if not path.is_file():
@@ -96,6 +114,8 @@ def read_rows(path: Path) -> list[dict]:
     shape = 'each row must be like {"captions": ["a red square"]}'
     try:
         rows = json.loads(_read_utf8(path))
+        if any(isinstance(row["captions"], str) for row in rows if "captions" in row):  # a list of letters, as it were
+            raise TypeError
         rows = [row | {"captions": [text for text in row.get("captions", ()) if text.strip()]} for row in rows]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write it again") from None
@@ -104,6 +124,8 @@ def read_rows(path: Path) -> list[dict]:
     for i, row in enumerate(rows):
         if not row["captions"]:
             raise ValueError(f"{path}: row {i} has no caption; {shape}")
+        if row.get("split", "train") not in ("train", "val"):
+            raise ValueError(f'{path}: the split of row {i} must be "train" or "val", got {row["split"]!r:.60}')
     return rows
 
 

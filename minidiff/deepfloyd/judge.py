@@ -1,6 +1,6 @@
 """Does the cascade draw what a prompt says? A small classifier answers, so that nobody must trust an eye.
 
-    python -m minidiff.deepfloyd.judge train IMAGES --out weights/judge
+    python -m minidiff.deepfloyd.judge train IMAGES --out out/judge
     python -m minidiff.deepfloyd.judge score
     python -m minidiff.deepfloyd.judge score --model weights/mini-IF-I --prompts FILE --seeds 0 1 2 --steps 50
 
@@ -155,8 +155,10 @@ def frequencies(labels: Sequence[Tensor]) -> Tensor:
 def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out.
 
-    Ctrl-C ends it without a judge; the same command goes on from out/training.
+    Ctrl-C ends it without a judge; the same command goes on from out/training.    Raises ValueError without a step.
     """
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 1, --seed lie in 0..2^32 - 1, got {steps} and {seed}")
     dataset = CaptionedImages(folder, 64)
     rows, held_out = dataset.rows, dataset.held
     for i in (i for i, row in enumerate(rows) if not {"kind", "concept", "style"} <= row.keys()):
@@ -277,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("train", help="train a judge on captioned images")
     p.add_argument("images", type=cli.file_path, metavar="IMAGES", help="a packed set of captioned images")
-    p.add_argument("--out", type=cli.file_path, default=EMBEDDED, help="folder to write (default %(default)s)")
+    p.add_argument("--out", type=cli.file_path, default=Path("out/judge"), help="folder (default %(default)s)")
     p.add_argument("--steps", type=int, default=2500, help=f"batches of {BATCH} (default %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p = commands.add_parser("score", help="judge what a cascade draws")

@@ -1,8 +1,8 @@
 """Train a stage of the cascade on captioned images, on one device or several.
 
-    python -m minidiff.deepfloyd.train 1 IMAGES --out weights/mini-IF-I
-    python -m minidiff.deepfloyd.train 2 IMAGES --out weights/mini-IF-II --text-encoder weights/mini-IF-I
-    torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 IMAGES --out weights/mini-IF-I
+    python -m minidiff.deepfloyd.train 1 IMAGES --out out/IF-I
+    python -m minidiff.deepfloyd.train 2 IMAGES --out out/IF-II --text-encoder out/IF-I
+    torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 IMAGES --out out/IF-I
 
 Stage 1 learns the text encoder and the 64x64 UNet together. Stage 2 learns from crops: 64x64 out of the 256x256 image,
 beside the same crop of its noised small version, with the text encoder of stage 1 frozen. --out gets the layout of the
@@ -22,6 +22,7 @@ Progressive Distillation Sec. 4 (loss weight SNR + 1).
 import argparse
 import contextlib
 import functools
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -317,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag in ("steps", "batch_size", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if not (0 <= args.lr < math.inf and 0 <= args.seed < 2**32):
+        parser.error(f"--lr must be 0 or more, --seed lie in 0..2^32 - 1, got {args.lr} and {args.seed}")
     if args.stage == 2 and args.text_encoder is None:
         parser.error("stage 2 reads prompts through a trained text encoder: --text-encoder weights/mini-IF-I")
     with training.processes("cuda" if torch.cuda.is_available() else "cpu") as device:

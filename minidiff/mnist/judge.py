@@ -85,7 +85,14 @@ def loss(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of these images, clamped to [0, 1], (N, 64) float64, and the verdicts, (N,)."""
+    """The features of these images, clamped to [0, 1], (N, 64) float64, and the verdicts, (N,).
+
+    Raises ValueError unless they are (N, 1, 28, 28), N at least 1, of finite float32: NaN would count as the digit 0.
+    """
+    if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or not len(images):
+        raise ValueError(f"digits must be (N, 1, 28, 28) of float32, got {tuple(images.shape)} of {images.dtype}")
+    if not images.isfinite().all():
+        raise ValueError("the digits hold NaN or infinity, which no judge can read; draw them with less guidance")
     judge.eval()
     features = torch.cat([judge.features(x.clamp(0, 1)) for x in images.split(500)])
     return features.cpu().double(), judge.head(features).argmax(1).cpu()
@@ -219,8 +226,10 @@ def score(path: Path, folder: Path) -> None:
     try:
         with safe_open(path, "pt") as f:
             tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()["dataset"]
-        images, labels, seed = tensors["images"], tensors.get("labels"), tensors["seed"].item()
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        images, labels, seed = tensors["images"], tensors.get("labels"), int(tensors["seed"])
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images, but labels {tuple(labels.shape)}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no samples ({error}); write it with sample --tensors") from error
     print("\n".join(report(load(folder), images, labels, seed, dataset)))
 

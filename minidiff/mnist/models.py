@@ -54,11 +54,12 @@ def write(
     checkpoint.write_json(folder / "config.json", dict(config))
 
 
-def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     """The config, and the tensors as float32.
 
     Raises ValueError if there is no network of one of the kinds, or its files are broken.
     """
+    folder = Path(folder)
     how = f"train one with `python -m minidiff.mnist.{MAKERS[kinds[0]]} --out FOLDER`, which writes it epoch by epoch"
     if not (folder / "config.json").is_file():
         raise ValueError(f"no trained {' or '.join(kinds)} in {folder}; {how}")
@@ -72,10 +73,10 @@ def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 
-def load(folder: Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
+def load(folder: str | Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
     """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if config and file misfit."""
     config, tensors = read(folder, *kinds)
-    with checkpoint.blaming(folder):
+    with checkpoint.blaming(Path(folder)):
         unet = UNet(UNetConfig(**config["unet"]))
         unet.load_state_dict(tensors)
     if device.type == "cpu":
@@ -139,6 +140,8 @@ def walk(
     answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-clip"
     clips each estimate to [0, 1], and dormand-prince chooses its own steps.
     """
+    if not generators:
+        raise ValueError("there is no image to draw; pass --num-images 1 or more")
     x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
     if sampler in SAMPLERS["ddpm"]:
         yield x
@@ -161,10 +164,8 @@ def draw(
 
     answer_of(part) -> the answer for this part of the seeds, `at_once` of them.    Raises ValueError if there are none.
     """
-    if not seeds:
-        raise ValueError("there is no image to draw; pass --num-images 1 or more")
     ends, n = [], at_once(device)
-    for part in (slice(i, i + n) for i in range(0, len(seeds), n)):
+    for part in (slice(i, i + n) for i in range(0, max(len(seeds), 1), n)):
         states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)
         ends.append(last(tqdm(states, f"digits from {part.start} on", leave=False)))
     return torch.cat(ends).clamp(0, 1)

@@ -136,6 +136,9 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
     images.check_output(args.out)
+    if args.tensors and args.out.suffix.lower() == ".gif":
+        raise ValueError("a GIF shows a walk and writes no samples; pass --out digits.png to go with --tensors")
+    images.check_output(*[args.tensors] * bool(args.tensors), known=(".safetensors",))
     device = device_of(args.device)
     rows, labels = rows_of(args, device), torch.tensor(args.digits).repeat(args.num_images)
     seeds = range(args.seed, args.seed + len(labels))

@@ -15,6 +15,7 @@ Read `training.py` and `mnist/models.py` first. Next: `mnist/judge.py`, the smal
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
 
     With --figures, preset and data set become those of the network in its folder.
     Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, on --keep-epochs
-    that the plan has not, or if --out cannot be written.
+    that the plan has not, on rates and seeds that no run can have, or if --out cannot be written.
     """
     config = models.read(args.figures, kind)[0] if args.figures else {}
     args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
@@ -111,6 +112,11 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     images.check_output(args.out / "figure.png")
     changes = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
     args.plan = replace(QUICK if args.quick else presets[args.preset].plan, **changes)
+    if not (0 <= args.plan.lr < math.inf and 0 < args.plan.lr_decay <= 1 and 0 <= args.ema < 1):
+        raise ValueError("need a --lr of 0 or more, a --lr-decay above 0 and up to 1, and an --ema from 0 to below 1, "
+                         f"got {args.plan.lr}, {args.plan.lr_decay} and {args.ema}")  # fmt: skip
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must lie in 0..2^32 - 1, got {args.seed}")
     if wrong := [str(epoch) for epoch in args.keep_epochs if not 1 <= epoch <= args.plan.epochs]:
         raise ValueError(
             f"--keep-epochs takes epochs from 1 to {args.plan.epochs}, the last one; got {', '.join(wrong)}"
@@ -214,8 +220,6 @@ def check(args: argparse.Namespace, config: Mapping[str, object], count: int) ->
     settings |= {"ema": args.ema, "seed": args.seed}
     settings.pop("teacher", None)
     before = training.previous(args.out / "training", settings)
-    if before is None and (args.out / "config.json").is_file():
-        raise ValueError(f"{args.out} holds a trained network, which this would replace; pass another --out")
     return settings, before["step"] if before else 0
 
 

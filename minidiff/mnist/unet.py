@@ -37,6 +37,10 @@ class UNetConfig:
     num_classes: int = 0
     modulate: str = "add"
 
+    def __post_init__(self) -> None:
+        if self.modulate not in ("add", "mul") or self.num_classes and not self.time:
+            raise ValueError(f'modulate must be "add" or "mul", and a network with classes needs time=True, got {self}')
+
 
 class Conv(nn.Sequential):
     """(B, C, H, W) -> (B, O, H, W)"""
@@ -127,7 +131,10 @@ class UNet(nn.Module):
         """x: (B, 1, 28, 28).  time: (B,) float in [0, 1].  c: (B, num_classes), one-hot, or zeros for no class.
 
         Each where the config has it, and only there. Returns (B, 1, 28, 28).
+        Raises ValueError on an input that the config has not, or without one that it has.
         """
+        if (time is not None, c is not None) != (self.config.time, self.config.num_classes > 0):
+            raise ValueError(f"give a time and a class c where the config has them, and only there: {self.config}")
         skip28 = self.in_block(x)  # (B, D, 28, 28)
         skip14 = self.down1(skip28)  # (B, D, 14, 14)
         skip7 = self.down2(skip14)  # (B, 2D, 7, 7)

@@ -415,6 +415,11 @@ def test_captions_in_another_encoding_are_named_with_their_file(captioned, encod
     [(None, r"there is no .*captions\.json"), ("[", r"captions\.json is not valid JSON"),
      ("[{}]", "row 0 has no caption"), ("[3]", "other things than rows"),
      ('[{"captions": ["a"]}, {"captions": [""]}]', "row 1 has no caption"),
+     ('[{"captions": "a dog"}]', "holds other things than rows of captions"),  # letters
+     ('[{"captions": ["a"], "split": "Val"}]', 'the split of row 0 must be "train" or "val", got \'Val\''),
+     ('[{"captions": ["a"], "split": "val"}]', "one that is not held out above 0"),
+     ('[{"captions": ["a"], "weight": -1}]', "each weight must be a number of 0 or more"),
+     ('[{"captions": ["a"], "weight": NaN}]', "each weight must be a number of 0 or more"),
      ('[{"captions": ["a"]}, {"captions": ["b"]}]', "1 images, but captions of 2")],
 )  # fmt: skip
 def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):
@@ -425,12 +430,42 @@ def test_wrong_captions_of_packed_images_are_named(tmp_path, text, message):
         CaptionedImages(tmp_path, 64)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [(np.zeros((1, 64, 64, 3)), "must hold .* got fl"), (np.zeros((1, 3, 64, 64), np.uint8), "must hold .* got uint8"),
+     (np.zeros((1, 32, 32, 3), np.uint8), "must hold .* got uint8"), (b"", "is no array"), (b"no", "is no array")],
+)  # fmt: skip
+def test_packed_images_of_another_kind_are_named(tmp_path, pixels, message):
+    """Of floats, of channels first and of another size training would have learned something else."""
+    path = tmp_path / "images_64.npy"
+    path.write_bytes(pixels) if isinstance(pixels, bytes) else np.save(path, pixels)
+    (tmp_path / "captions.json").write_text('[{"captions": ["a"]}]')
+    with pytest.raises(ValueError, match=f"images_64.npy {message}"):
+        CaptionedImages(tmp_path, 64)
+
+
+def test_images_without_captions_are_counted(captioned):
+    (captioned / "red.txt").unlink()
+    with pytest.warns(UserWarning, match="1 images in .* have no .txt of captions and are left out"):
+        assert len(CaptionedImages(captioned, 64).captions) == 1
+
+
+def test_a_new_run_does_not_replace_a_model(tmp_path, captioned, capsys):
+    """Such as the embedded one: without its checkpoint it would be overwritten after the first steps."""
+    (tmp_path / "one" / "unet").mkdir(parents=True)
+    (tmp_path / "one" / "unet" / "config.json").write_text("{}")
+    assert "one holds a trained network, which this would replace" in fails(capsys, 1, captioned, tmp_path / "one", 4)
+    assert [p.name for p in (tmp_path / "one").rglob("*")] == ["unet", "config.json"]
+
+
 def test_bad_input_is_told(tmp_path, captioned, capsys):
     (tmp_path / "empty").mkdir()
     said = fails(capsys, 1, tmp_path / "empty", tmp_path / "one", 4)
     assert "holds neither images_64.npy nor images with a .txt of captions" in said
     for flag in ("--save-every", "--batch-size"):
         assert f"{flag} must be at least 1, got 0" in fails(capsys, 1, captioned, tmp_path / "one", 4, flag, "0")
+    for flag, value in (("--lr", "nan"), ("--lr", "-1"), ("--seed", "-1"), ("--seed", str(2**70))):
+        assert "--lr must be 0 or more, --seed lie in" in fails(capsys, 1, captioned, tmp_path / "one", 4, flag, value)
     (captioned / "red.txt").write_text("")
     said = fails(capsys, 1, captioned, tmp_path / "one", 4)
     assert "red.txt is empty; write one caption or prompt on each line" in said

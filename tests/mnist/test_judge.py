@@ -193,6 +193,16 @@ def test_bad_input_is_named(tmp_path, trained, capsys):
     for wrong, metadata in (({"other": torch.zeros(1)}, {"dataset": "mnist"}), (one, None)):
         save_file(wrong, file, metadata)
         assert "write it with sample --tensors" in fails(capsys, judge.main, "score", file)
+    images = torch.rand(3, 1, 28, 28)
+    for wrong, message in (
+        ({"images": images[:0]}, "digits must be (N, 1, 28, 28) of float32, got (0, 1, 28, 28)"),
+        ({"images": images[:, 0]}, "of float32, got (3, 28, 28)"), ({"images": torch.rand(3, 1, 32, 32)}, "32, 32)"),
+        ({"images": images.half()}, "of torch.float16"), ({"images": images * math.nan}, "the digits hold NaN or inf"),
+        ({"images": images, "labels": torch.tensor([3])}, "holds no samples (3 images, but labels (1,)"),
+        ({"images": images, "seed": torch.tensor([0, 1])}, "holds no samples"),
+    ):  # fmt: skip
+        save_file(one | wrong, file, {"dataset": "mnist"})
+        assert message in fails(capsys, judge.main, "score", file)
     save_file(one, file, {"dataset": "fashion"})
     assert "no trained judge in" in fails(capsys, judge.main, "score", file, "--judge", tmp_path)
 

@@ -38,13 +38,18 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
         (["--kind", "flow", "--sampler", "ddim"], "--sampler ddim is for another kind of network; of flow: euler, mid"),
         (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--num-images", "0"], "there is no image to draw; pass --num-images 1 or more"),
+        (["--num-images", "0", "--out", "OUT/s.gif"], "there is no image to draw; pass --num-images 1 or more"),
+        (["--tensors", "OUT/s.png"], "s.png must end in one of .safetensors"),
+        (["--tensors", "OUT"], "is a folder; pass a file name"),
+        (["--tensors", "OUT/t.safetensors", "--out", "OUT/s.gif"], "a GIF shows a walk and writes no samples; pass"),
+        (["--guidance-scale", "1e38", "--quick"], "the digits hold NaN or infinity"),
         (["--steps", "0"], "cannot take 0 steps out of 300; choose 1 to 300"),
         (["--judge", "nowhere", "--quick"], "no trained judge in nowhere"),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        sample.main(["--out", str(tmp_path / "s.png"), *flags])
+        sample.main(["--out", str(tmp_path / "s.png"), *(flag.replace("OUT", str(tmp_path)) for flag in flags)])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -132,7 +132,7 @@ def test_reflow_names_its_two_networks_and_keeps_a_tenth_for_the_test(teacher, f
     flags = ["--preset", "reflow", "--pairs", "200", "--teacher"]
     for place in (teacher, tmp_path / "moved"):
         run(train_flow, tmp_path / "q", folder, *flags, str(place))
-    assert "step 11 of 11: loss nan" in capsys.readouterr().out  # nothing was left to train
+    assert "step 11 of 11: no new step" in capsys.readouterr().out  # nothing was left to train
     ends = ["guidance.png", "reflow.png", "sampling.gif", "solvers.png"]
     for how in ("trained", "figures"):
         flags_of = figures_of.pop("reflow.png")
@@ -304,6 +304,16 @@ def test_an_unusable_folder_is_named_before_the_work(module, folder, tmp_path, c
 def test_plans_that_no_run_can_have_are_refused(flags, folder, tmp_path, capsys):
     message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "x", *flags)
     assert "need 1 epoch or more, and batches of 1 to 400 digits, got " in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("lr", "nan"), ("lr", -1), ("lr-decay", -0.5), ("lr-decay", 0), ("ema", 1), ("ema", -1),
+                        ("seed", -1), ("seed", 2**32)],
+)  # fmt: skip
+def test_rates_and_seeds_that_no_run_can_have_are_refused(flag, value, folder, tmp_path, capsys):
+    """An average of decay -1 or 2 is a network that nobody trained; a negative factor gives complex rates."""
+    message = fails(capsys, train_flow.main, "--quick", "--data", folder, "--out", tmp_path / "x", f"--{flag}", value)
+    assert f"--{flag}" in message and "got" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize(("epochs", "wrong"), [([1, 0], "got 0"), ([-1, 2, 4], "got -1, 4")])

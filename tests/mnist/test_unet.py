@@ -137,3 +137,14 @@ def test_both_places_listen_to_time_and_class():
         told = c if kind is CLASS else None
         other = (x, time, c.roll(1, 1)) if alone.endswith("c") else (x, time / 2, told)
         assert (unet(*other) - unet(x, time, told)).abs().max() > 1e-9, alone
+
+
+def test_inputs_that_the_config_has_not_are_refused():
+    """A network with classes that gets none would add the time alone, which it never did in training."""
+    x, time, c = torch.zeros(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, 10)
+    for config, inputs in (({}, (x, time)), (TIME, (x,)), (TIME, (x, time, c)), (CLASS, (x, time)), (CLASS, (x,))):
+        with pytest.raises(ValueError, match="give a time and a class c where the config has them, and only there"):
+            small(**config)(*inputs)
+    for config in ({"modulate": "plus"}, {"num_classes": 10}):
+        with pytest.raises(ValueError, match='modulate must be "add" or "mul", and a network with classes needs time'):
+            UNetConfig(4, **config)
