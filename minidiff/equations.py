@@ -27,7 +27,7 @@ KEYS = (
     "Attention Is All You Need", "CLIP", "DDIM", "DDPM", "DPM-Solver++", "Dormand-Prince", "FFJORD", "FM",
     "Factorized Diffusion", "FiLM", "Frechet distance", "GEGLU", "GLIDE", "Imagen", "Min-SNR", "Neural ODE",
     "Progressive Distillation", "RePaint", "Rectified Flow", "SDEdit", "T5", "Visual Anagrams", "Wilson interval",
-    "iDDPM",
+    "iDDPM", "simple diffusion",
 )  # fmt: skip
 TAG = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, KEYS))})(?: (?:Eq|Sec|Alg)\. \d+(?:\.\d+)*|(?!\w))")
 LONGEST = 120  # characters of a formula in the table

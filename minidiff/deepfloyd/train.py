@@ -16,7 +16,7 @@ packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions
 that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
 Read `training.py`, `deepfloyd/dataset.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
-Progressive Distillation Sec. 4 (loss weight SNR + 1).
+Progressive Distillation Sec. 4 (loss weight SNR + 1); simple diffusion Sec. 3.2 (errors of areas).
 """
 
 import argparse
@@ -61,7 +61,8 @@ CROP = 64
 EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
 MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
-OFFSET_NOISE = 0.1
+OFFSET_NOISE, OFFSETS = 0.1, (1, 4)  # of stage 2: its size, and how many patches a side it has
+COARSE, COARSE_WEIGHT = (16, 64), 4.0  # of stage 2: sides of areas, and what the mean error of an area counts
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
 COLUMNS = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
@@ -99,7 +100,8 @@ class Trainee(nn.Module):
         # weighted by 1 / alpha_bar (a v-prediction's loss), cut at MAX_WEIGHT.
         weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).flatten().float().to(x_start.device)
         bound_weight = variance_weight(self.schedule, t).to(x_start.device)
-        return ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight, bound_weight)
+        value = ddpm.loss(self.schedule, x_start, noise, t, eps, pred_var, weight, bound_weight)
+        return value if self.stage == 1 else value + weight * coarse_loss(noise - eps)
 
     def crop(self, x_start: Tensor, random: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, 256, 256) -> the crop to learn, the same crop of the noised small image, and its noise level."""
@@ -110,6 +112,18 @@ class Trainee(nn.Module):
         corners = zip(random["top"].tolist(), random["left"].tolist())
         both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
         return both[:, :3], both[:, 3:], random["level"].to(both.device)
+
+
+def coarse_loss(error: Tensor) -> Tensor:
+    """What the errors of whole areas cost on top of the loss, (B,). error: noise - eps, (B, 3, CROP, CROP).
+
+        L_coarse = COARSE_WEIGHT * sum over s in COARSE of mean |D_s(error)|^2,    D_s: the mean of each s x s area
+
+    In a mean over pixels the wrong color of an area costs no more than fine grain as strong. But later steps take grain
+    away, and keep the color: the network reads it off x_t. This does not move the lowest point of the loss.
+    Source: simple diffusion Sec. 3.2.
+    """
+    return COARSE_WEIGHT * sum(F.avg_pool2d(error, side).square().mean((1, 2, 3)) for side in COARSE)
 
 
 def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
@@ -150,10 +164,11 @@ def random_numbers(
     Where an image is nearly clean there is less left to learn, yet every walk ends there, and noise that is left there
     stays in the image. Drawing by a weight is the same in the mean as multiplying the loss by it.
 
-    Stage 2 gets offset noise, OFFSET_NOISE of one more number for each colour of an image. Without it the network reads
-    the mean colour off x_t, where it is clear at t = 946 already. But a walk begins at t = 999 with an estimate that
-    is a guess, and would keep the colour of that guess. With it the network reads the colour off the small image.
-    Source: Min-SNR Sec. 3.4; Guttenberg, Diffusion with Offset Noise (2023).
+    Stage 2 gets offset noise: OFFSET_NOISE of one more number for each color of a crop, and of 4 x 4 more, spread
+    bilinearly. Without it the network reads the mean color off x_t, where it is clear at t = 946 already. But a walk
+    begins at t = 999 with an estimate that is a guess, and would keep the colors of that guess. With it the network
+    reads them off the small image.
+    Source: Min-SNR Sec. 3.4; Guttenberg, Diffusion with Offset Noise (2023); Whitaker, Multi-Resolution Noise (2023).
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)
@@ -172,7 +187,8 @@ def random_numbers(
         random |= {"level": below(schedule.num_train_timesteps)}
         random |= {"top": below(size - CROP + 1), "left": below(size - CROP + 1)}
         random["low_noise"] = normal(size)
-        random["noise"] += OFFSET_NOISE * normal(1)
+        for patches in OFFSETS:
+            random["noise"] += OFFSET_NOISE * stages.upsample(normal(patches), (side, side))
     return random
 
 

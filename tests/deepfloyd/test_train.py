@@ -127,12 +127,12 @@ def test_a_stopped_run_resumes_exactly(captioned, tmp_path, monkeypatch, capsys)
 
 
 def test_regression_the_losses_of_the_first_steps(captioned, tmp_path, monkeypatch):
-    """Of both stages, as the trainer wrote them when the bound got a weight and the noise of stage 2 an offset."""
+    """Of both stages, as the trainer wrote them when stage 2 got its losses of areas and its offsets."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     run(1, captioned, tmp_path / "one", 4, "--dtype", "float32")
     run(2, captioned, tmp_path / "two", 4, "--dtype", "float32", "--text-encoder", str(tmp_path / "one"))
     rows = [loss for folder in ("one", "two") for _, loss in losses(tmp_path / folder)]
-    expected = [1.069178, 1.516538, 0.853689, 0.527631, 1.110021, 1.507771, 0.890530, 0.539407]
+    expected = [1.069178, 1.516538, 0.853689, 0.527631, 7.908267, 8.640664, 7.249736, 3.907948]
     assert rows == pytest.approx(expected, rel=1e-4)
 
 
@@ -227,12 +227,15 @@ T.run(1, r"{captioned}", T.Path(r"{tmp_path / "one"}"), 4)
 
 
 def test_stage_2_gets_offset_noise_and_stage_1_plain_noise():
-    """The mean of 64 x 64 plain numbers has the deviation 1 / 64 = 0.0156; with 0.1 of one more number,
-    sqrt(0.1^2 + 0.0156^2) = 0.1012. 600 means, to 5 standard errors of 3 %."""
-    for stage, size, deviation in ((1, 64, 0.0156), (2, 256, 0.1012)):
+    """The mean of 64 x 64 plain numbers has the deviation 1 / 64 = 0.0156; with 0.1 of one more number and 0.1 of 4 x 4
+    more, whose bilinear mean has about 0.1 (2 (1 / 6)^2 + 2 (1 / 3)^2) = 0.0278, sqrt(0.1^2 + 0.0278^2 +
+    0.0156^2) = 0.1049. In a corner a number of the 4 x 4 stands alone: the mean of its 4 x 4 pixels has
+    sqrt(0.1^2 + 0.087^2 + 0.25^2) = 0.283. 600 means, to 5 standard errors of 3 %."""
+    for stage, size, deviation, corner in ((1, 64, 0.0156, 0.25), (2, 256, 0.1049, 0.283)):
         random = train.random_numbers(stage, 200, size, squaredcos_cap_v2(), torch.Generator().manual_seed(0))
         means = random["noise"].mean((2, 3))
         assert means.std().item() == pytest.approx(deviation, rel=0.15)
+        assert random["noise"][:, :, :4, :4].mean((2, 3)).std().item() == pytest.approx(corner, rel=0.15)
         assert (random["noise"] - means[..., None, None]).std().item() == pytest.approx(1, rel=0.01)
 
 
@@ -296,8 +299,8 @@ def test_held_out_rows_are_never_drawn(tmp_path):
 @pytest.mark.parametrize(("rows", "expected"), [(3, [0, 1, 2]), (300, [i * 300 // 128 for i in range(128)])])
 def test_held_out_images_are_spread_over_all_that_are_held_out(tmp_path, rows, expected):
     """All of them where there are fewer than 128, in their order: once each."""
-    np.save(tmp_path / "images_64.npy", np.zeros((rows, 64, 64, 3), np.uint8))
-    captions = [{"captions": [str(i)], "split": "val"} for i in range(rows)]
+    np.save(tmp_path / "images_64.npy", np.zeros((rows + 1, 64, 64, 3), np.uint8))
+    captions = [*({"captions": [str(i)], "split": "val"} for i in range(rows)), {"captions": ["to train on"]}]
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     assert CaptionedImages(tmp_path, 64).held_out()[1] == [str(i) for i in expected]
 
