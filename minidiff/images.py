@@ -94,7 +94,7 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def in_range(x: Tensor) -> Tensor:
-    """The same image. It may leave [-1, 1], as a walk without thresholding does. Raises ValueError on 0..255 and NaN."""
+    """The same image; a walk without thresholding may lead it beyond [-1, 1]. Raises ValueError on 0..255 and NaN."""
     if x.dtype == torch.uint8 or x.isnan().any() or x.min() >= 0 and x.max() > 10:
         what = "bytes, which lie in 0..255" if x.dtype == torch.uint8 else f"values from {x.min():g} to {x.max():g}"
         raise ValueError(f"an image lies in [-1, 1], got {what}; pass x / 127.5 - 1")

@@ -21,7 +21,7 @@ from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with the empty prompt, for classifier-free guidance
-PHOTO = 2.5  # how many times as often a landscape has another text than its caption: "", or one of NEUTRAL
+PHOTO = {"full": 0.18, None: 0.04}  # how often an image is called one of NEUTRAL: a landscape, one of no kind
 CPU = torch.device("cpu")
 HELD_OUT = 128  # images on which the error is measured
 
@@ -65,12 +65,12 @@ class CaptionedImages:
         return self.take(picks), [self._text(i, *numbers, dropout) for i, numbers in zip(picks, choice)]
 
     def _text(self, i: int, which: float, drop: float, neutral: float, dropout: float) -> str:
-        """A caption of image i, or the empty prompt. "A high quality photo" is the name of what comes nearest to one:
-        of landscapes, and of any image of a set that does not name kinds. Numbers in [0, 1) choose."""
-        is_photo = self.rows[i].get("kind", "full") == "full"
-        if drop < dropout * (PHOTO if is_photo else 1):
-            return _pick(["", *NEUTRAL], neutral) if is_photo else ""
-        return _pick(self.captions[i], which)
+        """A caption of image i, the empty prompt, or "a high quality photo", the name of what comes nearest to one:
+        of landscapes, and of any image of a set without kinds. which, drop and neutral, in [0, 1), choose."""
+        if drop < dropout:
+            return ""
+        is_photo = dropout and drop < dropout + PHOTO.get(self.rows[i].get("kind"), 0)
+        return _pick(NEUTRAL, neutral) if is_photo else _pick(self.captions[i], which)
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
