@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 -m minidiff.deepfloyd.train 1 IMAGES --out out/IF-I
 
 Stage 1 learns the text encoder and the 64x64 UNet together. Stage 2 learns from crops: 64x64 out of the 256x256 image,
-beside the same crop of its noised small version, with the text encoder of stage 1 frozen. --out gets the layout of the
+beside the same crop of its noised small version, with the text encoder of stage 1 frozen. It must end with whole images
+(--size 256): its norms take their means over all that they see, and it draws whole images. --out gets the layout of the
 released repositories and loads like them; it holds the averaged weights (EMA).
 
 IMAGES is a folder with either image files, each beside a .txt of the same name with one caption a line (UTF-8), or
@@ -57,12 +58,12 @@ MINI_2 = UNetConfig(
     time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
     resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
 )  # fmt: skip
-CROP = 64
+SIZES, LARGE = {1: (32, 64), 2: (64, 256)}, 256  # pixels a side to train each stage on; LARGE: a whole image
 EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
 MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
-OFFSET_NOISE, OFFSETS = 0.1, (1, 4)  # of stage 2: its size, and how many patches a side it has
-COARSE, COARSE_WEIGHT = (16, 64), 4.0  # of stage 2: sides of areas, and what the mean error of an area counts
+OFFSET_NOISE = 0.1
+COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
 COLUMNS = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
@@ -110,20 +111,21 @@ class Trainee(nn.Module):
         low_res = ddpm.add_noise(low_res, random["low_noise"], alpha_bar)
         both = torch.cat([x_start, low_res], dim=1)
         corners = zip(random["top"].tolist(), random["left"].tolist())
-        both = torch.stack([x[:, y : y + CROP, z : z + CROP] for x, (y, z) in zip(both, corners)])
+        side = random["noise"].shape[-1]
+        both = torch.stack([x[:, y : y + side, z : z + side] for x, (y, z) in zip(both, corners)])
         return both[:, :3], both[:, 3:], random["level"].to(both.device)
 
 
 def coarse_loss(error: Tensor) -> Tensor:
-    """What the errors of whole areas cost on top of the loss, (B,). error: noise - eps, (B, 3, CROP, CROP).
+    """What the errors of whole areas cost on top of the loss, (B,). error: noise - eps, (B, 3, H, W).
 
-        L_coarse = COARSE_WEIGHT * sum over s in COARSE of mean |D_s(error)|^2,    D_s: the mean of each s x s area
+        L_coarse = sum over s in COARSE of mean |D_s(error)|^2,    D_s: the mean of each s x s area
 
     In a mean over pixels the wrong color of an area costs no more than fine grain as strong. But later steps take grain
     away, and keep the color: the network reads it off x_t. This does not move the lowest point of the loss.
     Source: simple diffusion Sec. 3.2.
     """
-    return COARSE_WEIGHT * sum(F.avg_pool2d(error, side).square().mean((1, 2, 3)) for side in COARSE)
+    return sum(F.avg_pool2d(error, side).square().mean((1, 2, 3)) for side in COARSE)
 
 
 def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
@@ -158,22 +160,21 @@ def random_numbers(
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Every random choice of one step except the images: the noise on the device, single numbers on the CPU.
+    size: pixels a side of what is learned, for stage 2 of the crop.
 
         P(t) ~ max(MIN_SHARE, min(1, MIN_SNR_GAMMA / SNR_t)),    SNR_t = alpha_bar_t / (1 - alpha_bar_t)
 
     Where an image is nearly clean there is less left to learn, yet every walk ends there, and noise that is left there
     stays in the image. Drawing by a weight is the same in the mean as multiplying the loss by it.
 
-    Stage 2 gets offset noise: OFFSET_NOISE of one more number for each color of a crop, and of 4 x 4 more, spread
-    bilinearly. Without it the network reads the mean color off x_t, where it is clear at t = 946 already. But a walk
-    begins at t = 999 with an estimate that is a guess, and would keep the colors of that guess. With it the network
-    reads them off the small image.
-    Source: Min-SNR Sec. 3.4; Guttenberg, Diffusion with Offset Noise (2023); Whitaker, Multi-Resolution Noise (2023).
+    Stage 2 gets offset noise, OFFSET_NOISE of one more number for each color of an image. Without it the network reads
+    the mean color off x_t, where it is clear at t = 946 already. But a walk begins at t = 999 with an estimate that is
+    a guess, and would keep the color of that guess. With it the network reads the color off the small image.
+    Source: Min-SNR Sec. 3.4; Guttenberg, Diffusion with Offset Noise (2023).
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     share = (MIN_SNR_GAMMA / snr).clamp(min=MIN_SHARE, max=1)
     t = torch.multinomial(share, batch_size, replacement=True, generator=generator)
-    side = size if stage == 1 else CROP
     there = generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
     def below(high: int) -> Tensor:
@@ -182,13 +183,12 @@ def random_numbers(
     def normal(side: int) -> Tensor:
         return torch.randn(batch_size, 3, side, side, generator=there, device=device)
 
-    random = {"t": t, "noise": normal(side)}
+    random = {"t": t, "noise": normal(size)}
     if stage == 2:
         random |= {"level": below(schedule.num_train_timesteps)}
-        random |= {"top": below(size - CROP + 1), "left": below(size - CROP + 1)}
-        random["low_noise"] = normal(size)
-        for patches in OFFSETS:
-            random["noise"] += OFFSET_NOISE * stages.upsample(normal(patches), (side, side))
+        random |= {"top": below(LARGE - size + 1), "left": below(LARGE - size + 1)}
+        random["low_noise"] = normal(LARGE)
+        random["noise"] += OFFSET_NOISE * normal(1)
     return random
 
 
@@ -274,7 +274,7 @@ def first_weights(
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """To --steps; weights, samples and the held-out error after every checkpoint."""
-    dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else 256, device), args.out / "training"
+    dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else LARGE, device), args.out / "training"
     settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size")}
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, dataset)
@@ -293,7 +293,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1024 + training.rank())
         x_start, texts = dataset.draw(args.batch_size // training.world(), generator)
         x_start = pooled(x_start)
-        random = random_numbers(args.stage, len(x_start), x_start.shape[-1], model.schedule, generator, device)
+        random = random_numbers(args.stage, len(x_start), args.size, model.schedule, generator, device)
         ids, mask = (torch.cat(x).to(device) for x in zip(*map(tokens, texts)))
         return x_start, ids, mask, random
 
@@ -327,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="over all processes (default %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default %(default)s)")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
-    parser.add_argument("--size", type=int, default=64, choices=(32, 64), help="stage 1: pixels a side; begin with 32")
+    parser.add_argument("--size", type=int, default=64,
+                        help="pixels a side: 32, then 64 (default); of the crops of stage 2: 64, then 256")
     parser.add_argument("--dtype", choices=training.DTYPES, default="auto", help="auto: bfloat16 where it is fast")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -336,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     if not (0 <= args.lr < math.inf and 0 <= args.seed < 2**32):
         parser.error(f"--lr must be 0 or more, --seed lie in 0..2^32 - 1, got {args.lr} and {args.seed}")
+    if args.size not in SIZES[args.stage]:
+        parser.error(f"--size of stage {args.stage} is one of {SIZES[args.stage]}, got {args.size}")
     if args.stage == 2 and args.text_encoder is None:
         parser.error("stage 2 reads prompts through a trained text encoder: --text-encoder weights/mini-IF-I")
     with training.processes("cuda" if torch.cuda.is_available() else "cpu") as device:
