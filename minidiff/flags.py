@@ -18,7 +18,7 @@ from minidiff.cli import file_path, finite
 from minidiff.sampling import Step
 
 QUICK_STEPS = 4
-NEUTRAL = "a high quality photo"  # what to say of any image, in the course and in the training of mini
+NEUTRAL = "a high quality photo"  # what the course says of any image; mini draws a landscape
 
 
 def seed_number(text: str) -> int:
