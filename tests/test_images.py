@@ -848,8 +848,10 @@ def test_check_output_looks_at_every_file_of_save_images(tmp_path):
 
 
 def test_numbers_that_are_no_image_are_refused_where_they_come_in():
-    """Values in 0..255 would be clamped to white. A noisy image reaches about 5, and stays one."""
-    for wrong in (torch.full((3, 4, 4), 200.0), torch.full((3, 4, 4), -11.0), torch.full((3, 4, 4), torch.nan)):
+    """Values in 0..255 would be clamped to white. A noisy image reaches about 5, and stays one; so does what a walk
+    without thresholding leads to, far beyond on both sides."""
+    for wrong in (torch.full((3, 4, 4), 200.0), torch.full((3, 4, 4), torch.nan)):
         with pytest.raises(ValueError, match=r"an image lies in \[-1, 1\], got values from .*; pass x"):
             images.load(wrong)
     assert images.load(torch.full((3, 4, 4), 5.0)).unique().tolist() == [1.0]
+    assert images.load(torch.tensor([-112.0, 113.0]).expand(3, 4, 2)).unique().tolist() == [-1.0, 1.0]
