@@ -38,12 +38,9 @@ class Part:
 
 
 def factorized(
-    model: Model,
-    parts: Sequence[Part],
-    negative_prompt_embeds: Tensor,
-    guidance_scale: float,
+    model: Model, parts: Sequence[Part], negative_prompt_embeds: Tensor, guidance_scale: float,
     split_batch: bool = False,
-) -> Prediction:
+) -> Prediction:  # fmt: skip
     """The prediction of several parts together.
 
         eps = sum_k C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )

@@ -86,9 +86,8 @@ def run(
     loss(model, batch) -> one number.  held_out() -> the loss on other images.  levels: reference levels of the plot.
     settings: what must be the same when a run goes on.  dtype: one of DTYPES; one that is named counts from now on.
     At a record, and after the last one, the model holds its averaged weights and is in eval mode.
-    Raises ValueError as `previous`, if the checkpoint is of another network or beyond the plan's end or the folder
-    cannot be written, and
-    FloatingPointError where a loss, a gradient or a weight is not finite; the checkpoint stays as it was.
+    Raises ValueError as `previous`, and if the checkpoint is of another network or beyond the plan's end, or the folder
+    cannot be written; FloatingPointError where a loss, a gradient or a weight is not finite (the checkpoint stays).
     """
     state = _begin(model, optimizer, plan, folder, settings, dtype)
     parallel = DistributedDataParallel(model) if world() > 1 else model
