@@ -93,14 +93,14 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
     Raises ValueError if a mask comes without an image, or width without a mask; if a mask's file has another shape; or
     if the method is unknown.
     """
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
     if mask is None:
         if width:
             raise ValueError("feather softens a mask; pass a mask")
         return None
     if image is None:
         raise ValueError("a mask needs an image, of which the rest is kept")
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
     if isinstance(mask, (str, Path)):
         images.check_same_shape(image, mask)
     region = feather(mask_at(mask, size), width)

@@ -201,7 +201,8 @@ def check(folder: Path, say: Callable[[str], object]) -> bool:
                 _check_part(folder, part, checkpoint, say)
         except (ValueError, OSError) as error:
             faults.append(f"{part}: {error}")
-    say("\n".join(f"  {fault}" for fault in faults) or "  this model is whole")
+    verdict = "this model is whole" if "unet" in parts else "the text encoder is whole; there is no unet to draw with"
+    say("\n".join(f"  {fault}" for fault in faults) or f"  {verdict}")
     return not faults
 
 

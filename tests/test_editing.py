@@ -276,7 +276,7 @@ def test_kept_names_the_method_and_needs_both_image_and_mask():
     with pytest.raises(ValueError, match="a mask needs an image, of which the rest is kept"):
         editing.kept(None, box, 64)
     with pytest.raises(ValueError, match="no method 'paint'; choose from renoise, clean, repaint"):
-        editing.kept(image, box, 64, "paint")
+        editing.kept(image, None, 64, "paint")
 
 
 def test_kept_feathers_its_seam():

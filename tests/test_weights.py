@@ -368,6 +368,10 @@ def test_check_describes_and_compares_each_part(tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     assert status("check", str(tmp_path / "nothing")) == 1
     assert "has none of unet, text_encoder" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "text_encoder", tmp_path / "text" / "text_encoder")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "text" / "tokenizer")
+    assert status("check", str(tmp_path / "text")) == 0
+    assert "\n  the text encoder is whole; there is no unet to draw with\n" in capsys.readouterr().out
     assert status("check", "mini") == 0
     text = capsys.readouterr().out
     assert "mini-IF-I\n" in text and "mini-IF-II\n" in text and text.count("this model is whole") == 2
