@@ -7,7 +7,7 @@
     python -m minidiff.anagram --check square_hinge                                              is this a good view?
 
 Each prompt sees x_t through its view; its eps is turned back, and the mean of all is taken (or, with --reduction
-alternate, they take turns). Views: identity, flip (upside down), rotate_180, rotate_cw, rotate_ccw, negate,
+alternate, they take turns). Views: identity, flip (top and bottom), rotate_180, rotate_cw, rotate_ccw, negate,
 skew (or skew:1.5), skew_by:50, patch_permute (or patch_permute:8), pixel_permute, jigsaw (or jigsaw:SEED),
 inner_circle, square_hinge; three that fail, for comparison: inner_circle_failure, blur_failure, white_balance_failure.
 

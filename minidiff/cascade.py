@@ -71,7 +71,8 @@ class Cascade:
 
     settings: of stage 1 and stage 2; assign to them to change what every later call does:
     cascade.settings[0] = cascade.settings[0]._replace(steps=50, sampler="dpm++").
-    progress: whether draw and enlarge show a bar.  split_batch: one network call per prompt, with less memory.
+    progress: whether draw and enlarge show a bar.  split_batch: a network call for each prompt and
+    branch of guidance, with less memory.
     """
 
     def __init__(

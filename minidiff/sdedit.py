@@ -8,7 +8,7 @@
 The image (any size and kind; a drawing with transparency is laid over white) is noised to the i-th of the steps 990,
 960, ..., 0 and walked down from there. A small i is nearly pure noise and leaves little of the image; a large i leaves
 little to draw. With a mask or a box, all that lies outside is put back after every step. The third line is the recipe
-of course logos: a sketch, a long prompt and a late start.
+for a logo as the course wants it: a sketch and a late start. Give it a long prompt of your own.
 
 Source: SDEdit Alg. 1.
 """

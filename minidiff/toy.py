@@ -39,7 +39,7 @@ def gaussian(schedule: Schedule, mean: Tensor | float, std: float) -> Prediction
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data from K Gaussians, all equally likely: a model for `guidance.guided`.
+    """Data from K Gaussians: a model for `guidance.guided`.
     means: (K, C, H, W).  std: of every component.  A "prompt" is a row of K numbers, as prompt_embeds (B, 1, K): which
     components it allows and how likely each is. `prompt(k)` asks for one component, `empty_prompt()` for any."""
 

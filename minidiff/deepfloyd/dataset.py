@@ -21,7 +21,7 @@ from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with the empty prompt, for classifier-free guidance
-PHOTO = {"full": 0.18, None: 0.04}  # how often an image is called one of NEUTRAL: a landscape, one of no kind
+PHOTO = {"full": 0.18, None: 0.04}  # how often one of NEUTRAL names a landscape, and an image without a kind
 CPU = torch.device("cpu")
 HELD_OUT = 128  # images on which the error is measured
 
@@ -59,21 +59,21 @@ class CaptionedImages:
 
     def draw(self, batch_size: int, generator: torch.Generator,
              dropout: float = CAPTION_DROPOUT) -> tuple[Tensor, list[str]]:  # fmt: skip
-        """A batch (B, 3, size, size) in [-1, 1], each image with one of its captions."""
+        """A batch (B, 3, size, size) in [-1, 1], each image with a text for it (`_text`)."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator).tolist()
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
         return self.take(picks), [self._text(i, *numbers, dropout) for i, numbers in zip(picks, choice)]
 
     def _text(self, i: int, which: float, drop: float, neutral: float, dropout: float) -> str:
-        """A caption of image i, the empty prompt, or "a high quality photo", the name of what comes nearest to one:
-        of landscapes, and of any image of a set without kinds. which, drop and neutral, in [0, 1), choose."""
+        """A caption of image i, the empty prompt, or one of NEUTRAL, as often as PHOTO says: "a high quality photo".
+        which, drop, neutral: numbers in [0, 1) that choose."""
         if drop < dropout:
             return ""
         is_photo = dropout and drop < dropout + PHOTO.get(self.rows[i].get("kind"), 0)
         return _pick(NEUTRAL, neutral) if is_photo else _pick(self.captions[i], which)
 
     def held_out(self) -> tuple[Tensor, list[str]]:
-        """HELD_OUT images that are never drawn (of a set without any: the first ones), with their first captions."""
+        """HELD_OUT images that are never drawn , with their first captions. Of a set without any: as many of all."""
         candidates = self.held or list(range(len(self.captions)))
         count = min(HELD_OUT, len(candidates))
         spread = [candidates[i * len(candidates) // count] for i in range(count)]

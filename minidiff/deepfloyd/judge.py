@@ -53,7 +53,7 @@ SAVE_EVERY = 500  # steps
 
 
 class Judge(nn.Module):
-    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 260,000 weights in the body."""
+    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 240,000 weights in the body."""
 
     def __init__(self, concepts: int, styles: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Prompts to text states: the tokenizer and T5 together, and files of encoded prompts.
 
-Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11 GB in half precision) and is used
+Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11.5 GB in half precision) and is used
 once per prompt, so there are three ways around holding it:
 
-    streamed     half a block at a time out of the mapped file: about 1 GiB, slower per prompt
+    streamed     half a block at a time out of the mapped file: below 1 GiB, slower per prompt
     encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds
     the course   its prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read and written in the same way
 

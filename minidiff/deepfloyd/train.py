@@ -13,8 +13,8 @@ IMAGES is a folder with either image files, each beside a .txt of the same name 
 packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions.json, a list of N objects
 {"captions": [...], "weight": how often to draw it (1), "split": "val" if it is never to be drawn}.
 
---out/training holds the state of the run (`training.py`), samples/, and held_out.csv: what a prompt is worth on images
-that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
+--out/training holds the state of the run (`training.py`), samples/ and, at stage 1, held_out.csv: what a prompt is worth
+on images that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
 Read `training.py`, `deepfloyd/dataset.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
 Progressive Distillation Sec. 4 (loss weight SNR + 1); simple diffusion Sec. 3.2 (errors of areas).
@@ -61,7 +61,7 @@ MINI_2 = UNetConfig(
 SIZES, LARGE = {1: (32, 64), 2: (64, 256)}, 256  # pixels a side to train each stage on; LARGE: a whole image
 EMA_DECAY = 0.9995
 MIN_SNR_GAMMA = 5.0
-MIN_SHARE = 0.4  # how often the last steps of a walk are drawn, compared with the noisy half
+MIN_SHARE = 0.4  # how often times below 169 are drawn, compared with those from 261 on
 OFFSET_NOISE = 0.1
 COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
@@ -134,7 +134,7 @@ def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
         bound_weight = min(VARIANCE_SHARE / log(beta_t / beta_tilde_t)^2, MAX_BOUND_WEIGHT)
 
     In one step of 1,000 the two limits of the variance nearly touch, and the bound hardly tells where between them the
-    variance belongs: at t = 38 it changes by a ten-thousandth of a bit. In a walk of few steps the limits lie far
+    variance belongs: at t = 38 it changes by at most 0.0007 bit from one to the other. In a walk of few steps the limits lie far
     apart, and a variance in the wrong place is grain. The weight does not move the lowest point of the bound.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).flatten() for s in (t, t - 1))

@@ -9,9 +9,9 @@
 precision. On the test digits `course` reaches 0.0082, `small` 0.0079; the course's staff report 0.0084 on their last
 training batch.
 
-At the end come noising.png and out-of-distribution.png: a row for each strength of noise, ten test digits with the
-same noise in all rows, the network's answers below them, and its error on 2,000 test digits beside that of the best
-linear denoiser on the training digits.
+At the end come two figures. noising.png has a row for each of four test digits and a column for each sigma.
+out-of-distribution.png has a row for each sigma: ten test digits with the same noise in all rows, the network's answers
+below them, and its error on 2,000 test digits beside that of the best linear denoiser on the training digits.
 
 `--pure-noise` asks for a digit from noise alone, z = noise. Nothing in z tells of x, so the least square error is made
 by the same answer to every z: the mean E[x] of all training digits, a grey blur, with a loss of 0.0673. mean-image.png

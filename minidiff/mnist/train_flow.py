@@ -13,8 +13,8 @@ its 0.05, with which a small network learns worse.
 `reflow` trains a copy of --teacher again, on lines between noises and the digits that the teacher makes of them. Those
 lines hardly cross, so the paths become straighter, and one or two steps suffice.
 
-At the end come sampling.gif, solvers.png, with the digit guidance.png, and of reflow reflow.png: 1, 2, 4 and 50 steps
-before and after. The straightness of the paths is printed.
+At the end come sampling.gif and solvers.png. A network that takes the digit also gets guidance.png. A reflow also gets
+reflow.png: 1, 2, 4 and 50 steps, before and after. The straightness of the paths is printed.
 
 Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/anagram.py`, the last file.
 Source: FM Eq. 22, FM Eq. 23.
