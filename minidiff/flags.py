@@ -60,7 +60,8 @@ def parser(doc: str, out: str, steps: str | None = None, stage2: str | None = "a
     p.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
     p.add_argument("--prompt-embeds", type=file_path, metavar="FILE",
                    help="read the prompts' states from a file of minidiff.encode, or the course's .pth")  # fmt: skip
-    p.add_argument("--split-batch", action="store_true", help="a network call for each prompt and branch, with less memory")
+    p.add_argument("--split-batch", action="store_true",
+                   help="a network call for each prompt and branch, with less memory")  # fmt: skip
     return cli.add_machine_flags(p)
 
 

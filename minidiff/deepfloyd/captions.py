@@ -1,8 +1,9 @@
 """What captions say of images, and what an image of a prompt must show: style, thing, and the traits of a person.
 
 Each row is an object of captions.json: {"captions": [...], "kind", "concept", "style", "place"}. The kinds are sprite
-(a thing alone), people (a portrait), colour and scene (either of them on a plain color, or in a place), full (a landscape) and style (any
-of these through a filter).    Read `deepfloyd/tokenizer.py` first. Next: `deepfloyd/vocabulary.py`.
+(a thing alone), people (a portrait), colour and scene (either of them on a plain color, or in a place), full (a
+landscape) and style (any of these through a filter).
+Read `deepfloyd/tokenizer.py` first. Next: `deepfloyd/vocabulary.py`.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Prompts to text states: the tokenizer and T5 together, and files of encoded prompts.
 
-Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11.5 GB in half precision) and is used
-once per prompt, so there are three ways around holding it:
+Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11.5 GB in half precision) and is
+used once per prompt, so there are three ways around holding it:
 
     streamed     half a block at a time out of the mapped file: below 1 GiB, slower per prompt
     encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds

@@ -13,8 +13,9 @@ IMAGES is a folder with either image files, each beside a .txt of the same name 
 packed: images_64.npy and images_256.npy, uint8 (N, size, size, 3), and captions.json, a list of N objects
 {"captions": [...], "weight": how often to draw it (1), "split": "val" if it is never to be drawn}.
 
---out/training holds the state of the run (`training.py`), samples/ and, at stage 1, held_out.csv: what a prompt is worth
-on images that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more --steps go further.
+--out/training holds the state of the run (`training.py`), samples/ and, at stage 1, held_out.csv: what a prompt is
+worth on images that are never drawn. The same command goes on from the last checkpoint, to the same numbers; more
+--steps go further.
 Read `training.py`, `deepfloyd/dataset.py` and `deepfloyd/initial.py` first.
 Source: DDPM Alg. 1; iDDPM Eq. 16; Imagen Sec. 2.4 (noise conditioning); Min-SNR Sec. 3.4 (times drawn);
 Progressive Distillation Sec. 4 (loss weight SNR + 1); simple diffusion Sec. 3.2 (errors of areas).
@@ -134,8 +135,8 @@ def variance_weight(schedule: Schedule, t: Tensor) -> Tensor:
         bound_weight = min(VARIANCE_SHARE / log(beta_t / beta_tilde_t)^2, MAX_BOUND_WEIGHT)
 
     In one step of 1,000 the two limits of the variance nearly touch, and the bound hardly tells where between them the
-    variance belongs: at t = 38 it changes by at most 0.0007 bit from one to the other. In a walk of few steps the limits lie far
-    apart, and a variance in the wrong place is grain. The weight does not move the lowest point of the bound.
+    variance belongs: at t = 38 it changes by at most 0.0007 bit. In a walk of few steps the limits lie far apart, and a
+    variance in the wrong place is grain. The weight does not move the lowest point of the bound.
     """
     alpha_bar_t, alpha_bar_prev = (schedule.alpha_bar(s).flatten() for s in (t, t - 1))
     lower = ddpm.posterior_variance(alpha_bar_t, alpha_bar_prev).clamp(min=1e-20)
