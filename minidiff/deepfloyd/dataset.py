@@ -73,7 +73,7 @@ class CaptionedImages:
         return _pick(NEUTRAL, neutral) if is_photo else _pick(self.captions[i], which)
 
     def held_out(self) -> tuple[Tensor, list[str]]:
-        """HELD_OUT images that are never drawn , with their first captions. Of a set without any: as many of all."""
+        """HELD_OUT images that are never drawn, with their first captions; without any, images of the whole set."""
         candidates = self.held or list(range(len(self.captions)))
         count = min(HELD_OUT, len(candidates))
         spread = [candidates[i * len(candidates) // count] for i in range(count)]
