@@ -58,11 +58,15 @@ class CaptionedImages:
                              "0")  # fmt: skip
 
     def draw(self, batch_size: int, generator: torch.Generator,
-             dropout: float = CAPTION_DROPOUT) -> tuple[Tensor, list[str]]:  # fmt: skip
-        """A batch (B, 3, size, size) in [-1, 1], each image with a text for it (`_text`)."""
+             dropout: float = CAPTION_DROPOUT, mirror: bool = False) -> tuple[Tensor, list[str]]:  # fmt: skip
+        """A batch (B, 3, size, size) in [-1, 1], each image with a text for it (`_text`). mirror: half are mirrored."""
         picks = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator).tolist()
         choice = torch.rand(batch_size, 3, generator=generator).tolist()
-        return self.take(picks), [self._text(i, *numbers, dropout) for i, numbers in zip(picks, choice)]
+        x_start = self.take(picks)
+        if mirror:
+            mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator).to(x_start.device) < 0.5
+            x_start = torch.where(mirrored, x_start.flip(3), x_start)
+        return x_start, [self._text(i, *numbers, dropout) for i, numbers in zip(picks, choice)]
 
     def _text(self, i: int, which: float, drop: float, neutral: float, dropout: float) -> str:
         """A caption of image i, the empty prompt, or one of NEUTRAL, as often as PHOTO says: "a high quality photo".

@@ -60,10 +60,9 @@ MINI_2 = UNetConfig(
     resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
 )  # fmt: skip
 SIZES, LARGE = {1: (32, 64), 2: (64, 256)}, 256  # pixels a side to train each stage on; LARGE: a whole image
-EMA_DECAY = 0.9995
-MIN_SNR_GAMMA = 5.0
+EMA_DECAY, FALL = 0.999, 0.6  # of the averaged weights; the last part of a run, in which the learning rate falls
+MIN_SNR_GAMMA, OFFSET_NOISE = 5.0, 0.1
 MIN_SHARE = 0.4  # how often times below 169 are drawn, compared with those from 261 on
-OFFSET_NOISE = 0.1
 COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
@@ -194,8 +193,8 @@ def random_numbers(
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
-    """Warm up over 200 steps, stay, and fall linearly to 0 over the last third."""
-    return peak * min(1, (step + 1) / 200, (total - step) / (total / 3))
+    """Warm up over 200 steps, stay, and fall linearly to 0 over the last FALL of the run."""
+    return peak * min(1, (step + 1) / 200, (total - step) / (total * FALL))
 
 
 def write_folder(out: Path, stage: int, state: dict[str, Tensor], unet: UNetConfig, t5: T5Config) -> None:
@@ -276,7 +275,7 @@ def first_weights(
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """To --steps; weights, samples and the held-out error after every checkpoint."""
     dataset, folder = CaptionedImages(args.images, 64 if args.stage == 1 else LARGE, device), args.out / "training"
-    settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size")}
+    settings = {name: getattr(args, name) for name in ("stage", "batch_size", "lr", "seed", "size", "mirror")}
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, dataset)
     if args.stage == 1 and training.rank() == 0:
@@ -292,7 +291,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def batch_at(step: int) -> tuple:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1024 + training.rank())
-        x_start, texts = dataset.draw(args.batch_size // training.world(), generator)
+        x_start, texts = dataset.draw(args.batch_size // training.world(), generator, mirror=args.mirror)
         x_start = pooled(x_start)
         random = random_numbers(args.stage, len(x_start), args.size, model.schedule, generator, device)
         ids, mask = (torch.cat(x).to(device) for x in zip(*map(tokens, texts)))
@@ -330,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--size", type=int, default=64,
                         help="pixels a side: 32, then 64 (default); of the crops of stage 2: 64, then 256")
+    parser.add_argument("--mirror", action="store_true", help="mirror half of the images; not if captions say left")
     parser.add_argument("--dtype", choices=training.DTYPES, default="auto", help="auto: bfloat16 where it is fast")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
