@@ -1,6 +1,6 @@
 """An image made anew from the middle of the walk: its coarse shapes stay, the model draws the rest.
 
-    python -m minidiff.sdedit drawing.png "a volcano"
+    python -m minidiff.sdedit drawing.png "a rocket ship"
     python -m minidiff.sdedit photo.png --i-start 1 3 5 7 10 20
     python -m minidiff.sdedit sketch.png "a volcano" --i-start 25 --guidance-scale 7 --seed 9 --stage2 mini
     python -m minidiff.sdedit photo.png "waterfalls" --box 20 0 44 30           only inside a box
