@@ -132,7 +132,8 @@ def read(folder: Path) -> tuple[Judge, dict]:
         judge = Judge(len(config["concepts"]), len(config["styles"]))
         judge.load_state_dict(load_file(folder / "model.fp16.safetensors"))
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no judge ({error}); train one with `python -m minidiff.deepfloyd.judge train "
+        why = "its weights are of another network" if isinstance(error, RuntimeError) else error
+        raise ValueError(f"{folder} holds no judge ({why}); train one with `python -m minidiff.deepfloyd.judge train "
                          f"IMAGES --out {folder}`, or pass another --judge") from error  # fmt: skip
     return judge.eval(), config
 

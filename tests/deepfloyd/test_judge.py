@@ -206,6 +206,15 @@ def test_a_judge_that_lacks_a_part_is_refused(trained, tmp_path, lost):
         judge.read(tmp_path)
 
 
+def test_a_judge_of_another_width_is_refused_in_one_line(trained, tmp_path, monkeypatch):
+    network, config = judge.read(trained / "judge")
+    judge.write(tmp_path, network, config)
+    monkeypatch.setattr(judge, "FEATURES", 8)
+    with pytest.raises(ValueError, match="holds no judge .its weights are of another network.; train one") as caught:
+        judge.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_embedded_judge_understands_all_prompts():
     _, config = judge.read(judge.EMBEDDED)
     assert None not in [expected(prompt, config["names"], config["phrases"]) for prompt in judge.PROMPTS]
