@@ -1,6 +1,6 @@
 """An image that is one thing, and another when it is turned: visual anagrams.
 
-    python -m minidiff.anagram "an old man" "a campfire" --view identity rotate_180
+    python -m minidiff.anagram "a mountain lake at sunset" "a volcano" --view identity rotate_180
     python -m minidiff.anagram "a snowy mountain village" "a volcano" "waterfalls" --view identity rotate_cw rotate_ccw
     python -m minidiff.anagram "a volcano" "waterfalls" --view identity jigsaw --num-images 6
     python -m minidiff.anagram "a volcano" "waterfalls" --image photo.png --box 16 16 48 48      inside an image
