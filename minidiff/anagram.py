@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
-from minidiff.factorized import InTurns, averaged, listed, through_views
+from minidiff.factorized import InTurns, averaged, through_views
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
 
@@ -43,7 +43,7 @@ def anagram(
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
-    parts = through_views(cascade.encode(*listed(prompts)), view_names)
+    parts = through_views(prompts, view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
     return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
 
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         sys.exit(report(args.check))
     animation = flags.animation_beside(args)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args, beside=[animation])
-    flags.check_edit(args, cascade)
+    seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args, beside=[animation])
     for name in dict.fromkeys(args.view):
         for measure in views.check(views.named(name)):
             if measure.fault:
@@ -134,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError('no prompts; pass one for each view, before --view: "a coast" "a fire" --view identity flip')
     if args.view is None and len(args.prompts) == 2:
         args.view = ["identity", "rotate_180"]
-    flags.check_views(args.view or [], args.prompts)
+    through_views(args.prompts, args.view or [])  # so that wrong ones show now
     return args
 
 

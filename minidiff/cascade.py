@@ -7,8 +7,7 @@
 
 and, one thing at a time:
 
-    village, volcano = cascade.encode("a snowy mountain village", "a volcano")
-    parts = averaged(Part(village), Part(volcano, view=views.named("rotate_180")))
+    parts = averaged(Part("a snowy mountain village"), Part("a volcano", view=views.named("rotate_180")))
     generators = seeded([2])
     small = cascade.draw(parts, generators)                # stage 1: (1, 3, 64, 64)
     large = cascade.enlarge(small, parts, generators)      # stage 2: (1, 3, 256, 256)
@@ -17,14 +16,15 @@ Stage 2 goes on with the random numbers where stage 1 stopped, as in `cascade(..
 generators they begin anew. Do that for an image that stage 1 did not draw; for one that it drew, the result is not
 that of `cascade(...)`.
 
-`load` finds and checks everything and reads nothing large. The text encoder is read by `encode` and then freed; a
-stage is read when it first draws. So T5-XXL and the UNets are never in memory together.
+`load` finds and checks everything and reads nothing large. The text encoder is read by `encode`, or when a prompt is
+first drawn, and then freed; a stage is read when it first draws. A whole T5-XXL leaves memory before a step is walked.
 
 Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `generate.py`.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,7 +156,7 @@ class Cascade:
 
     def __call__(self, prompt: str, seed: int = 0) -> Tensor:
         """An image of the prompt, (1, 3, 256, 256) in [-1, 1]; (1, 3, 64, 64) if there is no stage 2."""
-        small, large = self.make([Part(*self.encode(prompt))], [seed])
+        small, large = self.make([Part(prompt)], [seed])
         return small if large is None else large
 
     def make(
@@ -175,7 +175,7 @@ class Cascade:
         if image is None and i_start is not None:
             raise ValueError("i_start needs an image to start from")
         if image is not None and mask is None and i_start is None:
-            raise ValueError("what is to happen to the image? pass a mask or i_start")
+            raise ValueError("what is to happen to the image? pass a mask, a box or i_start")
         generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
         small = self.draw(
             parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,
@@ -239,15 +239,14 @@ class Cascade:
         enlarged: for stage 2, the small image at this size, and its noise level.
         """
         stage, timesteps = self.stage(number), times_for(setting.sampler, setting.steps)
+        take_step = _chosen("sampler", setting.sampler, STEPS)
         is_course, last = str(setting.steps) == COURSE, 0 if image is None else last_start(setting.steps)
         if not 0 <= i_start <= last:
             what = "without an image to start from" if image is None else "for these steps"
             raise ValueError(f"i_start must lie in 0..{last} {what}, got {i_start}")
         timesteps = timesteps[i_start:]
-        _check_parts(parts, len(generators))
+        _check_parts(parts, len(generators), size)
         unet, schedule = stage.unet, stage.schedule
-        model = stages.super_resolution_model(unet, enlarged[1]) if enlarged else stages.base_model(unet)
-        predict = self._predict(model, parts, setting, timesteps)
         if image is None:
             x_t = sampling.draw_noise((len(generators), 3, *size), generators)
         elif isinstance(image, Tensor) and image.shape[1:] == (3, *size) and len(image) in (1, len(generators)):
@@ -257,37 +256,44 @@ class Cascade:
             raise ValueError(f"the image to start from must be (B, 3, {size[0]}, {size[1]}), got {got}; B is 1 or the "
                              "number of seeds, and images.load reads a file")  # fmt: skip
         x_t = x_t.to(stage.device)
+        model = stages.super_resolution_model(unet, enlarged[1]) if enlarged else stages.base_model(unet)
+        predict = self._predict(model, parts, setting, timesteps)
         if enlarged:  # noised after x_t is drawn, as in diffusers
             predict = stages.beside(noised(*enlarged, stage.noising, generators).to(stage.device), predict)
         kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
         x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
         steps = sampling.denoise(
-            predict, x_t, timesteps, schedule, generators, step=_chosen("sampler", setting.sampler, STEPS), keep=kept,
-            jumps=jumps, fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
+            predict, x_t, timesteps, schedule, generators, step=take_step, keep=kept, jumps=jumps,
+            fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
         )  # fmt: skip
         total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
         bar = tqdm(steps, f"{size[1]} px", total, unit="step", disable=not self.progress)
         return sampling.final(through(bar)).cpu()
 
     def _predict(self, model: Model, parts: Sequence[Part], setting: Settings, timesteps: Tensor) -> Prediction:
-        (negative,) = self.encode(setting.negative_prompt)
+        texts = [part.prompt for part in parts if isinstance(part.prompt, str)]
+        *states, negative = self.encode(*texts, setting.negative_prompt)  # together: the text encoder is read once
+        known = dict(zip(texts, states))
+        ready = [replace(part, prompt=known[part.prompt]) if isinstance(part.prompt, str) else part for part in parts]
 
         def together(some: Sequence[Part]) -> Prediction:
             return factorized(model, some, negative, setting.guidance_scale, self.split_batch)
 
         in_turns = isinstance(parts, InTurns)
-        return alternating([together([part]) for part in parts], timesteps) if in_turns else together(parts)
+        return alternating([together([part]) for part in ready], timesteps) if in_turns else together(ready)
 
 
-def _check_parts(parts: Sequence[Part], images: int) -> None:
-    """Raises ValueError unless these are parts whose states are for one image or for so many."""
+def _check_parts(parts: Sequence[Part], images: int, size: tuple[int, int]) -> None:
+    """Raises ValueError unless these are parts whose states, views and components fit so many images of this size."""
     if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
-        raise ValueError(f"parts are a list of Part, such as [Part(*cascade.encode(prompt))], got {parts!r:.60}")
+        raise ValueError(f"parts are a list of Part, such as [Part('a volcano')], got {parts!r:.60}")
     if not parts:
         raise ValueError("no parts; pass at least one prompt")
-    for shape in (tuple(part.prompt_embeds.shape) for part in parts):
+    for part in parts:
+        shape = (1, 77, 0) if isinstance(part.prompt, str) else tuple(part.prompt.shape)
         if len(shape) != 3 or shape[0] not in (1, images):
             raise ValueError(f"a part's states must be (B, L, D), got {shape}; B is 1 or the number of seeds, {images}")
+        part.component(part.view.view(torch.zeros(1, 3, *size)))  # raises if they cannot
 
 
 def _chosen(what: str, name: str, table: dict[str, object]) -> object:

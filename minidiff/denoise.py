@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from minidiff import cli, components, flags, images
-from minidiff.cascade import Cascade, last_start
+from minidiff.cascade import Cascade
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import Part, factorized
-from minidiff.sampling import Step, noised, one_step, seeded
+from minidiff.sampling import noised, one_step, seeded
 from minidiff.solvers import times_for
 
 BLUR_SIGMA, BLUR_KERNEL = 2.0, 13
@@ -76,20 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     (seed,), cascade = flags.seeds_of(args), flags.load_cascade(args)
     setting = cascade.settings[0]
-    timesteps, last = times_for(setting.sampler, setting.steps), last_start(setting.steps)
+    timesteps = times_for(setting.sampler, setting.steps)
     i_start = min(10, len(timesteps) // 3) if args.i_start is None else args.i_start
-    flags.check_starts([i_start], last, args.quick)
     original = images.load(args.image, cascade.stage(1).unet.config.sample_size)
-    rows, labels = [], []
+    rows, labels, record = [], [], []
+    result, _ = cascade.make([Part(args.prompt)], [seed], image=original, i_start=i_start,
+                             through=lambda steps: flags.noted(steps, record))  # fmt: skip
     for t in [*args.t, int(timesteps[i_start])]:
         each = denoise(cascade, original, t, args.prompt, seed, blur_sigma=args.blur_sigma,
                        blur_kernel=args.blur_kernel)  # fmt: skip
         rows.append([original[0], *(x[0] for x in each)])
         scores = [_score("blur", each.blurred, original), _score("one step", each.estimate, original)]
         labels.append(["original", f"noised, t = {t}", *scores])
-    record: list[Step] = []
-    result, _ = cascade.make([Part(*cascade.encode(args.prompt))], [seed], image=original, i_start=i_start,
-                             through=lambda steps: flags.noted(steps, record))  # fmt: skip
     rows.append([step.x_t[0].cpu() for step in record[::SHOWN_EVERY]])
     labels.append([f"t = {step.t}" for step in record[::SHOWN_EVERY]])
     rows.append([original[0], result[0], each.estimate[0], each.blurred[0]])

@@ -19,6 +19,7 @@ schedulers/scheduling_repaint.py@v0.42.1 (their mask is 1 where we have 0); the 
 Next: `deepfloyd/tokenizer.py`, where a prompt begins its way.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -97,13 +98,16 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
         raise ValueError(f"no method {method!r}; choose from {', '.join(METHODS)}")
     if mask is None:
         if width:
-            raise ValueError("feather softens a mask; pass a mask")
+            raise ValueError("feather softens a mask; pass a mask or a box")
         return None
     if image is None:
         raise ValueError("a mask needs an image, of which the rest is kept")
     if isinstance(mask, (str, Path)):
         images.check_same_shape(image, mask)
     region = feather(mask_at(mask, size), width)
+    for share, what in ((0, "nothing: nothing is painted"), (1, "everything: nothing of the image is kept")):
+        if (region == share).all():
+            warnings.warn(f"at {size} pixels the mask marks {what}", stacklevel=2)
     return (clean if method == "clean" else renoise)(images.load(image, size), region)
 
 

@@ -25,15 +25,20 @@ from minidiff.views import IDENTITY, View, named
 
 @dataclass(frozen=True)
 class Part:
-    """One prompt, with its view and its component.  prompt_embeds: (1, L, D), or (B, L, D) for B images."""
+    """One prompt, with its view and its component.
 
-    prompt_embeds: Tensor
+    prompt: a text, which a `Cascade` encodes, or its states, (1, L, D), or (B, L, D) for B images.
+    """
+
+    prompt: str | Tensor
     view: View = IDENTITY
     component: Component = whole
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.prompt_embeds, Tensor) and isinstance(self.view, View) and callable(self.component)):
-            raise ValueError("a Part is states, a view and a component, such as Part(*cascade.encode(prompt), "
+        if not isinstance(self.prompt, str | Tensor):
+            raise ValueError(f"a prompt is a text, or its states, got {self.prompt!r:.60}; each has a Part of its own")
+        if not (isinstance(self.view, View) and callable(self.component)):
+            raise ValueError("a Part is a prompt, a view and a component, such as Part('a volcano', "
                              f"views.named('flip')), got {self!r:.99}")  # fmt: skip
 
 
@@ -41,7 +46,7 @@ def factorized(
     model: Model, parts: Sequence[Part], negative_prompt_embeds: Tensor, guidance_scale: float,
     split_batch: bool = False,
 ) -> Prediction:  # fmt: skip
-    """The prediction of several parts together.
+    """The prediction of several parts together, each with states as its prompt.
 
         eps = sum_k C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
@@ -53,14 +58,14 @@ def factorized(
     """
     if not parts:
         raise ValueError("no parts; pass at least one prompt")
-    (*_, L, D), shapes = negative_prompt_embeds.shape, [tuple(part.prompt_embeds.shape[-2:]) for part in parts]
+    (*_, L, D), shapes = negative_prompt_embeds.shape, [tuple(part.prompt.shape[-2:]) for part in parts]
     if set(shapes) != {(L, D)}:
         raise ValueError(f"the parts' states are {shapes}, those of the negative prompt {(L, D)}; encode all prompts "
                          "with one text encoder")  # fmt: skip
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs = [part.view.view(x_t) for part in parts]
-        embeds = [part.prompt_embeds.expand(len(x_t), -1, -1) for part in parts]
+        embeds = [part.prompt.expand(len(x_t), -1, -1) for part in parts]
         if split_batch:
             each = [guided(model, e, negative_prompt_embeds, guidance_scale, True) for e in embeds]
             answers = [ask(x, t) for ask, x in zip(each, inputs)]
@@ -83,12 +88,12 @@ def listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def through_views(prompt_embeds: Sequence[Tensor], view_names: str | Sequence[str]) -> list[Part]:
+def through_views(prompts: str | Sequence[str | Tensor], view_names: str | Sequence[str]) -> list[Part]:
     """A part for each prompt, seen through its view. Raises ValueError unless there is one view for each prompt."""
-    view_names = listed(view_names)
-    if len(prompt_embeds) != len(view_names):
-        raise ValueError(f"{len(prompt_embeds)} prompts need as many views, got {len(view_names)}")
-    return [Part(states, named(name)) for states, name in zip(prompt_embeds, view_names)]
+    prompts, view_names = listed(prompts), listed(view_names)
+    if len(prompts) != len(view_names):
+        raise ValueError(f"{len(prompts)} prompts need as many views, got {len(view_names)}")
+    return [Part(prompt, named(name)) for prompt, name in zip(prompts, view_names)]
 
 
 def averaged(*parts: Part) -> list[Part]:

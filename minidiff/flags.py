@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff import cli, editing, images, solvers, views
-from minidiff.cascade import Cascade, last_start
+from minidiff import cli, editing, images, solvers
+from minidiff.cascade import Cascade
 from minidiff.cli import file_path, finite
-from minidiff.sampling import Step
+from minidiff.sampling import Step, seeded
 
 QUICK_STEPS = 4
 NEUTRAL = "a high quality photo"  # what the course says of any image; mini draws a landscape
@@ -84,9 +84,7 @@ def seeds_of(args: argparse.Namespace) -> list[int]:
     if len(args.seed) > 1 and args.num_images > 1:
         raise ValueError("several --seed are one image each; leave out --num-images")
     seeds = args.seed if len(args.seed) > 1 else [args.seed[0] + i for i in range(args.num_images)]
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"a seed lies in 0..2^32 - 1, got {seed}; leave --seed out for seed 0")
+    seeded(seeds)  # raises if one is none
     return seeds
 
 
@@ -138,47 +136,6 @@ def check_files(args: argparse.Namespace, beside: Sequence[Path]) -> None:
             raise ValueError(f"a result could take the place of {path}; pass another --out")
         images.load(path, 64)
     images.check_output(args.out, *images.output_paths(args.out, 2), *beside)
-
-
-def mask_of(args: argparse.Namespace) -> Path | list[float] | None:
-    """What --mask or --box say, checked: its shape is the image's. Warns of sizes at which it marks nothing or all."""
-    mask = args.mask if args.mask is not None else args.box
-    if mask is None:
-        if args.feather:
-            raise ValueError("--feather softens a mask; pass --mask or --box")
-        return None
-    if args.image is None:
-        raise ValueError("a mask needs an image, of which the rest is kept: pass --image FILE")
-    if args.mask is not None:
-        images.check_same_shape(args.image, args.mask)
-    for size in [64] * (args.model != "none") + [256] * (args.stage2 != "none"):
-        images.mask_share(editing.feather(editing.mask_at(mask, size), args.feather), f" at {size} pixels")
-    return mask
-
-
-def check_starts(starts: Sequence[int], last: int, quick: bool) -> None:
-    """Raises ValueError unless each i_start lies on the steps, which end at last."""
-    if wrong := [start for start in starts if not 0 <= start <= last]:
-        few = "; --quick leaves few steps" if quick else ""
-        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {wrong[0]}{few}")
-
-
-def check_edit(args: argparse.Namespace, cascade: Cascade) -> None:
-    """Raises ValueError if there is an --image and nothing to do with it, or a start without an image."""
-    if args.i_start is not None:
-        if args.image is None:
-            raise ValueError("--i-start needs an image to start from: pass --image FILE")
-        check_starts([args.i_start], last_start(cascade.settings[0].steps), args.quick)
-    elif args.image is not None and args.mask is None and args.box is None:
-        raise ValueError("what is to happen to --image? pass --mask, --box or --i-start")
-
-
-def check_views(names: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there is one view for each prompt, and each can turn a small and a large image."""
-    if len(names) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many views, got {len(names)}: pass --view")
-    for name in names:
-        views.named(name).view(torch.zeros(3, 256, 256))
 
 
 def animation_beside(args: argparse.Namespace) -> Path:

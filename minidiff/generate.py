@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, labels, differences, record = [], [], [], []
     cascade.encode(*args.prompts)
     for words, settings in plans(args, cascade):
-        parts = [Part(*cascade.encode(settings["prompt"]))]
+        parts = [Part(settings["prompt"])]
         small, large = cascade.make(parts, seeds, through=lambda steps: flags.noted(steps, record))
         rows.append(list(small if large is None else large))
         labels.append([", ".join([*(word or EMPTY for word in words), f"seed {seed}"]) for seed in seeds])

@@ -49,8 +49,8 @@ def hybrid(
     prompts, is_edit = listed(prompts), image is not None or mask is not None or i_start is not None
     chosen = divided(len(prompts), kind, sigma, weights, reference is not None, is_edit)
     # The component of a reference needs no prompt: what the network predicts of it is replaced.
-    states = cascade.encode(*[prompts[0]] * (len(chosen) - len(prompts)), *prompts)
-    parts = [Part(states, component=component) for states, component in zip(states, chosen)]
+    prompts = prompts[:1] * (len(chosen) - len(prompts)) + prompts
+    parts = [Part(prompt, component=component) for prompt, component in zip(prompts, chosen)]
     if reference is None:
         return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
     size, generators = cascade.stage(1).unet.config.sample_size, seeded(seeds)
@@ -83,8 +83,7 @@ def divided(
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     animation = flags.animation_beside(args)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args, beside=[animation])
-    flags.check_edit(args, cascade)
+    seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args, beside=[animation])
     small, large = hybrid(cascade, args.prompts, args.kind, seeds, sigma=args.sigma, weights=args.weights,
                           reference=args.reference, image=args.image, mask=mask, i_start=args.i_start,
                           feather=args.feather)  # fmt: skip

@@ -68,15 +68,6 @@ def load_mask(path: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None, None]
 
 
-def mask_share(mask: Tensor, where: str = "") -> float:
-    """The share of the image that a mask in [0, 1] marks. Warns if that is nothing or everything, and says where."""
-    if mask.max() == 0:
-        warnings.warn(f"the mask marks nothing{where}: nothing is painted", stacklevel=2)
-    elif mask.min() == 1:
-        warnings.warn(f"the mask marks everything{where}: nothing of the image is kept", stacklevel=2)
-    return mask.double().mean().item()
-
-
 def check_same_shape(image: str | Path | Image.Image | Tensor, mask: str | Path) -> None:
     """Raise ValueError if image and mask differ in shape by more than a pixel in 64: cropped, they would not fit."""
     page = to_pil(image) if isinstance(image, Tensor) else image

@@ -32,14 +32,13 @@ def inpaint(
     image: a file, a Pillow image or a tensor.  mask, method, jumps, feather: as for `Cascade.make`.
     Source: RePaint Eq. 8.
     """
-    parts = [Part(*cascade.encode(prompt))]
-    return cascade.make(parts, seeds, image=image, mask=mask, method=method, jumps=jumps, feather=feather)
+    return cascade.make([Part(prompt)], seeds, image=image, mask=mask, method=method, jumps=jumps, feather=feather)
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args)
     jumps = _jumps(args, len(times_for("ddpm", cascade.settings[0].steps)))
     results, labels = [], []
     for method in args.method:

@@ -37,17 +37,17 @@ def sdedit(
     The command walks the steps "course" without stage 2; here `cascade.settings` and its stages decide.
     Raises ValueError if i_start lies outside the steps.    Source: SDEdit Alg. 1.
     """
-    parts = [Part(*cascade.encode(prompt))]
-    return cascade.make(parts, seeds, image=image, i_start=i_start, mask=mask, feather=feather)
+    return cascade.make([Part(prompt)], seeds, image=image, i_start=i_start, mask=mask, feather=feather)
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args)
     last = last_start(cascade.settings[0].steps)
     starts = args.i_start or [i for i in STARTS if i <= last] or [last]
-    flags.check_starts(starts, last, args.quick)
+    if wrong := [start for start in starts if not 0 <= start <= last]:
+        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {wrong[0]}")
     columns = []
     for i_start in starts:
         small, large = sdedit(cascade, args.image, args.prompt, i_start, seeds, mask=mask, feather=args.feather)

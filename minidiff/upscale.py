@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
-from minidiff.factorized import averaged, listed, through_views
+from minidiff.factorized import averaged, through_views
 from minidiff.sampling import seeded
 
 
@@ -33,7 +33,7 @@ def upscale(
     noise_level: 0..999.  i_start: start from the image itself, noised to this place on the steps.  mask: as for
     `Cascade.make`; only there the image is drawn.    Source: Imagen Sec. 2.4.
     """
-    parts = averaged(*through_views(cascade.encode(*listed(prompts)), view_names))
+    parts = averaged(*through_views(prompts, view_names))
     small, generators = images.load(image, 64), seeded(seeds)
     return cascade.enlarge(
         small.expand(len(generators), -1, -1, -1), parts, generators, noise_level=noise_level,
@@ -45,7 +45,7 @@ def upscale(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    seeds, mask, cascade = flags.seeds_of(args), flags.mask_of(args), flags.load_cascade(args)
+    seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args)
     results = upscale(cascade, args.image, args.prompts, seeds, view_names=args.view, noise_level=args.noise_level,
                       i_start=args.i_start, mask=mask, feather=args.feather)  # fmt: skip
     small, count = images.load(args.image, 64), len(args.view)
@@ -74,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.prompts = args.prompts or [""]
     if not 0 <= args.noise_level < 1000:
         raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
-    flags.check_views(args.view, args.prompts)
+    through_views(args.prompts, args.view)  # so that wrong ones show now
     return args
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_the_samplers_names_are_the_steps(cascade, name):
 
 def test_parts_in_turns_are_one_prompt_at_each_step(cascade):
     parts = InTurns(parts_of(cascade, "prompt 0", "prompt 1"))
-    predictions = [guided(base_model(cascade.stage(1).unet), part.prompt_embeds, *cascade.encode(""), 7.0)
+    predictions = [guided(base_model(cascade.stage(1).unet), part.prompt, *cascade.encode(""), 7.0)
                    for part in parts]  # fmt: skip
     (generator,) = seeded([5])
     x_t = draw_noise((1, 3, 8, 8), [generator])
@@ -270,6 +271,32 @@ def test_prompts_are_remembered_and_the_empty_one_goes_along():
     assert torch.equal(cascade.encode("a", "", "a")[2], a) and cascade.encode("")[0].item() == 1
     cascade.encode("b", "b", "a")
     assert texts == [["a", ""], ["b"]]
+
+
+def test_a_part_may_hold_a_text_and_all_texts_are_encoded_together(cascade):
+    asked, encode = [], cascade._encode
+    cascade._encode = lambda texts: asked.append(texts) or encode(texts)
+    texts = averaged(Part("prompt 0"), Part("prompt 1", views.named("flip")))
+    drawn = cascade.draw(texts, [5], steps=FEW)
+    assert asked == [["prompt 0", "prompt 1", ""]]
+    states = [replace(part, prompt=x) for part, x in zip(texts, cascade.encode("prompt 0", "prompt 1"))]
+    assert torch.equal(drawn, cascade.draw(states, [5], steps=FEW)) and len(asked) == 1
+    mixed = cascade.draw([texts[0], states[1]], [5], steps=FEW)
+    assert torch.equal(drawn, mixed)
+
+
+def test_nothing_is_encoded_before_the_rest_fits(cascade):
+    cascade._encode = lambda texts: pytest.fail("the text encoder, which is slow, was asked first")
+    part, image = Part("a prompt"), torch.zeros(1, 3, 8, 8)
+    for parts, options in (
+        ([Part("a prompt", views.named("patch_permute:3"))], {}), ([part], {"i_start": 2}), ([part], {"steps": 0}),
+        ([part], {"sampler": "euler"}), ([part], {"image": image[..., :4], "i_start": 1}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            cascade.draw(parts, [0], **options)
+    for options in ({"mask": (0, 0, 9, 9)}, {"image": image}, {"image": image, "mask": (9, 0, 0, 9)}):
+        with pytest.raises(ValueError):
+            cascade.make([part], [0], **options)
 
 
 def test_settings_hold_for_every_later_call_and_an_argument_for_one(cascade):
@@ -442,7 +469,7 @@ def test_make_edits_at_both_sizes_and_keeps_the_rest_exactly(tiny):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"image": True}, "what is to happen to the image\\? pass a mask or i_start"),
+        ({"image": True}, "what is to happen to the image\\? pass a mask, a box or i_start"),
         ({"i_start": 1}, "i_start needs an image to start from"),
         ({"mask": (0, 0, 9, 9)}, "a mask needs an image, of which the rest is kept"),
         ({"image": True, "i_start": 1, "feather": 2.0}, "feather softens a mask; pass a mask"),
@@ -505,8 +532,8 @@ def test_input_errors_of_the_door(cascade):
     for width in (16, 32):  # of a text encoder of another family; of another length
         with pytest.raises(ValueError, match="of the negative prompt .*; encode all prompts with one text encoder"):
             cascade.draw([Part(torch.zeros(1, 77 if width == 16 else 5, width))], [0], guidance_scale=1.0)
-    for part in (("a castle",), (parts[0].prompt_embeds, "flip"), (parts[0].prompt_embeds, IDENTITY, "low")):
-        with pytest.raises(ValueError, match=r"a Part is states, a view and a component, such as Part\(\*cascade.enc"):
+    for part in ((parts[0].prompt, "flip"), (parts[0].prompt, IDENTITY, "low")):
+        with pytest.raises(ValueError, match=r"a Part is a prompt, a view and a component, such as Part\('a vol"):
             Part(*part)
     with pytest.raises(ValueError, match=r"image to start from must be \(B, 3, 8, 8\), got \(1, 3, 4, 4\); B is"):
         cascade.draw(parts, [0], image=torch.zeros(1, 3, 4, 4))
@@ -518,7 +545,7 @@ def test_input_errors_of_the_door(cascade):
         with pytest.raises(ValueError, match="no parts; pass at least one prompt"):
             cascade.draw(none, [0], steps=FEW)
     for wrong in (parts[0], "prompt 0", cascade.encode("prompt 0"), None):
-        with pytest.raises(ValueError, match=r"parts are a list of Part, such as \[Part\(\*cascade.encode"):
+        with pytest.raises(ValueError, match=r"parts are a list of Part, such as \[Part\('a volcano'"):
             cascade.draw(wrong, [0], steps=FEW)
     for states in (torch.zeros(2, 77, 32), torch.zeros(77, 32)):
         with pytest.raises(ValueError, match=r"states must be \(B, L, D\), got \(.*\); B is 1 or the number of seeds"):
@@ -532,8 +559,10 @@ def test_input_errors_of_the_door(cascade):
     with pytest.raises(ValueError, match=r"no seeds; pass one for each image, such as \[0, 1\]"):
         cascade.draw(parts, [])
     for wrong in (["prompt 0"], None, 5, b"prompt 0"):
-        with pytest.raises(ValueError, match="a prompt is a text, got .*; pass several one by one"):
+        with pytest.raises(ValueError, match="a prompt is a text, or its states, got .*; each has a Part of its own"):
             cascade(wrong)
+        with pytest.raises(ValueError, match="a prompt is a text, got .*; pass several one by one"):
+            cascade.encode(wrong)
     for small, seeds in ((LOW_RES[0], [0, 1]), (LOW_RES[:, :1], [0, 1]), (LOW_RES, [0])):
         with pytest.raises(ValueError, match=rf"small must be \(B, 3, h, w\) with B = {len(seeds)} seeds, got \("):
             cascade.enlarge(small, parts, seeds)

@@ -136,9 +136,9 @@ def test_num_images_counts_the_seed_up(cascade, tmp_path, sheets):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--seed", "1", "2", "--num-images", "2"], "several --seed are one image each; leave out --num-images"),
-     (["--seed", "-1"], "a seed lies in 0..2^32 - 1, got -1; leave --seed out for seed 0"),
-     (["--seed", "4294967296"], "a seed lies in 0..2^32 - 1, got 4294967296"),
-     (["--seed", "4294967295", "--num-images", "2"], "a seed lies in 0..2^32 - 1, got 4294967296")],
+     (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
+     (["--seed", "4294967296"], "a seed must lie in 0..2^32 - 1, got 4294967296"),
+     (["--seed", "4294967295", "--num-images", "2"], "a seed must lie in 0..2^32 - 1, got 4294967296")],
 )  # fmt: skip
 def test_seeds_that_are_none(cascade, capsys, tmp_path, flags, message):
     assert message in fails(capsys, generate.main, PROMPT, "--model", cascade[0], "--out", tmp_path / "g.png", *flags)

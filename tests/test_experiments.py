@@ -3,7 +3,6 @@ has one line."""
 
 import inspect
 import math
-import warnings
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from minidiff import (
     anagram,
     components,
     denoise,
+    editing,
     flags,
     generate,
     hybrid,
@@ -274,19 +274,17 @@ def test_sdedit_from_several_starts(cascade, photo, tmp_path, sheets):
     assert sheets[2][1][0][-3:] == ["original", "mask", "hole"]
 
 
-def test_a_mask_is_looked_at_in_every_size_that_is_drawn(photo, tmp_path):
-    """One pixel of 256 is nothing at 64 pixels: said where stage 1 draws, and not where stage 2 draws alone."""
+def test_a_mask_that_marks_nothing_is_noticed_at_every_size(tmp_path):
+    """One pixel of 256 is nothing at 64 pixels, and something at 256; the warning names the size."""
     fine = Image.new("L", (256, 256), 0)
     fine.putpixel((100, 101), 255)
     fine.save(tmp_path / "fine.png")
-    Image.new("RGB", (256, 256)).save(tmp_path / "photo.png")
-    argv = [str(tmp_path / "photo.png"), "--mask", str(tmp_path / "fine.png")]
-    with pytest.warns(UserWarning, match="the mask marks nothing at 64 pixels: nothing is painted") as caught:
-        flags.mask_of(sdedit._parse([*argv, "--stage2", "mini"]))
+    with pytest.warns(UserWarning, match="at 64 pixels the mask marks nothing: nothing is painted") as caught:
+        for size in (64, 256):
+            editing.kept(torch.zeros(1, 3, 8, 8), tmp_path / "fine.png", size)
     assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        flags.mask_of(upscale._parse(argv))
+    with pytest.warns(UserWarning, match="at 64 pixels the mask marks everything: nothing of the image is kept"):
+        editing.kept(torch.zeros(1, 3, 8, 8), (0, 0, 64, 64), 64)
 
 
 def test_a_start_gives_the_same_image_whatever_the_other_starts(small, photo):
@@ -426,16 +424,16 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
     ("main", "argv", "message"),
     [
         (anagram.main, [], "no prompts; pass one for each view"),
-        (anagram.main, ["a", "b", "c"], "3 prompts need as many views, got 0: pass --view"),
+        (anagram.main, ["a", "b", "c"], "3 prompts need as many views, got 0"),
         (anagram.main, ["a", "b", "--view", "identity"], "2 prompts need as many views, got 1"),
         (anagram.main, ["a", "--view", "turn"], "no view 'turn'; choose from identity"),
         (anagram.main, ["--check", "turn"], "no view 'turn'; choose from identity"),
         (anagram.main, ["a", "b", "--box", "0", "0", "9", "9"], "a mask needs an image, of which the rest is"),
-        (anagram.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
+        (anagram.main, ["a", "b", "--image", "PHOTO"], "what is to happen to the image? pass a mask, a box or i"),
         (anagram.main, ["a", "b", "--out", "OUT.gif"], "OUT.gif; pass another name for the image: --out OUT.png"),
         (hybrid.main, ["a", "b", "--out", "OUT.GIF"], "the animation goes to OUT.GIF"),
         (hybrid.main, ["a", "b", "--weights", "1", "1"], "weights go with kind scale, not frequency"),
-        (hybrid.main, ["a", "b", "--image", "PHOTO"], "what is to happen to --image? pass --mask, --box or --i-start"),
+        (hybrid.main, ["a", "b", "--image", "PHOTO"], "what is to happen to the image? pass a mask, a box or i"),
         (hybrid.main, ["a"], "frequency needs 2 prompts, got 1"),
         (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with a reference needs 1 prompts, got 2"),
         (hybrid.main, ["a", "b", "--kind", "scale"], "scale needs one weight per prompt"),
@@ -450,7 +448,7 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (inpaint.main, ["PHOTO", "PHOTO", "--method", "repaint", "--steps", "5", "--jump-length", "5"], "lie in 1..4"),
         (inpaint.main, ["PHOTO", "PHOTO", "--jump-length", "5"], "go with --method repaint"),
         (inpaint.main, ["PHOTO", "a castle"], "which region? pass a mask image after the image"),
-        (sdedit.main, ["PHOTO", "--feather", "2"], "--feather softens a mask; pass --mask or --box"),
+        (sdedit.main, ["PHOTO", "--feather", "2"], "feather softens a mask; pass a mask or a box"),
         (generate.main, ["a", "--stage2-steps", "4"], "--stage2-steps and --stage2-guidance-scale need a stage 2"),
         (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "sigma goes with kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
@@ -458,10 +456,10 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start must lie in 0..32 for these steps, got -1"),
         (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
         (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
-        (denoise.main, ["PHOTO", "--i-start", "-1"], "--i-start must lie in 0..32 for these steps, got -1"),
+        (denoise.main, ["PHOTO", "--i-start", "-1"], "i_start must lie in 0..32 for these steps, got -1"),
         (sdedit.main, ["PHOTO", "--steps", "5", "9"], "this command takes one --steps; minidiff.generate"),
         (sdedit.main, ["PHOTO", "--guidance-scale", "5", "9"], "this command takes one --guidance-scale"),
-        (anagram.main, ["a", "b", "--i-start", "1"], "--i-start needs an image to start from: pass --image FILE"),
+        (anagram.main, ["a", "b", "--i-start", "1"], "i_start needs an image to start from"),
         (generate.main, ["a", "--show-every", "0"], "--show-every must be at least 1, got 0"),
         (denoise.main, ["PHOTO", "--seed", "1", "2"], "looks at one image of stage 1"),
         (hybrid.main, ["a", "--reference", "PHOTO", "--box", "0", "0", "9", "9"], "says what is kept already"),
