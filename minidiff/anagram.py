@@ -11,7 +11,7 @@ alternate, they take turns). Views: identity, flip (top and bottom), rotate_180,
 skew (or skew:1.5), skew_by:50, patch_permute (or patch_permute:8), pixel_permute, jigsaw (or jigsaw:SEED),
 inner_circle, square_hinge; three that fail, for comparison: inner_circle_failure, blur_failure, white_balance_failure.
 
-Writes the image, a sheet of it as every prompt sees it, and an animation of the way from one view to the next, OUT.gif.
+Writes the image, a sheet of it as every prompt sees it, and an animation into each view and back, OUT.gif.
 --check measures a view instead, and says why a bad one is bad (exit status 1).
 
 Source: the papers Visual Anagrams and, for the sum over prompts, Factorized Diffusion; see `factorized.py`.
@@ -30,7 +30,7 @@ from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
 from minidiff.factorized import InTurns, averaged, through_views
 
-FRAMES, HOLD = 16, 6  # of the animation: on the way from one view to the next, and standing still between
+FRAMES, HOLD = 16, 6  # of the animation: on the way into a view, and standing still before and after
 
 
 def anagram(
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def frames(x: Tensor, chosen: Sequence[views.View]) -> list[Image.Image]:
-    """The animation of one image (3, H, H): from each view to the next and back to the first, easing in and out."""
+    """The animation of one image (3, H, H): into each view but the identity and back, easing in and out."""
     result, parts = [], [k / (FRAMES - 1) for k in range(FRAMES)]
     for view in chosen:
         if view.name != "identity":

@@ -5,16 +5,27 @@
     cascade = Cascade.load("mini")                        # a released name, or a folder
     image = cascade("a snowy mountain village", seed=0)    # (1, 3, 256, 256) in [-1, 1]
 
-and, one thing at a time:
+What a prompt goes through on its way:
+
+    ids, states    lower case, pieces of words, T5: (1, 77, D)                  deepfloyd/tokenizer.py, t5.py, text.py
+    model          a UNet with its process, waiting for text                    deepfloyd/unet.py, stages.py
+    prediction     guidance; several prompts, views and components              guidance.py, factorized.py
+    walk           from noise, step by step, each estimate thresholded          sampling.py, ddpm.py or solvers.py
+    64 to 256 px   enlarged, noised, put beside x_t: the same walk in stage 2    `Cascade.enlarge`
+
+One thing at a time:
+
+    from minidiff import views
+    from minidiff.factorized import Part, averaged
+    from minidiff.sampling import seeded
 
     parts = averaged(Part("a snowy mountain village"), Part("a volcano", view=views.named("rotate_180")))
     generators = seeded([2])
     small = cascade.draw(parts, generators)                # stage 1: (1, 3, 64, 64)
     large = cascade.enlarge(small, parts, generators)      # stage 2: (1, 3, 256, 256)
 
-Stage 2 goes on with the random numbers where stage 1 stopped, as in `cascade(...)`. With seeds=[2] in place of the
-generators they begin anew. Do that for an image that stage 1 did not draw; for one that it drew, the result is not
-that of `cascade(...)`.
+Pass the same generators to both calls: stage 2 then goes on with the random numbers where stage 1 stopped, and the
+image is the one of `cascade.make(parts, [2])`. Pass seeds=[2] to enlarge an image from elsewhere.
 
 `load` finds and checks everything and reads nothing large. The text encoder is read by `encode`, or when a prompt is
 first drawn, and then freed; a stage is read when it first draws. A whole T5-XXL leaves memory before a step is walked.
@@ -43,8 +54,9 @@ from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
 from minidiff.solvers import COURSE, STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
-EDIT_SMALL, EDIT_LARGE = 3, 5  # the streams of walks that edit an image
-KEPT = 1  # how many streams further the noise of what they keep comes from
+# A walk that edits an image draws from another stream of its seed (`sampling.seeded`), at each stage its own: with the
+# noise that made an image it would find that image again. The part that is kept is noised from the stream after that.
+EDIT_SMALL, EDIT_LARGE, KEPT = 3, 5, 1
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
 Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or the corners of a box in pixels of 64
@@ -170,7 +182,7 @@ class Cascade:
         mask: 1 or white where new content goes; softened by `feather` pixels of 64.
         method: how the rest is kept, one of `editing.METHODS`; jumps: those of "repaint", at stage 1 only.
         Returns (small, large or None).    Raises ValueError also if an image comes without anything to do with it, or
-        a mask, a start or a feather without what it goes with.
+        a mask, i_start or feather alone.
         """
         if image is None and i_start is not None:
             raise ValueError("i_start needs an image to start from")
@@ -193,7 +205,9 @@ class Cascade:
         image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
         jumps: tuple[int, int] | None = None, through: Through = iter,
     ) -> Tensor:  # fmt: skip
-        """Stage 1: one image for each seed, (B, 3, H, H) float32 in [-1, 1]. H is the UNet's sample_size, 64 in IF.
+        """Stage 1: one image for each seed, (B, 3, H, H) float32. H is the UNet's sample_size, 64 in IF.
+
+        Values lie in [-1, 1], but with steps "course", which do not threshold, some go beyond.
 
         parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
         where they stand.  steps: as `solvers.times_for`.  sampler: ddpm, ddim or dpm++.

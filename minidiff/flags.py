@@ -78,7 +78,7 @@ def add_edit_flags(p: argparse.ArgumentParser, image: bool = True) -> None:
 
 
 def seeds_of(args: argparse.Namespace) -> list[int]:
-    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both say how many, or of a wrong seed."""
+    """--seed 0 1 5, or --seed 7 --num-images 3: 7, 8, 9. Raises ValueError if both give several, or on a wrong seed."""
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if len(args.seed) > 1 and args.num_images > 1:
@@ -184,7 +184,7 @@ def finish(
 ) -> dict[str, object]:  # fmt: skip
     """Write the images themselves, and beside them the labelled sheet; say where they are and what it took.
 
-    results: each (3, H, W) in [-1, 1].  seeds: one for each, for its metadata; those of the sheet have all.
+    results: each (3, H, W) in [-1, 1].  seeds: one for the metadata of each; the sheet's metadata list all.
     rows, labels: of the sheet; one row or one column of many becomes a grid.
     differences: for each, other metadata of its own, such as its prompt.    Returns the sheet's metadata.
     """

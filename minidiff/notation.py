@@ -102,7 +102,7 @@ def from_velocity(x_t: Tensor, velocity: Tensor, alpha_bar: Tensor) -> tuple[Ten
 
 
 def v_of(eps: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The derivative of x_t by the angle phi, if sqrt(alpha_bar) = cos phi.
+    """The derivative of x_t with respect to the angle phi, if sqrt(alpha_bar) = cos phi.
 
         v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_start
 
@@ -112,7 +112,7 @@ def v_of(eps: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def score_of(eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The gradient of log p(x_t) by x_t, if eps is the mean of the noise in x_t: -eps / sqrt(1 - alpha_bar).
+    """The gradient of log p(x_t) with respect to x_t: -eps / sqrt(1 - alpha_bar), if eps is the mean of x_t's noise.
 
     Source: Song et al., arXiv 2011.13456.
     """

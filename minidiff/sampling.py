@@ -151,7 +151,7 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.G
 
 
 def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torch.Generator]:
-    """One generator for each seed, on the CPU. Image i is what its seed alone gives. Generators stay as they are.
+    """One generator for each seed, on the CPU. Image i is what its seed alone gives. A generator may stand for a seed.
 
     stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
     within 32 bits, all that torch's CPU generator takes of a seed.

@@ -2,7 +2,7 @@
 
 Diffusion destroys an image in T small steps. `betas[t]` is the variance added in step t, and `alphas_cumprod[t]`
 (alpha-bar) is the share of the image's own variance that is left after it: 1 is clean, 0 is pure noise. Everything
-else in the package reads these two tables. Timesteps run from 0 (nearly clean) to T-1 (noise), and -1 stands for
+else that diffuses is written in alpha-bar. Timesteps run from 0 (nearly clean) to T-1 (noise), and -1 stands for
 "clean", where alpha-bar is exactly 1.
 
 A sampler need not visit all T times. `leading`, `strided` and `respaced` choose a few of them, in descending order.

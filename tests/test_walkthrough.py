@@ -178,12 +178,15 @@ def test_readme_knows_how_long_its_files_are():
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """Its first block is the door: an image from a prompt. Whatever it writes goes to a folder of the test's own."""
+    """Its first block is the door: an image from a prompt, and a cascade for the others. What they write goes to a
+    folder of the test's own."""
     monkeypatch.chdir(ROOT)
     assert "Cascade.load" in python_blocks_of_readme()[0], "README begins without the Python door"
+    names: dict[str, object] = {}
     with draw_walkthrough.few_steps():
         for block in python_blocks_of_readme():
-            exec(block.replace("out/", f"{tmp_path}/"), {})
+            exec(block.replace("out/", f"{tmp_path}/"), names)
+    assert names["large"].shape == (2, 3, 256, 256)
 
 
 def commands_of_readme() -> list[str]:
