@@ -3,6 +3,7 @@
 The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so).
 
     equations.py             every equation: formula, home, test, chapter
+    checks.py                is this what a function can work with?
     schedule.py              how much noise at which time, and which times a sampler visits
     ddpm.py                  noise forward, estimate back, one reverse step, the losses
     solvers.py               fewer steps: DDIM and DPM-Solver++

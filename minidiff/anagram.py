@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minidiff import cli, flags, images, views
 from minidiff.cascade import Cascade, Mask
+from minidiff.checks import short
 from minidiff.factorized import InTurns, averaged, through_views
 
 FRAMES, HOLD = 16, 6  # of the animation: on the way into a view, and standing still before and after
@@ -43,6 +44,8 @@ def anagram(
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
     image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
+    if not isinstance(in_turns, bool):
+        raise ValueError(f"in_turns is True or False, got {short(in_turns)}")
     parts = through_views(prompts, view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
     return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)

@@ -35,20 +35,19 @@ Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `gener
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff import cli, editing, images, sampling, weights
+from minidiff import checks, cli, editing, images, sampling, weights
 from minidiff.deepfloyd import stages, text, vocabulary
 from minidiff.deepfloyd.stages import NOISE_LEVEL, Stage, plan_stage
 from minidiff.deepfloyd.unet import UNetConfig
 from minidiff.editing import KeepRule
-from minidiff.factorized import InTurns, Part, alternating, factorized
+from minidiff.factorized import InTurns, Part, alternating, check_parts, factorized
 from minidiff.guidance import Model
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
 from minidiff.solvers import COURSE, STEPS, times_for
@@ -62,17 +61,24 @@ Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a wa
 Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or the corners of a box in pixels of 64
 
 
-class Settings(NamedTuple):
-    """How a stage is sampled unless a call says otherwise."""
+@dataclass(frozen=True)
+class Settings:
+    """How a stage is sampled unless a call says otherwise. Raises ValueError on what no stage could do."""
 
-    steps: int | str
+    steps: int | str | Tensor
     guidance_scale: float
     sampler: str = "ddpm"
     negative_prompt: str = ""
 
+    def __post_init__(self) -> None:
+        checks.chosen("sampler", self.sampler, STEPS)
+        times_for(self.sampler, self.steps)
+        checks.number("guidance_scale", self.guidance_scale)
+        Part(self.negative_prompt)
+
     def but(self, **changes: object) -> "Settings":
         """The same with these changes. None changes nothing."""
-        return self._replace(**{name: value for name, value in changes.items() if value is not None})
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
 DEFAULTS = {"mini": (Settings(27, 3.0), Settings(20, 1.0)), "released": (Settings(100, 7.0), Settings(50, 4.0))}
@@ -82,10 +88,12 @@ class Cascade:
     """Two stages and a text encoder, made by `Cascade.load`.
 
     settings: of stage 1 and stage 2; assign to them to change what every later call does:
-    cascade.settings[0] = cascade.settings[0]._replace(steps=50, sampler="dpm++").
+    cascade.settings[0] = cascade.settings[0].but(steps=50, sampler="dpm++").
     progress: whether draw and enlarge show a bar.  split_batch: a network call for each prompt and
     branch of guidance, with less memory.
     """
+
+    __slots__ = ("_readers", "_stages", "_encode", "_states", "settings", "vocabulary", "progress", "split_batch")
 
     def __init__(
         self, base: Callable[[], Stage] | None, upper: Callable[[], Stage] | None,
@@ -115,8 +123,8 @@ class Cascade:
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """
-        dtype = _chosen("dtype", dtype, cli.DTYPES) if isinstance(dtype, str) else dtype
-        streamed = _chosen("text_encoder", text_encoder, TEXT_ENCODERS)
+        dtype = dtype if dtype in cli.DTYPES.values() else checks.chosen("dtype", dtype, cli.DTYPES)
+        streamed = checks.chosen("text_encoder", text_encoder, TEXT_ENCODERS)
         model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
         if stage2 == "auto":
             stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
@@ -143,11 +151,17 @@ class Cascade:
 
     def stage(self, number: int) -> Stage:
         """Stage 1 or 2, read when first needed. Raises ValueError if there is none."""
-        if self._readers[number - 1] is None:
+        if number not in (1, 2) or self._readers[number - 1] is None:
             raise ValueError(f"this cascade has no stage {number}; load it with one")
         if self._stages[number - 1] is None:
             self._stages[number - 1] = self._readers[number - 1]()
         return self._stages[number - 1]
+
+    def _setting(self, number: int) -> Settings:
+        """Of stage 1 or 2. Raises ValueError if somebody assigned something else."""
+        if len(self.settings) != 2 or not isinstance(self.settings[number - 1], Settings):
+            raise ValueError(f"cascade.settings are two Settings, one a stage, got {checks.short(self.settings)}")
+        return self.settings[number - 1]
 
     def encode(self, *prompts: str) -> list[Tensor]:
         """Text states of each prompt, (1, 77, D). They are remembered: a prompt is encoded once.
@@ -173,26 +187,30 @@ class Cascade:
 
     def make(
         self, parts: Sequence[Part], seeds: Sequence[int], *, image: object = None, mask: Mask | None = None,
-        i_start: int | None = None, method: str = "renoise", jumps: tuple[int, int] = editing.JUMPS,
+        i_start: int | None = None, method: str = "renoise", jumps: tuple[int, int] | None = None,
         feather: float = 0.0, through: Through = iter,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """`draw` and, if there is a stage 2, `enlarge`: from noise, from an image, or only where a mask is.
 
         image: a file, a Pillow image or a tensor: to start from (with i_start) and to keep outside the mask.
         mask: 1 or white where new content goes; softened by `feather` pixels of 64.
-        method: how the rest is kept, one of `editing.METHODS`; jumps: those of "repaint", at stage 1 only.
+        method: how the rest is kept, one of `editing.METHODS`; jumps: of "repaint", at stage 1 only (`jumps_for`).
         Returns (small, large or None).    Raises ValueError also if an image comes without anything to do with it, or
         a mask, i_start or feather alone.
         """
+        setting, *_ = (self._setting(number) for number in range(1, 2 + self.has_upper))
         if image is None and i_start is not None:
             raise ValueError("i_start needs an image to start from")
         if image is not None and mask is None and i_start is None:
             raise ValueError("what is to happen to the image? pass a mask, a box or i_start")
+        if jumps is not None and method != "repaint":
+            raise ValueError(f"jumps go with the method repaint, not with {method}")
         generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
+        if method == "repaint":
+            jumps = editing.jumps_for(len(times_for(setting.sampler, setting.steps)), *(jumps or ()))
         small = self.draw(
             parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,
-            keep=editing.kept(image, mask, size, method, feather), jumps=jumps if method == "repaint" else None,
-            through=through,
+            keep=editing.kept(image, mask, size, method, feather), jumps=jumps, through=through,
         )  # fmt: skip
         if not self.has_upper:
             return small, None
@@ -216,7 +234,7 @@ class Cascade:
         through: passes the steps on, and may watch them.
         Raises ValueError if the sizes, the times or the seeds do not fit.
         """
-        setting = self.settings[0].but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        setting = self._setting(1).but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
         generators, size = _generators(seeds, image, keep, EDIT_SMALL), (self.stage(1).unet.config.sample_size,) * 2
         return self._walk(1, setting, parts, generators, size, image, i_start, keep, jumps, through)
 
@@ -233,12 +251,12 @@ class Cascade:
         seeds: the generators that `draw` used, to go on as `cascade(...)` does; numbers begin them anew.
         Raises ValueError also if noise_level is out of range.    Source: Imagen Sec. 2.4.
         """
-        setting = self.settings[1].but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        setting = self._setting(2).but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
         stage, generators = self.stage(2), _generators(seeds, image, keep, EDIT_LARGE)
-        if small.ndim != 4 or small.shape[1] != 3 or len(small) != len(generators):
-            raise ValueError(f"small must be (B, 3, h, w) with B = {len(generators)} seeds, got {tuple(small.shape)}")
-        if not 0 <= noise_level < stage.noising.num_train_timesteps:
-            raise ValueError(f"noise_level must lie in 0..{stage.noising.num_train_timesteps - 1}, got {noise_level}")
+        got = tuple(small.shape) if isinstance(small, Tensor) else checks.short(small)
+        if not isinstance(small, Tensor) or small.ndim != 4 or small.shape[:2] != (len(generators), 3):
+            raise ValueError(f"small must be (B, 3, h, w) with B = {len(generators)} seeds, got {got}")
+        checks.number("noise_level", noise_level, 0, stage.noising.num_train_timesteps - 1, whole=True)
         size = (4 * small.shape[2], 4 * small.shape[3])
         enlarged = stages.upsample(images.in_range(small).float(), size), noise_level
         return self._walk(2, setting, parts, generators, size, image, i_start, keep, None, through, enlarged)
@@ -253,11 +271,10 @@ class Cascade:
         enlarged: for stage 2, the small image at this size, and its noise level.
         """
         stage, timesteps = self.stage(number), times_for(setting.sampler, setting.steps)
-        take_step = _chosen("sampler", setting.sampler, STEPS)
-        is_course, last = str(setting.steps) == COURSE, 0 if image is None else last_start(setting.steps)
-        if not 0 <= i_start <= last:
-            what = "without an image to start from" if image is None else "for these steps"
-            raise ValueError(f"i_start must lie in 0..{last} {what}, got {i_start}")
+        is_course = str(setting.steps) == COURSE
+        if image is None and i_start:
+            raise ValueError("i_start needs an image to start from")
+        checks.number("i_start on these steps", i_start, 0, last_start(setting.steps), whole=True)
         timesteps = timesteps[i_start:]
         _check_parts(parts, len(generators), size)
         unet, schedule = stage.unet, stage.schedule
@@ -277,7 +294,7 @@ class Cascade:
         kept = None if keep is None else keep(schedule, other_stream(generators, KEPT))
         x_t = x_t if kept is None else kept(x_t, int(timesteps[0]))
         steps = sampling.denoise(
-            predict, x_t, timesteps, schedule, generators, step=take_step, keep=kept, jumps=jumps,
+            predict, x_t, timesteps, schedule, generators, step=STEPS[setting.sampler], keep=kept, jumps=jumps,
             fix_x_start=None if is_course else stage.fix_x_start, final_step=not is_course,
         )  # fmt: skip
         total = sampling.network_calls(sampling.visits(timesteps, not is_course, jumps))
@@ -299,22 +316,15 @@ class Cascade:
 
 def _check_parts(parts: Sequence[Part], images: int, size: tuple[int, int]) -> None:
     """Raises ValueError unless these are parts whose states, views and components fit so many images of this size."""
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
-        raise ValueError(f"parts are a list of Part, such as [Part('a volcano')], got {parts!r:.60}")
-    if not parts:
-        raise ValueError("no parts; pass at least one prompt")
+    check_parts(parts)
     for part in parts:
-        shape = (1, 77, 0) if isinstance(part.prompt, str) else tuple(part.prompt.shape)
-        if len(shape) != 3 or shape[0] not in (1, images):
+        if isinstance(part.prompt, Tensor) and not (part.prompt.ndim == 3 and len(part.prompt) in (1, images)):
+            shape = tuple(part.prompt.shape)
             raise ValueError(f"a part's states must be (B, L, D), got {shape}; B is 1 or the number of seeds, {images}")
-        part.component(part.view.view(torch.zeros(1, 3, *size)))  # raises if they cannot
-
-
-def _chosen(what: str, name: str, table: dict[str, object]) -> object:
-    """What a name stands for in a table. Raises ValueError that lists the names."""
-    if name not in table:
-        raise ValueError(f"no {what} {name!r}; choose from {', '.join(table)}")
-    return table[name]
+        if isinstance(part.prompt, Tensor) and not part.prompt.isfinite().all():
+            raise ValueError("a part's states hold NaN or infinity; encode its prompt again")
+        if not isinstance(part.component(part.view.view(torch.zeros(1, 3, *size))), Tensor):  # either may raise, too
+            raise ValueError("a component makes an image of an image; components.low_pass() is one, low_pass is not")
 
 
 def last_start(steps: int | str | Tensor) -> int:

@@ -17,12 +17,13 @@ Source: the Factorized Diffusion paper; numbers checked against dangeng/visual_a
 visual_anagrams/views/view_hybrid.py@75c092e.    Next: `factorized.py`, the one formula.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minidiff.checks import chosen, number
 
 Component = Callable[[Tensor], Tensor]
 
@@ -44,8 +45,8 @@ def blur(x: Tensor, sigma: float = SIGMA, kernel: int = KERNEL) -> Tensor:
     x: (..., C, H, W), larger than half the kernel. sigma 0 is no blur. Raises ValueError if the image is too small,
     sigma negative or kernel below 1.
     """
-    if not 0 <= sigma < math.inf or kernel < 1:
-        raise ValueError(f"a blur needs a sigma of at least 0 and a kernel of at least 1, got {sigma:g} and {kernel}")
+    number("a blur's sigma", sigma, 0)
+    number("a blur's kernel", kernel, 1, whole=True)
     factor = x.shape[-2] / 64
     taps = int(kernel * factor)
     taps += (taps + 1) % 2
@@ -108,16 +109,15 @@ def of_kind(kind: str, sigma: float = SIGMA, weights: list[float] | None = None)
 
     Raises ValueError with the list of the kinds if there is none such.    Source: Factorized Diffusion.
     """
-    if kind == "scale":
-        if not weights:
-            raise ValueError("scale needs one weight per prompt, such as --weights 0.5 0.5")
-        return [scaled(w) for w in weights]
+    if kind == "scale" and not weights:
+        raise ValueError("scale needs one weight per prompt, such as --weights 0.5 0.5")
+    for weight in weights or ():
+        number("a weight", weight)
     kinds = {
         "frequency": [low_pass(sigma), high_pass(sigma)],
         "triple": triple(sigma),
         "color": [grey, color],
         "motion": [motion, lambda x: x - motion(x)],
+        "scale": [scaled(weight) for weight in weights or ()],
     }
-    if kind not in kinds:
-        raise ValueError(f"no kind of components {kind!r}; choose from {', '.join([*kinds, 'scale'])}")
-    return kinds[kind]
+    return chosen("kind of components", kind, kinds)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minidiff.checks import same_shape
 from minidiff.schedule import Schedule
 
 FixXStart = Callable[[Tensor], Tensor]  # clips or thresholds an estimate of the clean image
@@ -121,10 +122,13 @@ def step(
     x_t, eps, noise: (B, C, H, W).  t, t_prev: (B,) int64, any number of times apart.
     pred_var: (B, C, H, W) for a learned variance (iDDPM Eq. 15), or None for the larger bound beta_t (DDPM Sec. 3.2's
     first choice).  previous: only `solvers.dpm_step` uses it.  Returns (x_prev, pred_x_start).
+    Raises ValueError if t_prev is no earlier time, or the shapes differ.
     """
     pred_var = torch.ones_like(x_t) if pred_var is None else pred_var
     same_shape(x_t=x_t, eps=eps, noise=noise, pred_var=pred_var)
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    if not (alpha_bar_t < alpha_bar_prev).all():
+        raise ValueError(f"a reverse step leads to an earlier time, got t {t.tolist()} and t_prev {t_prev.tolist()}")
     pred_x_start = predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         pred_x_start = fix_x_start(pred_x_start)
@@ -209,10 +213,3 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     if not like.is_floating_point():
         raise ValueError(f"images are floats in [-1, 1], got {like.dtype}; of bytes pass x / 127.5 - 1")
     return coefficient.to(like.dtype).to(like.device)
-
-
-def same_shape(**tensors: Tensor) -> None:
-    """Raises ValueError if shapes differ: (B, H, W) beside (B, 1, H, W) would become (B, B, H, W) without a word."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError("shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

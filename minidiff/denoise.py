@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minidiff import cli, components, flags, images
 from minidiff.cascade import Cascade
+from minidiff.checks import number
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import Part, factorized
 from minidiff.sampling import noised, one_step, seeded
@@ -50,8 +51,7 @@ def denoise(
     Raises ValueError if t lies outside 0..999.
     Source: DDPM Eq. 4 and DDPM Eq. 15.
     """
-    if not 0 <= t < 1000:
-        raise ValueError(f"t must lie in 0..999, got {t}")
+    number("t", t, 0, 999, whole=True)
     stage, settings = cascade.stage(1), cascade.settings[0]
     original = images.load(image, stage.unet.config.sample_size)
     noisy = noised(original, t, stage.schedule, seeded([seed], NOISE))
@@ -112,8 +112,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.set_defaults(guidance_scale=[1.0])
     args = p.parse_intermixed_args(argv)
     for t in args.t:
-        if not 0 <= t < 1000:
-            raise ValueError(f"--t must lie in 0..999, got {t}")
+        number("--t", t, 0, 999, whole=True)
     if args.stage2 != "none" or len(args.seed) > 1 or args.num_images > 1:
         raise ValueError("this command looks at one image of stage 1; leave out --stage2, and pass one --seed")
     components.blur(torch.zeros(3, 64, 64), args.blur_sigma, args.blur_kernel)  # so that wrong ones show now

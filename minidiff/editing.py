@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff import images
+from minidiff.checks import number, short
 from minidiff.components import Component, blur
 from minidiff.sampling import Keep, noised
 from minidiff.schedule import Schedule
 
 KeepRule = Callable[[Schedule, Sequence[torch.Generator]], Keep]  # a Keep that waits for a stage and its random numbers
 METHODS = ("renoise", "clean", "repaint")
-JUMPS = (10, 3)  # jump_length and jump_n_sample, for some 30 steps; RePaint has 10 and 10 for 250
+JUMPS = (10, 3)  # jump_length and jump_n_sample, for 20 steps or more; RePaint has 10 and 10 for 250
 
 
 def renoise(image: Tensor, mask: Tensor) -> KeepRule:
@@ -65,6 +66,9 @@ def clean(image: Tensor, mask: Tensor) -> KeepRule:
 
 
 def _blend(new: Tensor, known: Tensor, mask: Tensor) -> Tensor:
+    if new.shape[-2:] != mask.shape[-2:]:
+        sizes = f"{tuple(mask.shape[-2:])} pixels, the walk {tuple(new.shape[-2:])}"
+        raise ValueError(f"what is kept has {sizes}; make it for the stage that draws")
     mask = mask.to(new)
     return mask * new + (1 - mask) * known
 
@@ -111,6 +115,18 @@ def kept(image: object, mask: object, size: int, method: str = "renoise", width:
     return (clean if method == "clean" else renoise)(images.load(image, size), region)
 
 
+def jumps_for(steps: int, length: int | None = None, times: int | None = None) -> tuple[int, int]:
+    """RePaint's jumps for a walk of so many steps: JUMPS, but no longer than half the walk, where nothing else is said.
+
+    Raises ValueError unless length lies in 1..steps - 1 and times is at least 1.
+    """
+    length = min(JUMPS[0], max(steps // 2, 1)) if length is None else length
+    times = JUMPS[1] if times is None else times
+    number(f"jump_length for {steps} steps", length, 1, max(steps - 1, 1), whole=True)
+    number("jump_n_sample", times, 1, whole=True)
+    return length, times
+
+
 def mask_at(mask: object, size: int) -> Tensor:
     """A mask at this size, (1, 1, size, size) in [0, 1]: of a file, a tensor (1, 1, H, H), or the corners of a box.
 
@@ -130,10 +146,12 @@ def box(corners: Sequence[float], size: int) -> Tensor:
     """
     if isinstance(corners, str) or not isinstance(corners, Sequence) or len(corners) != 4:
         raise ValueError("a mask is an image file, a tensor (1, 1, H, H), or four numbers x0 y0 x1 y1, got "
-                         f"{type(corners).__name__}")  # fmt: skip
+                         f"{short(corners)}")  # fmt: skip
+    for corner in corners:
+        number("a corner of a box", corner, 0, 64)
     x0, y0, x1, y1 = corners
-    if not (0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64):
-        raise ValueError(f"a box is x0 y0 x1 y1 with 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64, got {list(corners)}")
+    if not (x0 < x1 and y0 < y1) or max(x1, y1) <= 1:
+        raise ValueError(f"a box is x0 y0 x1 y1, x0 < x1 and y0 < y1, in pixels of 64, got {list(corners)}")
     mask = torch.zeros(1, 1, size, size)
     x0, y0, x1, y1 = (round(c * size / 64) for c in corners)
     mask[..., y0:y1, x0:x1] = 1
@@ -145,9 +163,8 @@ def feather(mask: Tensor, width: float) -> Tensor:
 
     Raises ValueError unless 0 <= width <= 20.
     """
-    if not 0 <= width <= 20:
-        raise ValueError(f"the feather's width must lie in 0..20 pixels, got {width:g}")
-    return blur(mask, width, kernel=2 * int(3 * width) + 3).clamp(0, 1) if width else mask
+    number("feather", width, 0, 20)
+    return blur(mask.float(), width, kernel=2 * int(3 * width) + 3).clamp(0, 1) if width else mask
 
 
 def check_mask(mask: Tensor, image: Tensor) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minidiff.checks import short
 from minidiff.components import Component, scaled, whole
 from minidiff.guidance import Model, guided
 from minidiff.sampling import Prediction
@@ -36,10 +37,18 @@ class Part:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str | Tensor):
-            raise ValueError(f"a prompt is a text, or its states, got {self.prompt!r:.60}; each has a Part of its own")
+            raise ValueError(f"a prompt is a text, or its states, got {short(self.prompt)}; each has a Part of its own")
         if not (isinstance(self.view, View) and callable(self.component)):
             raise ValueError("a Part is a prompt, a view and a component, such as Part('a volcano', "
-                             f"views.named('flip')), got {self!r:.99}")  # fmt: skip
+                             f"views.named('flip')), got {short(self.view)} and {short(self.component)}")  # fmt: skip
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Raises ValueError unless these are parts, one at least."""
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Part) for part in parts):
+        raise ValueError(f"parts are a list of Part, such as [Part('a volcano')], got {short(parts)}")
+    if not parts:
+        raise ValueError("no parts; pass at least one prompt")
 
 
 def factorized(
@@ -56,8 +65,7 @@ def factorized(
     split_batch: one network call per part and branch, with a fraction of the memory.
     Raises ValueError without parts, or if their states differ in length or width.    Source: Factorized Diffusion.
     """
-    if not parts:
-        raise ValueError("no parts; pass at least one prompt")
+    check_parts(parts)
     (*_, L, D), shapes = negative_prompt_embeds.shape, [tuple(part.prompt.shape[-2:]) for part in parts]
     if set(shapes) != {(L, D)}:
         raise ValueError(f"the parts' states are {shapes}, those of the negative prompt {(L, D)}; encode all prompts "
@@ -88,7 +96,7 @@ def listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def through_views(prompts: str | Sequence[str | Tensor], view_names: str | Sequence[str]) -> list[Part]:
+def through_views(prompts: str | Sequence[str | Tensor], view_names: str | Sequence[str | View]) -> list[Part]:
     """A part for each prompt, seen through its view. Raises ValueError unless there is one view for each prompt."""
     prompts, view_names = listed(prompts), listed(view_names)
     if len(prompts) != len(view_names):
@@ -101,8 +109,10 @@ def averaged(*parts: Part) -> list[Part]:
 
         eps = 1/K sum_k V_k^-1( CFG( V_k x_t, prompt_k ) )
 
-    A part with a component of its own keeps it: C_k( ) / K.    Source: Visual Anagrams.
+    A part with a component of its own keeps it: C_k( ) / K.    Raises ValueError as `check_parts`.
+    Source: Visual Anagrams.
     """
+    check_parts(parts)
 
     def share(component: Component) -> Component:
         return lambda x: scaled(1 / len(parts))(component(x))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.checks import same_shape
 from minidiff.sampling import Prediction
 from minidiff.schedule import Schedule
 
@@ -40,7 +41,7 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
     x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
     Source: FM Eq. 22 with sigma_min = 0.
     """
-    ddpm.same_shape(x_0=x_0, x_1=x_1)
+    same_shape(x_0=x_0, x_1=x_1)
     time = ddpm.cast(time.view(-1, 1, 1, 1), x_0)
     return (1 - time) * x_0 + time * x_1
 
@@ -53,7 +54,7 @@ def loss(x_0: Tensor, x_1: Tensor, velocity: Tensor) -> Tensor:
     x_0, x_1: (B, C, H, W).  velocity: the network's answer at a point of their `path`.
     Raises ValueError if the shapes differ.    Source: FM Eq. 23 with sigma_min = 0.
     """
-    ddpm.same_shape(x_0=x_0, x_1=x_1, velocity=velocity)
+    same_shape(x_0=x_0, x_1=x_1, velocity=velocity)
     return (velocity - (x_1 - x_0)).square().flatten(1).mean(1)
 
 

@@ -70,7 +70,7 @@ def plans(args: argparse.Namespace, cascade: Cascade) -> Iterator[tuple[list[str
     for prompt, steps, scale in product(args.prompts, counts, scales):
         seconds = args.stage2_steps or ([steps] if len(counts) > 1 else [upper.steps])
         for second in seconds:
-            cascade.settings[:] = base._replace(steps=steps, guidance_scale=scale), upper._replace(steps=second)
+            cascade.settings[:] = base.but(steps=steps, guidance_scale=scale), upper.but(steps=second)
             words = [prompt] if len(args.prompts) > 1 else []
             words += [f"{steps} steps"] if len(counts) > 1 else []
             words += [f"guidance {scale:g}"] if len(scales) > 1 else []

@@ -7,12 +7,12 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 and `guided` gives it the text and makes it a prediction. Next: `toy.py`, models with a known answer.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from minidiff.checks import number
 from minidiff.sampling import Prediction
 
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -42,8 +42,7 @@ def guided(
     conditional one is not, and the prompt has no say, not even in pred_var.
     Raises ValueError unless guidance_scale is a finite number.
     """
-    if isinstance(guidance_scale, str) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, such as 7.5, got {guidance_scale!r}")
+    number("guidance_scale", guidance_scale)
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         cond = prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)
@@ -76,6 +75,8 @@ def dynamic_threshold(ratio: float = 0.95, max_value: float = 1.5) -> Callable[[
         raise ValueError(f"need 0 < ratio <= 1 and max_value >= 1, got {ratio} and {max_value}")
 
     def fix_x_start(x_start: Tensor) -> Tensor:
+        if x_start.ndim != 4:
+            raise ValueError(f"estimates must be (B, C, H, W), got {tuple(x_start.shape)}")
         values = x_start.float()
         s = quantile(values.abs().flatten(1), ratio).clamp(1, max_value).view(-1, 1, 1, 1)
         return (values.clamp(-s, s) / s).to(x_start.dtype)

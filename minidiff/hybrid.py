@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minidiff import cli, components, editing, flags, images
 from minidiff.cascade import Cascade, Mask
+from minidiff.checks import number
 from minidiff.factorized import Part, listed
 from minidiff.sampling import seeded
 
@@ -46,7 +47,7 @@ def hybrid(
     image, mask, i_start, feather: as for `Cascade.make`.
     Raises ValueError if these do not go together.    Source: the Factorized Diffusion paper.
     """
-    prompts, is_edit = listed(prompts), image is not None or mask is not None or i_start is not None
+    prompts, is_edit = listed(prompts), image is not None or mask is not None or i_start is not None or feather != 0
     chosen = divided(len(prompts), kind, sigma, weights, reference is not None, is_edit)
     # The component of a reference needs no prompt: what the network predicts of it is replaced.
     prompts = prompts[:1] * (len(chosen) - len(prompts)) + prompts
@@ -69,10 +70,9 @@ def divided(
         raise ValueError(f"weights go with kind scale, not {kind}")
     if sigma != components.SIGMA and kind not in ("frequency", "triple"):
         raise ValueError(f"sigma goes with kind frequency and triple, not {kind}")
-    if sigma < 0:
-        raise ValueError(f"sigma must be at least 0, got {sigma:g}")
+    number("sigma", sigma, 0)
     if has_reference and is_edit:
-        raise ValueError("a reference says what is kept already; leave out image, mask or box, and i_start")
+        raise ValueError("a reference says what is kept already; leave out image, mask or box, feather and i_start")
     chosen = components.of_kind(kind, sigma, None if weights is None else list(weights))
     if prompts != (needed := len(chosen) - has_reference):
         raise ValueError(f"{kind}{' with a reference' * has_reference} needs {needed} prompts, got {prompts}")

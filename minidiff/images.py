@@ -22,6 +22,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
 from torch import Tensor
 
 from minidiff.checkpoint import write_whole
+from minidiff.checks import short
 
 KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC  # Pillow's bicubic is antialiased
@@ -39,7 +40,9 @@ def load(path: str | Path | Image.Image | Tensor, size: int | None = None) -> Te
     Raises ValueError if the file is missing, broken, no image, or a labelled sheet of `save_images`.
     """
     if isinstance(path, Tensor):
-        path = to_pil(in_range(path))
+        if 0 <= in_range(path).min() < path.max() <= 1:
+            warnings.warn("an image in [0, 1] is lighter than grey; if 0 is to be black, pass 2 * x - 1", stacklevel=2)
+        path = to_pil(path)
     image = _flat(path, "the image") if isinstance(path, Image.Image) else _flat(_read(path), path)
     return from_pil(image if size is None else ImageOps.fit(image, (size, size), BICUBIC))
 
@@ -85,10 +88,13 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def in_range(x: Tensor) -> Tensor:
-    """The same image; a walk without thresholding may lead it beyond [-1, 1]. Raises ValueError on 0..255 and NaN."""
-    if x.dtype == torch.uint8 or x.isnan().any() or x.min() >= 0 and x.max() > 10:
-        what = "bytes, which lie in 0..255" if x.dtype == torch.uint8 else f"values from {x.min():g} to {x.max():g}"
-        raise ValueError(f"an image lies in [-1, 1], got {what}; pass x / 127.5 - 1")
+    """The same image; a walk without thresholding may lead it beyond [-1, 1]. Raises ValueError on 0..255, NaN and
+    infinity."""
+    if not x.is_floating_point() or not x.numel():
+        raise ValueError(f"an image is floats in [-1, 1], got {x.dtype} {tuple(x.shape)}; of 0..255 pass x / 127.5 - 1")
+    if not x.isfinite().all() or x.min() >= 0 and x.max() > 10:
+        what = f"values from {x.min():g} to {x.max():g}"
+        raise ValueError(f"an image lies in [-1, 1], got {what}; of 0..255 pass x / 127.5 - 1")
     return x
 
 
@@ -97,8 +103,10 @@ def to_pil(x: Tensor) -> Image.Image:
 
     Raises ValueError on another shape, or if x holds NaN or bytes.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"an image is a tensor here, got {short(x)}; images.load reads files and Pillow images")
     if x.dtype == torch.uint8:
-        raise ValueError("an image lies in [-1, 1], got bytes, which lie in 0..255; pass x / 127.5 - 1")
+        raise ValueError("an image is floats in [-1, 1], got torch.uint8; of 0..255 pass x / 127.5 - 1")
     if x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 3 or x.shape[0] not in (1, 3):
@@ -145,6 +153,8 @@ def _eight_bits(image: Image.Image, name: str | Path) -> Image.Image:
     low, high = values.min(), values.max()
     if not -0.001 <= low <= high <= white + 0.001:
         raise ValueError(f"{name} holds grey values from {low:g} to {high:g}; scale them to 0..{white}")
+    if 0 < high <= 255 and white == 65535:
+        warnings.warn(f"{name} holds grey values up to {high:g} where white is 65535: nearly black", stacklevel=2)
     grey = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
     grey.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
     return grey

@@ -25,7 +25,7 @@ from minidiff.solvers import times_for
 
 def inpaint(
     cascade: Cascade, image: object, mask: Mask, prompt: str = flags.NEUTRAL, seeds: Sequence[int] = (0,), *,
-    method: str = "renoise", jumps: tuple[int, int] = editing.JUMPS, feather: float = 0.0,
+    method: str = "renoise", jumps: tuple[int, int] | None = None, feather: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The image painted anew where the mask is: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jumps = _jumps(args, len(times_for("ddpm", cascade.settings[0].steps)))
     results, labels = [], []
     for method in args.method:
-        small, large = inpaint(cascade, args.image, mask, args.prompt, seeds, method=method, jumps=jumps,
-                               feather=args.feather)  # fmt: skip
+        small, large = inpaint(cascade, args.image, mask, args.prompt, seeds, method=method,
+                               jumps=jumps if method == "repaint" else None, feather=args.feather)  # fmt: skip
         results += list(small if large is None else large)
         labels += [f"{method}, seed {seed}" for seed in seeds]
     inputs, names = flags.inputs_shown(args.image, mask, args.feather, results[0].shape[-1])
@@ -56,12 +56,7 @@ def _jumps(args: argparse.Namespace, steps: int) -> tuple[int, int]:
     """RePaint's jumps for so many steps. Raises ValueError if the flags do not fit them."""
     if "repaint" not in args.method and (args.jump_length or args.jump_n_sample):
         raise ValueError("--jump-length and --jump-n-sample go with --method repaint")
-    length = min(editing.JUMPS[0], max(steps // 2, 1)) if args.jump_length is None else args.jump_length
-    times = editing.JUMPS[1] if args.jump_n_sample is None else args.jump_n_sample
-    if not 1 <= length < max(steps, 2) or times < 1:
-        raise ValueError(f"--jump-length must lie in 1..{steps - 1} for {steps} steps and --jump-n-sample be at least "
-                         f"1, got {length} and {times}")  # fmt: skip
-    return length, times
+    return editing.jumps_for(steps, args.jump_length, args.jump_n_sample)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.checks import number
 from minidiff.schedule import Schedule, check_timesteps
 
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -58,14 +59,14 @@ def denoise(
     """Walk x_t down the timesteps, one Step at a time; the last one's x_prev is the image.
 
     x_t: noisy as at timesteps[0].  timesteps: (S,) int64, descending; the next time is always the next entry.
-    generators: one per image, on the CPU, so that a seed gives one image whatever the batch and the device.
+    generators: one per image, on the CPU, so that a seed gives one image whatever the batch and the device; or seeds.
     step: `ddpm.step`, `solvers.ddim_step` or `solvers.dpm_step`.  fix_x_start: clips or thresholds each estimate.
     final_step: False stops at timesteps[-1], still slightly noisy, without asking the network there.
     jumps: (jump_length, jump_n_sample), RePaint's resampling; see `visits`.
     Raises ValueError if timesteps do not descend or generators do not match the batch.    Source: DDPM Alg. 2.
     """
     check_timesteps(timesteps, schedule.num_train_timesteps)
-    B = len(x_t)
+    B, generators = len(x_t), seeded(generators)
     if len(generators) != B:
         raise ValueError(f"need one generator per image: {B} images, {len(generators)} generators")
     x_t, previous, i, times = x_t.float(), None, 0, visits(timesteps, final_step, jumps)
@@ -113,8 +114,8 @@ def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | 
     Source: the RePaint paper's resampling; checked against andreas128/RePaint guided_diffusion/scheduler.py@0fea066.
     """
     down, (jump_length, jump_n_sample) = timesteps.tolist(), jumps or (1, 1)
-    if jump_length < 1 or jump_n_sample < 1:
-        raise ValueError(f"a jump's length and its samples must be at least 1, got {jump_length}, {jump_n_sample}")
+    number("jump_length", jump_length, 1, whole=True)
+    number("jump_n_sample", jump_n_sample, 1, whole=True)
     jumps_left = {j: jump_n_sample - 1 for j in range(0, len(down) - jump_length, jump_length)}  # at each place
     times, k = [], len(down)  # k counts entries from the end
     while k > 0:
@@ -138,6 +139,7 @@ def noised(x_start: Tensor, t: int, schedule: Schedule, generators: Sequence[tor
 
     x_start: (B, C, H, W), or (1, C, H, W) for all alike, in [-1, 1].  Source: DDPM Eq. 4.
     """
+    generators = seeded(generators)
     x_start = x_start.expand(len(generators), -1, -1, -1)
     if t == -1:
         return x_start

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minidiff import cli, flags
 from minidiff.cascade import Cascade, Mask, last_start
+from minidiff.checks import number
 from minidiff.factorized import Part
 
 STARTS = [1, 3, 5, 7, 10, 20]
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds, mask, cascade = flags.seeds_of(args), args.mask or args.box, flags.load_cascade(args)
     last = last_start(cascade.settings[0].steps)
     starts = args.i_start or [i for i in STARTS if i <= last] or [last]
-    if wrong := [start for start in starts if not 0 <= start <= last]:
-        raise ValueError(f"--i-start must lie in 0..{last} for these steps, got {wrong[0]}")
+    for start in starts:
+        number("--i-start on these steps", start, 0, last, whole=True)
     columns = []
     for i_start in starts:
         small, large = sdedit(cascade, args.image, args.prompt, i_start, seeds, mask=mask, feather=args.feather)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.checks import same_shape
 from minidiff.ddpm import FixXStart, Previous, cast
 from minidiff.schedule import Schedule, check_timesteps, respaced, strided
 
@@ -40,7 +41,7 @@ def ddim_step(
     Returns (x_prev, x_start), each (B, C, H, W).
     """
     alpha_bar_t, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-    ddpm.same_shape(x_t=x_t, noise=noise)
+    same_shape(x_t=x_t, noise=noise)
     x_start = ddpm.predict_x_start(x_t, eps, alpha_bar_t)
     if fix_x_start is not None:
         x_start = fix_x_start(x_start)
@@ -87,6 +88,7 @@ def dpm_step(
 
 
 STEPS = {"ddpm": ddpm.step, "ddim": ddim_step, "dpm++": dpm_step}  # what --sampler names
+LEFT = 1e-6  # the least alpha-bar from which `invert` leads back: IF's is 2.4e-9 at t = 999 and 2.4e-6 at t = 998
 COURSE = "course"  # the walk of the course: it ends at t = 0, slightly noisy, and does not threshold
 
 
@@ -117,10 +119,15 @@ def invert(predict: Callable[..., tuple[Tensor, Tensor | None]], x_start: Tensor
 
     Each step asks the network for eps at the time it goes to, with the x of the time it leaves. This answer is wrong by
     less with more steps.
-    x_start: (B, C, H, W) in [-1, 1].  timesteps: (S,) int64, descending, as for `sampling.denoise`.
+    x_start: (B, C, H, W) in [-1, 1].  timesteps: (S,) int64, descending, as for `sampling.denoise`, such as
+    schedule.leading(30). They must not begin where nothing of the image is left, as those of `times_for` do.
+    Raises ValueError if they do, or do not descend.
     Returns x at timesteps[0], (B, C, H, W).    Source: DDIM Sec. 4.3; as diffusers' DDIMInverseScheduler.
     """
     check_timesteps(timesteps, schedule.num_train_timesteps)
+    if schedule.alpha_bar(timesteps[:1]) < LEFT:
+        raise ValueError(f"at t = {int(timesteps[0])} nothing is left of an image that could be led back; pass "
+                         "earlier times, such as schedule.leading(30)")  # fmt: skip
     x_t, t = x_start.float(), torch.full((len(x_start),), -1, device=x_start.device)
     for later in timesteps.flip(0).tolist():
         t_later = torch.full_like(t, later)

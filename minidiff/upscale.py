@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minidiff import cli, editing, flags, images, views
 from minidiff.cascade import Cascade, Mask
+from minidiff.checks import number
 from minidiff.deepfloyd.stages import NOISE_LEVEL, upsample
 from minidiff.factorized import averaged, through_views
 from minidiff.sampling import seeded
@@ -68,12 +69,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--text-model", help="whose text encoder (default: mini's, or the one of the released models)")
     flags.add_edit_flags(p, image=False)
     args = p.parse_intermixed_args(argv)
+    if len(args.guidance_scale or []) > 1 or len(args.steps or []) > 1:
+        raise ValueError("this command takes one --guidance-scale and one --steps; minidiff.generate compares several")
     args.model, args.stage2 = "none", args.model  # --model is stage 2 here
     args.stage2_steps, args.steps = args.steps, None
     args.stage2_guidance_scale, args.guidance_scale = (args.guidance_scale or [None])[0], None
     args.prompts = args.prompts or [""]
-    if not 0 <= args.noise_level < 1000:
-        raise ValueError(f"--noise-level must lie in 0..999, got {args.noise_level}")
+    number("--noise-level", args.noise_level, 0, 999, whole=True)
     through_views(args.prompts, args.view)  # so that wrong ones show now
     return args
 

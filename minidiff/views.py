@@ -200,12 +200,14 @@ NUMBERS = {  # what may stand behind the colon: its type, and from where to wher
 IDENTITY = VIEWS["identity"]()
 
 
-def named(text: str) -> View:
+def named(text: str | View) -> View:
     """The view called `text`: a name of VIEWS, with its number behind a colon where it has one (`skew:1.5`).
 
-    Raises ValueError that lists the names, or says what number it takes.
+    A view stays as it is.    Raises ValueError that lists the names, or says what number it takes.
     """
-    name, _, number = text.partition(":")
+    if isinstance(text, View):
+        return text
+    name, _, number = str(text).partition(":")
     if name not in VIEWS:
         raise ValueError(f"no view {name!r}; choose from {', '.join(VIEWS)}")
     if not number:

@@ -151,7 +151,7 @@ def few_steps() -> contextlib.AbstractContextManager:
 
     def quick(*arguments: object, **options: object) -> Cascade:
         cascade = load(*arguments, **options)
-        cascade.settings[:] = (settings._replace(steps=QUICK_STEPS) for settings in cascade.settings)
+        cascade.settings[:] = (settings.but(steps=QUICK_STEPS) for settings in cascade.settings)
         return cascade
 
     return mock.patch.object(Cascade, "load", quick)

@@ -326,7 +326,7 @@ def test_a_noise_level_out_of_range_and_a_missing_image(cascade, tmp_path, capsy
     assert "in.png" in fails(capsys, upscale.main, tmp_path / "in.png", PROMPT, *flags)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     message = fails(capsys, upscale.main, tmp_path / "in.png", PROMPT, *flags, "--noise-level", "1000")
-    assert "--noise-level must lie in 0..999, got 1000" in message
+    assert "--noise-level must be a whole number from 0 to 999, got 1000" in message
 
 
 def test_a_broken_model_fails_before_the_prompts_are_encoded(cascade, tmp_path, capsys, no_work):

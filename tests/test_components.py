@@ -39,7 +39,7 @@ def test_blur_is_torchvisions_and_grows_with_the_picture():
     with pytest.raises(ValueError, match=r"\(64, 8\) pixels is too small for a blur with 33 taps"):
         components.blur(X[..., :8])
     for sigma, kernel in ((-1.0, 3), (math.nan, 3), (1.0, 0)):
-        with pytest.raises(ValueError, match="a sigma of at least 0 and a kernel of at least 1"):
+        with pytest.raises(ValueError, match="a blur's (sigma|kernel) must be a (finite|whole) number of"):
             components.blur(torch.zeros(3, 64, 64), sigma, kernel)
 
 

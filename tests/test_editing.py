@@ -98,7 +98,7 @@ def test_the_walk_of_repaint_by_hand():
     assert visits(torch.tensor([900, 600]), False) == [900, 600] and network_calls([900, 600]) == 1
     paper = visits(torch.arange(249, -1, -1), True, (10, 10))  # 24 places, 9 jumps of 10 at each
     assert network_calls(paper) == 250 + 24 * 9 * 10
-    with pytest.raises(ValueError, match="at least 1, got 0, 3"):
+    with pytest.raises(ValueError, match="jump_length must be a whole number of 1 or more, got 0"):
         visits(torch.tensor([5, 4]), True, (0, 3))
 
 
@@ -223,9 +223,15 @@ def test_boxes_and_feathers():
     assert large[..., 64:128].min() == 1 and large.sum() == 64 * 256
     soft = editing.feather(editing.box((16, 16, 48, 48), 64), 2.0)
     assert soft.min() >= 0 and soft.max() <= 1 and 0.4 < soft[0, 0, 32, 16] < 0.6 and soft[0, 0, 32, 32] == 1
-    for corners in ((10, 0, 10, 5), (0, 0, 65, 5), (-1, 0, 5, 5)):
-        with pytest.raises(ValueError, match="a box is x0 y0 x1 y1 with 0 <= x0 < x1 <= 64"):
+    for corners in ((10, 0, 10, 5), (5, 5, 4, 9), (0.2, 0.2, 0.8, 0.8)):  # the last ones are shares of the image
+        with pytest.raises(ValueError, match="a box is x0 y0 x1 y1, x0 < x1 and y0 < y1, in pixels of 64"):
             editing.box(corners, 64)
+    for corners in ((0, 0, 65, 5), (-1, 0, 5, 5), ("1", 0, 5, 5), (0, 0, math.nan, 5)):
+        with pytest.raises(ValueError, match="a corner of a box must be a finite number from 0 to 64"):
+            editing.box(corners, 64)
+    for width in (-1, 21, "2", None):
+        with pytest.raises(ValueError, match="feather must be a finite number from 0 to 20"):
+            editing.feather(large, width)
     for other in (np.zeros((1, 1, 64, 64)), (1, 2, 3), 5):
         with pytest.raises(ValueError, match="a mask is an image file, a tensor .* or four numbers x0 y0 x1 y1, got"):
             editing.mask_at(other, 64)

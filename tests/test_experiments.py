@@ -76,14 +76,14 @@ def test_sdedit_starts_from_the_image_and_draws_only_inside_the_mask(small, phot
     assert torch.equal(late, small.draw(parts, [0, 1], image=image, i_start=2))
     inside, _ = sdedit.sdedit(small, photo, PROMPT, 2, mask=(0, 0, 32, 64))
     assert torch.equal(inside[..., 32:], image[..., 32:]) and not torch.equal(inside[..., :32], image[..., :32])
-    with pytest.raises(ValueError, match=r"i_start must lie in 0\.\.2 for these steps, got 3"):
+    with pytest.raises(ValueError, match="i_start on these steps must be a whole number from 0 to 2, got 3"):
         sdedit.sdedit(small, photo, PROMPT, 3)
 
 
 def test_inpaint_keeps_what_is_not_masked_by_every_method(small, photo):
     image, results = images.load(photo, 64), []
     for method in ("renoise", "clean", "repaint"):
-        x, _ = inpaint.inpaint(small, photo, (0, 0, 32, 64), PROMPT, method=method, jumps=(1, 2))
+        x, _ = inpaint.inpaint(small, photo, (0, 0, 32, 64), PROMPT, method=method)
         assert torch.equal(x[..., 32:], image[..., 32:])
         results.append(x[..., :32])
     assert all((a - b).abs().mean() > 1e-3 for a, b in zip(results, results[1:]))
@@ -198,11 +198,9 @@ def test_denoise_noises_blurs_and_estimates(small, photo):
 
 
 def test_denoise_refuses_times_that_are_none(small, photo):
-    for t in (-1, 1000):
-        with pytest.raises(ValueError, match=rf"t must lie in 0\.\.999, got {t}"):
+    for t in (-1, 1000, 500.0, "500", None):
+        with pytest.raises(ValueError, match=f"t must be a whole number from 0 to 999, got {t!r}"):
             denoise.denoise(small, photo, t)
-    with pytest.raises(ValueError, match=r"times are whole numbers, .*, got tensor\(\[500"):
-        denoise.denoise(small, photo, 500.0)
 
 
 def test_denoise_shows_every_way_and_their_errors(cascade, photo, tmp_path, sheets):
@@ -437,26 +435,26 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (hybrid.main, ["a"], "frequency needs 2 prompts, got 1"),
         (hybrid.main, ["a", "b", "--reference", "PHOTO"], "frequency with a reference needs 1 prompts, got 2"),
         (hybrid.main, ["a", "b", "--kind", "scale"], "scale needs one weight per prompt"),
-        (hybrid.main, ["a", "b", "--sigma", "-1"], "sigma must be at least 0, got -1"),
+        (hybrid.main, ["a", "b", "--sigma", "-1"], "sigma must be a finite number of 0 or more, got -1"),
         (inpaint.main, ["PHOTO"], "which region? pass a mask image after the image, or --box X0 Y0 X1 Y1"),
         (inpaint.main, ["PHOTO", "nowhere.png", "a"], "nowhere.png does not exist; pass the path of"),
         (inpaint.main, ["PHOTO", "PHOTO", "a", "castle"], "too many words: ['a', 'castle']; put the prompt in quot"),
         (inpaint.main, ["PHOTO", "PHOTO", "--box", "0", "0", "9", "9"], "is an image, but --mask or --box says where"),
         (inpaint.main, ["PHOTO", "--box", "9", "0", "9", "9"], "a box is x0 y0 x1 y1"),
-        (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "the feather's width must lie in 0..20 pixels, got -1"),
-        (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "least 1, got 0 and 3"),
-        (inpaint.main, ["PHOTO", "PHOTO", "--method", "repaint", "--steps", "5", "--jump-length", "5"], "lie in 1..4"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--feather", "-1"], "feather must be a finite number from 0 to 20, got -1"),
+        (inpaint.main, ["PHOTO", "PHOTO", "a", "--method", "repaint", "--jump-length", "0"], "from 1 to 99, got 0"),
+        (inpaint.main, ["PHOTO", "PHOTO", "--method", "repaint", "--steps", "5", "--jump-length", "5"], "from 1 to 4"),
         (inpaint.main, ["PHOTO", "PHOTO", "--jump-length", "5"], "go with --method repaint"),
         (inpaint.main, ["PHOTO", "a castle"], "which region? pass a mask image after the image"),
         (sdedit.main, ["PHOTO", "--feather", "2"], "feather softens a mask; pass a mask or a box"),
         (generate.main, ["a", "--stage2-steps", "4"], "--stage2-steps and --stage2-guidance-scale need a stage 2"),
         (hybrid.main, ["a", "b", "--kind", "color", "--sigma", "3"], "sigma goes with kind frequency and triple"),
         (sdedit.main, ["nowhere.png"], "nowhere.png does not exist"),
-        (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start must lie in 0..32 for these steps, got 34"),
-        (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start must lie in 0..32 for these steps, got -1"),
-        (denoise.main, ["PHOTO", "--t", "1000"], "--t must lie in 0..999, got 1000"),
-        (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "a kernel of at least 1, got 2 and -3"),
-        (denoise.main, ["PHOTO", "--i-start", "-1"], "i_start must lie in 0..32 for these steps, got -1"),
+        (sdedit.main, ["PHOTO", "--i-start", "34"], "--i-start on these steps must be a whole number from 0"),
+        (sdedit.main, ["PHOTO", "--i-start", "-1", "5"], "--i-start on these steps must be a whole number from 0"),
+        (denoise.main, ["PHOTO", "--t", "1000"], "--t must be a whole number from 0 to 999, got 1000"),
+        (denoise.main, ["PHOTO", "--blur-kernel", "-3"], "kernel must be a whole number of 1 or more, got -3"),
+        (denoise.main, ["PHOTO", "--i-start", "-1"], "i_start on these steps must be a whole number from"),
         (sdedit.main, ["PHOTO", "--steps", "5", "9"], "this command takes one --steps; minidiff.generate"),
         (sdedit.main, ["PHOTO", "--guidance-scale", "5", "9"], "this command takes one --guidance-scale"),
         (anagram.main, ["a", "b", "--i-start", "1"], "i_start needs an image to start from"),

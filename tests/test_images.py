@@ -519,7 +519,7 @@ def test_what_is_no_image_is_named_by_its_type(other):
 def test_a_tensor_of_bytes_is_not_taken_for_values_in_minus_1_to_1():
     x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
     whole = ((x + 1) * 127.5).round().to(torch.uint8)
-    with pytest.raises(ValueError, match=r"got bytes, which lie in 0\.\.255; pass x / 127\.5 - 1"):
+    with pytest.raises(ValueError, match=r"an image is floats in \[-1, 1\], got torch.uint8.*; of 0\.\.255 pass x"):
         images.load(whole)
     assert torch.allclose(images.load(whole / 127.5 - 1), x.expand(1, 3, 16, 16), atol=1 / 255)
 
@@ -836,8 +836,13 @@ def test_check_output_looks_at_every_file_of_save_images(tmp_path):
 def test_numbers_that_are_no_image_are_refused_where_they_come_in():
     """Values in 0..255 would be clamped to white. A noisy image reaches about 5, and stays one; so does what a walk
     without thresholding leads to, far beyond on both sides."""
-    for wrong in (torch.full((3, 4, 4), 200.0), torch.full((3, 4, 4), torch.nan)):
-        with pytest.raises(ValueError, match=r"an image lies in \[-1, 1\], got values from .*; pass x"):
+    for value in (200.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"an image lies in \[-1, 1\], got values from .*; of 0..255 pass x"):
+            images.load(torch.full((3, 4, 4), value))
+    for wrong in (torch.zeros(3, 4, 4, dtype=torch.int64), torch.zeros(3, 0, 4)):
+        with pytest.raises(ValueError, match=r"an image is floats in \[-1, 1\], got torch.* \(3, .*; of 0..255 pass x"):
             images.load(wrong)
+    with pytest.warns(UserWarning, match=r"an image in \[0, 1\] is lighter than grey"):
+        images.load(torch.linspace(0, 1, 48).view(3, 4, 4))
     assert images.load(torch.full((3, 4, 4), 5.0)).unique().tolist() == [1.0]
     assert images.load(torch.tensor([-112.0, 113.0]).expand(3, 4, 2)).unique().tolist() == [-1.0, 1.0]

@@ -169,7 +169,7 @@ def test_drawing_is_stage_1_on_each_prompt_with_each_seed(tmp_path):
     """The second prompt with the second seed alone gives the last image, up to the rounding of a batch, which a random
     network passes on: compared with the distance to the image of the first seed."""
     cascade = Cascade.load(str(write_cascade(tmp_path)[0]), "none", dtype=torch.float32)
-    cascade.settings[0] = cascade.settings[0]._replace(steps=4, guidance_scale=2.0)
+    cascade.settings[0] = cascade.settings[0].but(steps=4, guidance_scale=2.0)
     drawn = judge.draw(cascade, ["a castle", "a dog"], [5, 3])
     alone = cascade.draw([Part(*cascade.encode("a dog"))], [3])
     assert drawn.shape == (4, 3, 64, 64)

@@ -1,0 +1,68 @@
+"""Checks of arguments: what students pass by mistake gets one line that names the argument."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minidiff import checks
+from minidiff.cascade import Settings
+from minidiff.factorized import Part, averaged
+from minidiff.guidance import dynamic_threshold, guided
+from minidiff.schedule import leading, squaredcos_cap_v2
+from minidiff.solvers import invert, times_for
+from minidiff.views import named
+
+
+@pytest.mark.parametrize("value", ["2", None, [2], math.nan, True, torch.zeros(2), np.zeros(2), 2.5, 11, 1j, b"2"])
+def test_a_whole_number_is_one(value):
+    with pytest.raises(ValueError, match=r"^steps must be a whole number from 1 to 10, got [^\n]{1,60}$"):
+        checks.number("steps", value, 1, 10, whole=True)
+
+
+@pytest.mark.parametrize("value", [2, np.int64(2), torch.tensor(2)])
+def test_numbers_of_every_library_are_numbers(value):
+    checks.number("steps", value, 1, 10, whole=True)
+    checks.number("scale", value + 0.5)
+
+
+def test_how_far_a_number_may_reach_is_said():
+    with pytest.raises(ValueError, match="^sigma must be a finite number of 0 or more, got -1$"):
+        checks.number("sigma", -1, 0)
+    with pytest.raises(ValueError, match="^scale must be a finite number, got inf$"):
+        checks.number("scale", math.inf)
+
+
+def test_a_message_shows_a_tensor_on_one_line():
+    assert checks.short(torch.zeros(9, 9)) == "tensor([[0., 0., 0., 0., 0., 0., 0., 0., 0.], [0., 0., 0., 0"
+    with pytest.raises(ValueError, match=r"^a prompt is a text, or its states, got \[tensor\([^\n]*$"):
+        Part([torch.zeros(9, 9)])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"guidance_scale": "7"}, "guidance_scale must be a finite number, got '7'"),
+    ({"guidance_scale": torch.tensor([7.0, 3.0])}, "guidance_scale must be a finite number, got tensor"),
+    ({"steps": 0}, "cannot take 0 steps"), ({"steps": [1, 2]}, "steps must be a count, a list like"),
+    ({"sampler": "ddpmm"}, "no sampler 'ddpmm'; choose from ddpm, ddim, dpm"),
+    ({"sampler": ["ddpm"]}, "no sampler .'ddpm'.; choose from"), ({"negative_prompt": 3}, "a prompt is a text"),
+])  # fmt: skip
+def test_settings_that_no_stage_could_use_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(27, 3.0).but(**changes)
+
+
+def test_other_slips():
+    predict = guided(lambda x, t, text: (x, None), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 1.0)
+    image, schedule = torch.zeros(1, 3, 8, 8), squaredcos_cap_v2()
+    with pytest.raises(ValueError, match="at t = 999 nothing is left of an image that could be led back"):
+        invert(predict, image, times_for("ddim", 10), schedule)
+    assert invert(predict, image, leading(10), schedule).isfinite().all()
+    with pytest.raises(ValueError, match=r"estimates must be \(B, C, H, W\), got \(3, 8, 8\)"):
+        dynamic_threshold()(image[0])
+    with pytest.raises(ValueError, match="parts are a list of Part"):
+        averaged([Part("a"), Part("b")])
+    flip = named("flip")
+    assert named(flip) is flip
+    with pytest.raises(ValueError, match="no view '3'; choose from identity"):
+        named(3)
