@@ -62,6 +62,9 @@ class Expectation:
     traits: tuple[str, ...] = ()
 
 
+Pair = tuple[Expectation, Expectation]  # a judge's answer, and what is expected of the image
+
+
 def concept_class(concept: str) -> str:
     """The judge's class: "volcano" of "volcano/night", "campfire people" of "campfire/people", "beach" of "/beach"."""
     head, _, rest = concept.partition("/")
@@ -113,16 +116,15 @@ def agreement(answer: Expectation, expectation: Expectation) -> tuple[bool, bool
     return concept, not expectation.styles or answer.styles[0] in expectation.styles
 
 
-def shares(pairs: Sequence[tuple[Expectation, Expectation]]) -> dict[str, float]:
-    """{"concept", "style", "both"}: which share of (answer, expectation) agrees. Where no style is expected, it counts
-    for "both" as right, and for "style" not at all."""
+def shares(pairs: Sequence[Pair]) -> dict[str, float]:
+    """{"concept", "style", "both"}: which share of the pairs agrees. Where no style is expected, it counts for "both"
+    as right, and for "style" not at all."""
     right = [agreement(*pair) for pair in pairs]
     styles = [style for (_, style), (_, expectation) in zip(right, pairs) if expectation.styles]
     answers = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
     return {name: sum(values) / max(len(values), 1) for name, values in answers.items()}
 
 
-def floor(answers: Sequence[Expectation], expectations: Sequence[Expectation]) -> dict[str, float]:
-    """The shares when each answer is held against all other expectations: what images reach that ignore the prompt.
-    expectations: one for each answer."""
-    return shares([(answer, other) for answer, e in zip(answers, expectations) for other in expectations if other != e])
+def floor(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The shares when each answer is held against all other expectations: what images reach that ignore the prompt."""
+    return shares([(answer, other) for answer, e in pairs for _, other in pairs if other != e])

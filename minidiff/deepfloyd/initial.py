@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minidiff.deepfloyd.dataset import CaptionedImages
-from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Encoder
+from minidiff.deepfloyd.t5 import GatedFeedForward, SelfAttention, T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet
 from minidiff.training import precision
@@ -21,21 +21,15 @@ CONTRASTIVE_BATCH = 96
 def initialise(module: nn.Module) -> None:
     """T5's own scales, as its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
     for m in module.modules():
-        if isinstance(m, SelfAttention):
-            inner, width = m.q.weight.shape
-            nn.init.normal_(m.q.weight, std=(width * inner // m.heads) ** -0.5)
-            for f in (m.k, m.v):
-                nn.init.normal_(f.weight, std=width**-0.5)
-            nn.init.normal_(m.o.weight, std=inner**-0.5)
-        elif isinstance(m, GatedFeedForward):
-            for f in (m.wi_0, m.wi_1, m.wo):
-                nn.init.normal_(f.weight, std=f.in_features**-0.5)
+        if isinstance(m, SelfAttention | GatedFeedForward):
+            for name, f in m.named_parameters():
+                if name != "relative_attention_bias.weight":
+                    d = f.shape[0] // m.heads if name == "q.weight" else 1
+                    nn.init.normal_(f, std=(f.shape[1] * d) ** -0.5)
         elif isinstance(m, ResnetBlock):
             nn.init.zeros_(m.conv2.weight)
         elif isinstance(m, Attention):
             nn.init.zeros_(m.to_out[0].weight)
-        elif isinstance(m, RMSNorm):
-            nn.init.ones_(m.weight)
 
 
 @torch.no_grad()

@@ -197,31 +197,30 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * min(1, (step + 1) / 200, (total - step) / (total * FALL))
 
 
-def write_folder(out: Path, stage: int, state: dict[str, Tensor], unet: UNetConfig, t5: T5Config) -> None:
-    """The weights of a `Trainee` as float16 in the released layout, with their configs."""
+def write_folder(out: Path, model: Trainee) -> None:
+    """The weights as float16 in the released layout, with their configs."""
     process = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-    _write_unet(out / "unet", {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}, unet)
+    unet = model.unet.config
+    up = [MIRROR[kind] for kind in reversed(unet.down_block_types)]
+    derived = {"_class_name": "UNet2DConditionModel", "up_block_types": up, "encoder_hid_dim_type": "text_proj"}
+    checkpoint.write_json(out / "unet" / "config.json", FIXED | asdict(unet) | derived)
+    _write_half(model.unet, out / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     checkpoint.write_json(out / "scheduler" / "scheduler_config.json", process | {
         "variance_type": "learned_range", "prediction_type": "epsilon", "thresholding": True, "clip_sample": True,
-        "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if stage == 1 else 1.0,
+        "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if model.stage == 1 else 1.0,
     })  # fmt: skip
-    if stage == 2:
+    if model.stage == 2:
         checkpoint.write_json(out / "image_noising_scheduler" / "scheduler_config.json", process)
         return
-    # The feed-forward's last matrix stays float32, as in the released float16 files.
-    text = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
-    text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
     kind = {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"}
-    checkpoint.write_json(out / "text_encoder" / "config.json", asdict(t5) | kind)
-    checkpoint.save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.write_json(out / "text_encoder" / "config.json", asdict(model.text_encoder.config) | kind)
+    _write_half(model.text_encoder, out / "text_encoder" / "model.fp16.safetensors")
 
 
-def _write_unet(folder: Path, tensors: dict[str, Tensor], config: UNetConfig) -> None:
-    up = [MIRROR[kind] for kind in reversed(config.down_block_types)]
-    derived = {"_class_name": "UNet2DConditionModel", "up_block_types": up, "encoder_hid_dim_type": "text_proj"}
-    checkpoint.write_json(folder / "config.json", FIXED | asdict(config) | derived)
-    half = {key: value.half() for key, value in tensors.items()}
-    checkpoint.save(half, folder / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+def _write_half(module: nn.Module, path: Path) -> None:
+    """As in the released float16 files, the last matrix of T5's feed-forward stays float32."""
+    half = {k: v if k.endswith(".wo.weight") else v.half() for k, v in module.state_dict().items()}
+    checkpoint.save(half, path, {"format": "pt"})
 
 
 def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenizer:
@@ -236,12 +235,6 @@ def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenize
             train_tokenizer(dataset.captions, spiece, MINI_T5.vocab_size)
     training.barrier()
     return Tokenizer(spiece)
-
-
-def write_vocabulary(rows: list[dict], out: Path) -> None:
-    """out/vocabulary.json from a packed set whose rows name "kind", "concept" and "style"; nothing from any other."""
-    if all({"kind", "concept", "style"} <= row.keys() for row in rows):
-        vocabulary.write(rows, out / "vocabulary.json")
 
 
 def first_weights(
@@ -279,7 +272,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, dataset)
     if args.stage == 1 and training.rank() == 0:
-        write_vocabulary(dataset.rows, args.out)
+        vocabulary.write(dataset.rows, args.out)
     model = first_weights(args, tokenizer, dataset, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,
@@ -300,7 +293,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     for record in training.run(model, lambda net, batch: net(*batch).mean(), batch_at, optimizer, plan, folder,
                                settings, dtype=args.dtype):  # fmt: skip
         tqdm.write(str(record))
-        write_folder(args.out, args.stage, model.state_dict(), model.unet.config, MINI_T5)
+        write_folder(args.out, model)
         samples = folder / "samples" / f"step-{record.step:07d}.png"
         if record.stopped or samples.is_file():
             continue

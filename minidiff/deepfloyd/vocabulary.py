@@ -38,9 +38,10 @@ def collect(rows: Sequence[Mapping]) -> dict:
     return {name: sorted(entries) for name, entries in lists.items()} | {"styles": phrases}
 
 
-def write(rows: Sequence[Mapping], path: Path) -> None:
-    """The collection as JSON. The file is there whole or not at all."""
-    write_json(path, collect(rows))
+def write(rows: Sequence[Mapping], folder: Path) -> None:
+    """The collection as vocabulary.json, if all rows name their "kind", "concept" and "style"; else nothing."""
+    if all({"kind", "concept", "style"} <= row.keys() for row in rows):
+        write_json(folder / "vocabulary.json", collect(rows))
 
 
 def read(folder: Path) -> dict | None:

@@ -104,7 +104,8 @@ def test_agreement_shares_and_floor_by_hand():
     assert captions.agreement(Expectation(("person",), ("noto",), ("hat", "old")), old_man) == (True, True)
     answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("noto",)), Expectation(("dog",), ("oil",))]
     expectations = [cat, oil_dog, oil_dog]
+    pairs = list(zip(answers, expectations))
     # right: cat; dog but no oil; both
-    assert captions.shares(list(zip(answers, expectations))) == {"concept": 1, "style": 0.5, "both": 2 / 3}
+    assert captions.shares(pairs) == {"concept": 1, "style": 0.5, "both": 2 / 3}
     # cat against oil_dog twice (style right, concept not), the dogs against cat (concept wrong, no style expected)
-    assert captions.floor(answers, expectations) == {"concept": 0, "style": 1, "both": 0}
+    assert captions.floor(pairs) == {"concept": 0, "style": 1, "both": 0}

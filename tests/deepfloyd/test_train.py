@@ -19,8 +19,8 @@ from PIL import Image
 from minidiff import charts, ddpm, images, training, weights
 from minidiff.cascade import Cascade
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, progress, stages, text, train, vocabulary
-from minidiff.deepfloyd.dataset import CaptionedImages, read_rows
+from minidiff.deepfloyd import initial, progress, stages, text, train
+from minidiff.deepfloyd.dataset import CaptionedImages
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
@@ -491,15 +491,3 @@ def test_bad_input_is_told(tmp_path, captioned, capsys):
     said = fails(capsys, 1, captioned, tmp_path / "one", 4)
     assert "red.txt is empty; write one caption or prompt on each line" in said
     assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, captioned, tmp_path / "two", 4)
-
-
-def test_the_vocabulary_of_a_packed_set_is_written_beside_the_weights(tmp_path):
-    """A set without kinds, and a folder of files, have none."""
-    row = {"kind": "sprite", "concept": "dog", "style": "noto", "captions": ["an emoji of a dog"]}
-    train.write_vocabulary([{"captions": ["a cat"]}], tmp_path)
-    train.write_vocabulary([row, {"captions": ["a cat"]}], tmp_path)
-    assert not (tmp_path / "vocabulary.json").exists()
-    (tmp_path / "captions.json").write_text(json.dumps([row]))
-    train.write_vocabulary(read_rows(tmp_path / "captions.json"), tmp_path)
-    known = vocabulary.read(tmp_path)
-    assert known["things"] == ["dog"] and {"emoji", "dog"} <= set(known["words"])

@@ -52,6 +52,10 @@ def test_the_listing_by_hand(monkeypatch):
 
 
 def test_what_is_written_is_the_collection(tmp_path):
-    vocabulary.write(ROWS, tmp_path / "vocabulary.json")
+    vocabulary.write([*ROWS, {"captions": ["a cat"]}], tmp_path)  # a set without kinds, as a folder of files is
+    vocabulary.write([{"captions": ["a cat"]}], tmp_path)
+    assert not list(tmp_path.iterdir())
+    vocabulary.write(ROWS, tmp_path)
     assert json.loads((tmp_path / "vocabulary.json").read_text()) == vocabulary.collect(ROWS)
     assert [p.name for p in tmp_path.iterdir()] == ["vocabulary.json"]
+    assert vocabulary.read(tmp_path) == vocabulary.collect(ROWS)
