@@ -201,7 +201,7 @@ def fill(
     state = checkpoint.read(as_stored)
     portion = max(1, len(converted) // 64)  # what is mapped beside the result while it is converted
     for i in range(0, len(converted), portion):
-        state.update({key: t.to(dtype) for key, t in checkpoint.read(converted[i : i + portion]).items()})
+        state |= {key: t.to(dtype) for key, t in checkpoint.read(converted[i : i + portion]).items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -215,13 +215,14 @@ def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
         "misshapen": [f"{key}: {found[key]} in the file, {shape} expected"
                       for key, shape in expected.items() if found.get(key, shape) != shape],
     }  # fmt: skip
-    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
+    lines = []
     for word, keys in problems.items():
         more = [f"... and {len(keys) - 10} more"] if len(keys) > 10 else []
         lines += [f"  {len(keys)} {word}:", *(f"    {line}" for line in keys[:10] + more)] if keys else []
-    if any(problems.values()):
-        lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
-        raise WeightsError("\n".join(lines))
+    if lines:
+        head = f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"
+        question = f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"
+        raise WeightsError("\n".join([head, *lines, question]))
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

@@ -121,8 +121,8 @@ def shares(pairs: Sequence[Pair]) -> dict[str, float]:
     as right, and for "style" not at all."""
     right = [agreement(*pair) for pair in pairs]
     styles = [style for (_, style), (_, expectation) in zip(right, pairs) if expectation.styles]
-    answers = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
-    return {name: sum(values) / max(len(values), 1) for name, values in answers.items()}
+    kinds = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
+    return {name: sum(values) / max(len(values), 1) for name, values in kinds.items()}
 
 
 def floor(pairs: Sequence[Pair]) -> dict[str, float]:

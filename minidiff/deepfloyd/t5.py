@@ -73,9 +73,9 @@ def _has_type(value: object, hint: type) -> bool:
         return isinstance(value, list | tuple) and value and all(_has_type(v, get_args(hint)[0]) for v in value)
     if get_args(hint):  # X | None
         return value is None or _has_type(value, get_args(hint)[0])
-    if hint in (int, float) and not isinstance(value, bool):
-        return isinstance(value, int | hint) and 0 < value <= LARGEST
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if hint in (int, float):
+        return type(value) in (int, hint) and 0 < value <= LARGEST
+    return isinstance(value, hint)
 
 
 class RMSNorm(nn.Module):

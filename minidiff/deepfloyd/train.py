@@ -41,6 +41,7 @@ from minidiff.deepfloyd.dataset import CPU, CaptionedImages, train_tokenizer
 from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
 from minidiff.deepfloyd.progress import examine, preview
 from minidiff.deepfloyd.t5 import T5Config, T5Encoder
+from minidiff.deepfloyd.text import plan_text_encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
 from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
 from minidiff.schedule import Schedule, squaredcos_cap_v2
@@ -66,7 +67,6 @@ MIN_SHARE = 0.4  # how often times below 169 are drawn, compared with those from
 COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
-COLUMNS = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
 
 
@@ -244,11 +244,11 @@ def first_weights(
     torch.manual_seed(args.seed)
     default = replace(MINI_1, sample_size=args.size) if args.stage == 1 else MINI_2
     unet = UNet(UNetConfig.from_dict(checkpoint.read_json(args.config)) if args.config else default)
-    t5 = T5Encoder(MINI_T5)
-    if args.stage == 2:
+    if args.stage == 1:
+        t5 = T5Encoder(MINI_T5)
+    else:
         source = checkpoint.Checkpoint(args.text_encoder, "text_encoder", torch.float32)
-        t5 = checkpoint.built(lambda config: T5Encoder(T5Config.from_dict(config)), source)
-        checkpoint.fill(t5, source, torch.float32)
+        t5 = checkpoint.fill(plan_text_encoder(args.text_encoder, source)[1], source, torch.float32)
     model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
     initialise(model)
     pass_through(unet)
@@ -301,7 +301,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
                 rows = examine(model, tokenizer, pooled(x_start), texts)
-            training.add_rows(folder / "held_out.csv", COLUMNS, [(record.step, *row) for row in rows])
+            columns = ("step", "t", "right", "other", "none")
+            training.add_rows(folder / "held_out.csv", columns, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
                        + ", ".join(f"t {t}: {a:.4f} / {b:.4f} / {c:.4f}" for t, a, b, c in rows))  # fmt: skip
         preview(args.out, args.stage, samples, args.text_encoder, dataset)
