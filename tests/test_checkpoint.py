@@ -157,7 +157,8 @@ def test_streaming_reads_what_the_whole_encoder_reads(tmp_path):
     write_part(tmp_path, "text_encoder", {"model.safetensors": module.state_dict()})
     checkpoint = Checkpoint(tmp_path, "text_encoder")
     ids, mask = torch.tensor([[4, 7, 1, 0]]), torch.tensor([[1, 1, 1, 0]])
-    streamed = encode_streamed(module.config, checkpoint.tensors, checkpoint.rows, torch.float32, ids, mask)
+    tensors, rows = checkpoint.tensors, checkpoint.rows
+    streamed = encode_streamed(empty(make_t5), tensors, rows, torch.float32, ids, mask)
     torch.testing.assert_close(streamed, module(ids, mask), rtol=1e-6, atol=1e-6)
 
 

@@ -49,7 +49,7 @@ def plan_stage(
     """A stage whose UNet has no numbers yet, and a function that reads them. Errors show before anything large is read.
     dtype: what to compute in; None: what the device is fast at.
     Raises WeightsError if files are missing or broken, or describe another architecture or process."""
-    dtype = default_dtype(device) if dtype is None else dtype
+    dtype = dtype or default_dtype(device)
     checkpoint = Checkpoint(folder, "unet", dtype)
     unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
     stage = Stage(unet, *read_process(folder, unet.config.in_channels))

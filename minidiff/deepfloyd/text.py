@@ -63,13 +63,12 @@ def load_text_encoder(
     """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
     dtype: what to compute in; None: what the device is fast at.
     streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
-    precision = default_dtype(device) if dtype is None else dtype
+    precision = dtype or default_dtype(device)
     checkpoint = Checkpoint(folder, "text_encoder", precision)
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
-        config, fetch, rows = encoder.config, checkpoint.tensors, checkpoint.rows
-        precision = default_dtype("cpu") if dtype is None else dtype
-        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, precision, ids, mask))
+        fetch, rows, dtype = checkpoint.tensors, checkpoint.rows, dtype or default_dtype("cpu")
+        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(encoder, fetch, rows, dtype, ids, mask))
     fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
     return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
