@@ -44,8 +44,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     charts.py                loss curves, of one run or of several
     training.py              the one training loop, of the cascade and of the digits
     deepfloyd/dataset.py     captioned images to train on
-    deepfloyd/initial.py     the weights that training begins with
-    deepfloyd/progress.py    what its trainer shows after a checkpoint
+    deepfloyd/initial.py     the networks that training begins with
     deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say
 

@@ -233,9 +233,8 @@ def encode_streamed(
 
     unique, inverse = input_ids.unique(return_inverse=True)
     h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
-    halves = {f"block.{i}.layer.{j}": half for i, block in enumerate(encoder.encoder.block)
-              for j, half in enumerate(block.layer)}  # fmt: skip
-    for name, part in [*halves.items(), ("final_layer_norm", encoder.encoder.final_layer_norm)]:
+    parts = {name: part for name, part in encoder.encoder.named_modules() if isinstance(part, Sublayer)}
+    for name, part in (parts | {"final_layer_norm": encoder.encoder.final_layer_norm}).items():
         part.load_state_dict(fetch(f"encoder.{name}."), assign=True)
         for norm in [m for m in part.modules() if isinstance(m, RMSNorm)]:
             norm.to(dtype)  # what leaves a norm decides the precision of what follows

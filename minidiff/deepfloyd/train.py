@@ -27,7 +27,7 @@ import functools
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,31 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, cli, ddpm, training
-from minidiff.deepfloyd import stages, vocabulary
+from minidiff import checkpoint, cli, ddpm, images, training
+from minidiff.cascade import Cascade
+from minidiff.deepfloyd import initial, stages, vocabulary
 from minidiff.deepfloyd.dataset import CPU, CaptionedImages, train_tokenizer
-from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
-from minidiff.deepfloyd.progress import examine, preview
-from minidiff.deepfloyd.t5 import T5Config, T5Encoder
-from minidiff.deepfloyd.text import plan_text_encoder
+from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
-from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
+from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet
+from minidiff.factorized import Part
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
-R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
-MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
-MINI_1 = UNetConfig(
-    block_out_channels=(32, 64, 128, 192), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
-    cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=32, norm_num_groups=8,
-    addition_embed_type_num_heads=4, time_embedding_dim=192,
-)  # fmt: skip
-MINI_2 = UNetConfig(
-    block_out_channels=(16, 16, 32, 48, 64), layers_per_block=(1, 1, 1, 1, 1), down_block_types=(R, R, R, S, S),
-    in_channels=6, sample_size=256, cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=16,
-    norm_num_groups=8, addition_embed_type_num_heads=4, only_cross_attention=True, class_embed_type="timestep",
-    time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
-    resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
-)  # fmt: skip
 SIZES, LARGE = {1: (32, 64), 2: (64, 256)}, 256  # pixels a side to train each stage on; LARGE: a whole image
 EMA_DECAY, FALL = 0.999, 0.6  # of the averaged weights; the last part of a run, in which the learning rate falls
 MIN_SNR_GAMMA, OFFSET_NOISE = 5.0, 0.1
@@ -68,6 +53,8 @@ COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays f
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
+EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
+PREVIEWS = 16  # prompts that are drawn after a checkpoint
 
 
 class Trainee(nn.Module):
@@ -149,12 +136,6 @@ def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
 
-def load_into(module: nn.Module, source: checkpoint.Checkpoint) -> None:
-    """The weights of a released-layout folder as float32 to train on. Raises WeightsError if they do not fit."""
-    checkpoint.check_fit(module, source)
-    module.load_state_dict({key: tensor.float() for key, tensor in source.tensors().items()})
-
-
 def random_numbers(
     stage: int, batch_size: int, size: int, schedule: Schedule, generator: torch.Generator,
     device: torch.device = CPU,
@@ -232,37 +213,50 @@ def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenize
             Tokenizer(source)  # raises if it is none
             checkpoint.write_whole(spiece, lambda file: shutil.copy(source, file))
         else:
-            train_tokenizer(dataset.captions, spiece, MINI_T5.vocab_size)
+            train_tokenizer(dataset.captions, spiece, initial.MINI_T5.vocab_size)
     training.barrier()
     return Tokenizer(spiece)
 
 
-def first_weights(
-    args: argparse.Namespace, tokenizer: Tokenizer, dataset: CaptionedImages, device: torch.device
-) -> Trainee:
-    """The networks as a run begins with them: of --start-from, or new, with a text encoder that matches captions."""
-    torch.manual_seed(args.seed)
-    default = replace(MINI_1, sample_size=args.size) if args.stage == 1 else MINI_2
-    unet = UNet(UNetConfig.from_dict(checkpoint.read_json(args.config)) if args.config else default)
-    if args.stage == 1:
-        t5 = T5Encoder(MINI_T5)
+@torch.inference_mode()
+def examine(model: Trainee, tokenizer: Tokenizer, x_start: Tensor, texts: list[str]) -> list[tuple]:
+    """A prompt's worth: (t, error with the right prompt, with another image's, with none) for EXAMINED times.
+
+    The error is the mean squared difference between x_start (N, 3, H, W) and its estimate, clipped, with one noise for
+    all. Stage 1 only.
+    """
+    device, rows = x_start.device, []
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    columns = (texts, texts[1:] + texts[:1], [""] * len(texts))
+    states = [model.text_encoder(*(x.to(device) for x in tokenizer(column))) for column in columns]
+    for time in EXAMINED:
+        t = torch.full((len(x_start),), time, device=device)
+        alpha_bar, errors = model.schedule.alpha_bar(t), []
+        x_t = ddpm.add_noise(x_start, noise, alpha_bar)
+        for embeds in states:
+            out = torch.cat([model.unet(*part) for part in zip(x_t.split(32), t.split(32), embeds.split(32))])
+            estimate = ddpm.predict_x_start(x_t, out.float()[:, :3], alpha_bar).clamp(-1, 1)
+            errors.append((estimate - x_start).square().mean().item())
+        rows.append((time, *errors))
+    return rows
+
+
+def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, dataset: CaptionedImages) -> None:
+    """Samples of the weights just written: captions of held-out images drawn, or two training images enlarged."""
+    if stage == 1:
+        texts = dataset.held_out()[1]
+        prompts = texts[:: math.ceil(len(texts) / PREVIEWS)]
+        cascade, seeds = Cascade.load(str(out), "none", dtype=torch.float32), range(len(prompts))
+        x = cascade.draw([Part(torch.cat(cascade.encode(*prompts)))], seeds, steps=20, guidance_scale=4.0)
+        sheet = images.sheet(*images.grid(list(x), prompts))
     else:
-        source = checkpoint.Checkpoint(args.text_encoder, "text_encoder", torch.float32)
-        t5 = checkpoint.fill(plan_text_encoder(args.text_encoder, source)[1], source, torch.float32)
-    model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
-    initialise(model)
-    pass_through(unet)
-    if args.start_from:
-        load_into(unet, checkpoint.Checkpoint(args.start_from, "unet", torch.float32))
-        if args.stage == 1:
-            load_into(t5, checkpoint.Checkpoint(args.start_from, "text_encoder", torch.float32))
-    elif args.stage == 1 and not (args.out / "training" / "checkpoint.pt").is_file():
-        dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
-        quiet, longest = training.rank() > 0, max(1, args.steps // 4)
-        share = match_captions(t5, tokenizer, dataset, args.seed, dtype, quiet, longest)
-        if training.rank() == 0:
-            tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
-    return model.to(device)
+        cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
+        x_start, texts = dataset.draw(2, torch.Generator().manual_seed(1))
+        low_res = F.avg_pool2d(x_start, 4)
+        x = cascade.enlarge(low_res, [Part(torch.cat(cascade.encode(*texts)))], range(2), steps=10)
+        rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
+        sheet = images.sheet(rows, [["bilinear", "stage 2", "original"]] * 2)
+    images.save(sheet, path, {"minidiff": "sheet"})
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -273,7 +267,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     tokenizer = tokenizer_of(args, dataset)
     if args.stage == 1 and training.rank() == 0:
         vocabulary.write(dataset.rows, args.out)
-    model = first_weights(args, tokenizer, dataset, device)
+    networks = initial.first_networks(args, tokenizer, dataset, device)
+    model = Trainee(args.stage, *networks, squaredcos_cap_v2()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,
                          EMA_DECAY, clip=1.0)  # fmt: skip

@@ -19,7 +19,7 @@ from PIL import Image
 from minidiff import charts, ddpm, images, training, weights
 from minidiff.cascade import Cascade
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, progress, stages, text, train
+from minidiff.deepfloyd import initial, stages, text, train
 from minidiff.deepfloyd.dataset import CaptionedImages
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.t5 import T5Encoder
@@ -35,10 +35,10 @@ TINY_T5 = replace(T5, vocab_size=60)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(train, "MINI_1", TINY[1])
-    monkeypatch.setattr(train, "MINI_2", TINY[2])
-    monkeypatch.setattr(train, "MINI_T5", TINY_T5)
-    monkeypatch.setattr(progress, "PREVIEWS", 2)
+    monkeypatch.setattr(initial, "MINI_1", TINY[1])
+    monkeypatch.setattr(initial, "MINI_2", TINY[2])
+    monkeypatch.setattr(initial, "MINI_T5", TINY_T5)
+    monkeypatch.setattr(train, "PREVIEWS", 2)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_BATCH", 4)
@@ -197,7 +197,7 @@ def test_two_processes_average_their_gradients(captioned, tmp_path):
     script.write_text(f"""
 import os, torch
 from tests.deepfloyd import test_train as T
-T.train.MINI_1, T.train.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
+T.initial.MINI_1, T.initial.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
 T.initial.CONTRASTIVE_STEPS, T.initial.CONTRASTIVE_BATCH = 2, 4
 noises, forward, step = [], T.train.Trainee.forward, T.training._step
 
