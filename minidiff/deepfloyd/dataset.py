@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minidiff import images
 from minidiff.checkpoint import write_whole
-from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
+from minidiff.deepfloyd.vocabulary import NEUTRAL
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with the empty prompt, for classifier-free guidance
 PHOTO = {"full": 0.18, None: 0.04}  # how often one of NEUTRAL names a landscape, and an image without a kind

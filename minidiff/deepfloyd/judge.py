@@ -12,7 +12,7 @@ prompt that the judge has no class for, such as a place or a color, is not judge
 judge's accuracy on real images that it never saw, the floor holds each image against the other prompts.
 
 IMAGES is the folder that `minidiff.deepfloyd.train` reads, packed, with "kind", "concept" and "style" in captions.json.
-Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/captions.py` first.
+Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/vocabulary.py` first.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from minidiff import checkpoint, cli, images, training, weights
 from minidiff.cascade import Cascade
-from minidiff.deepfloyd import captions
-from minidiff.deepfloyd.captions import PERSON_CLASS, TRAITS, Expectation, Pair
+from minidiff.deepfloyd import vocabulary
 from minidiff.deepfloyd.dataset import CaptionedImages, read_lines
+from minidiff.deepfloyd.vocabulary import PERSON_CLASS, TRAITS, Expectation
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS
 
@@ -51,11 +51,12 @@ SCENE_STYLE = "scene"  # of images whose style is ""
 BATCH, PEAK_LR, FEATURES = 128, 3e-3, 160
 DROPOUT = 0.2  # of the features, in training
 SAVE_EVERY = 500  # steps
+Pair = tuple[Expectation, Expectation]  # what the judge answers, and what is expected
 
 
 class Judge(nn.Module):
     """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 660,000 weights in the body.
-    config: the "concepts" and "styles" that it knows, and "names" and "phrases" of prompts (`captions.py`)."""
+    config: the "concepts" and "styles" that it knows, and "names" and "phrases" of prompts (`vocabulary.py`)."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
@@ -140,8 +141,8 @@ def read(folder: Path) -> Judge:
 
 def labels_of(rows: Sequence[Mapping], concepts: Sequence[str], styles: Sequence[str]) -> tuple[Tensor, ...]:
     """Concept (N,), style (N,) and traits (N, n), as `loss` takes them."""
-    classes = [captions.concept_class(row["concept"]) for row in rows]
-    names = [captions.traits_in(captions.words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
+    classes = [vocabulary.concept_class(row["concept"]) for row in rows]
+    names = [vocabulary.traits_in(vocabulary.words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
     traits = [[float(t in n) if c == PERSON_CLASS else -1.0 for t in TRAITS] for n, c in zip(names, classes)]
     concept = [concepts.index(c) for c in classes]
     style = [styles.index(row["style"] or SCENE_STYLE) for row in rows]
@@ -166,18 +167,18 @@ def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     rows, held_out = dataset.rows, dataset.held
     for i in (i for i, row in enumerate(rows) if not {"kind", "concept", "style"} <= row.keys()):
         raise ValueError(f"{folder / 'captions.json'}: row {i} lacks kind, concept or style; a judge needs them")
-    concepts = sorted({captions.concept_class(row["concept"]) for row in rows})
-    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), captions.style_phrases(rows)
+    concepts = sorted({vocabulary.concept_class(row["concept"]) for row in rows})
+    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), vocabulary.style_phrases(rows)
     config = {"kind": "judge", "images_seen": steps * BATCH, "concepts": concepts, "styles": styles,
-              "phrases": phrases, "names": captions.class_names(rows, phrases)}  # fmt: skip
+              "phrases": phrases, "names": vocabulary.class_names(rows, phrases)}  # fmt: skip
     torch.manual_seed(seed)
     judge = Judge(config).to(memory_format=torch.channels_last)
     if not fit(judge, dataset, labels_of(rows, concepts, styles), steps, seed, out / "training"):
         return
     answers = answers_on(judge, dataset.take(held_out)) if held_out else []
-    expectations = [captions.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
+    expectations = [vocabulary.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
     pairs = [(answer, e) for answer, e in zip(answers, expectations) if e]  # "two mice" names nothing
-    config |= {"ceiling": captions.shares(pairs), "held_out": len(pairs)}
+    config |= {"ceiling": shares(pairs), "held_out": len(pairs)}
     write(out, judge)
     print(f"{len(pairs)} held-out images: {in_words(config['ceiling'])}; wrote {out}")
 
@@ -212,13 +213,33 @@ def draw(cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int]) -> Tens
     return torch.cat([cascade.draw([Part(prompt)], seeds) for prompt in tqdm(states, desc="prompts", leave=False)])
 
 
+def agreement(answer: Expectation, expectation: Expectation) -> tuple[bool, bool]:
+    """Are (concept and traits, style) of a judge's answer what is expected?"""
+    concept = answer.concepts[0] in expectation.concepts and set(expectation.traits) <= set(answer.traits)
+    return concept, not expectation.styles or answer.styles[0] in expectation.styles
+
+
+def shares(pairs: Sequence[Pair]) -> dict[str, float]:
+    """{"concept", "style", "both"}: which share of the pairs agrees. Where no style is expected, it counts for "both"
+    as right, and for "style" not at all."""
+    right = [agreement(*pair) for pair in pairs]
+    styles = [style for (_, style), (_, expectation) in zip(right, pairs) if expectation.styles]
+    kinds = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
+    return {name: sum(values) / max(len(values), 1) for name, values in kinds.items()}
+
+
+def floor(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The shares when each answer is held against all other expectations: what images reach that ignore the prompt."""
+    return shares([(answer, other) for answer, e in pairs for _, other in pairs if other != e])
+
+
 def report(prompts: Sequence[str], pairs: Sequence[Pair], config: Mapping) -> list[str]:
     """The table that `score` prints. pairs: one for each image, n images of one prompt together."""
     n, width, successes = len(pairs) // len(prompts), max(map(len, prompts)), 0
     lines = [f"{'prompt':{width}}  right    concept  style    the judge takes the images for"]
     for i, prompt in enumerate(prompts):
         part = pairs[i * n : (i + 1) * n]
-        right = [captions.agreement(*pair) for pair in part]
+        right = [agreement(*pair) for pair in part]
         both, concept, style = sum(map(all, right)), *map(sum, zip(*right))
         successes += both >= 0.75 * n
         style_column = f"{style} of {n}" if part[0][1].styles else "any"
@@ -226,9 +247,9 @@ def report(prompts: Sequence[str], pairs: Sequence[Pair], config: Mapping) -> li
         lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
     return lines + [
         f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
-        f"all images  {in_words(captions.shares(pairs))}",
+        f"all images  {in_words(shares(pairs))}",
         f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
-        f"floor       {in_words(captions.floor(pairs))}: the same images against the other prompts",
+        f"floor       {in_words(floor(pairs))}: the same images against the other prompts",
     ]
 
 
@@ -247,7 +268,7 @@ def sheet(prompts: Sequence[str], pairs: Sequence[Pair], x: Tensor, title: str) 
     """Every image with its prompt and the judge's answer, two prompts in a row."""
     n, labels = len(pairs) // len(prompts), []
     for i, pair in enumerate(pairs):
-        mark = "right" if all(captions.agreement(*pair)) else "WRONG"
+        mark = "right" if all(agreement(*pair)) else "WRONG"
         labels.append(f"{prompts[i // n]}\n{mark}: {in_short(*pair)}")
     parts = [slice(i, i + 2 * n) for i in range(0, len(pairs), 2 * n)]
     return images.sheet([list(x[part]) for part in parts], [labels[part] for part in parts], title)
@@ -258,7 +279,7 @@ def score(args: argparse.Namespace) -> None:
     images.check_output(args.out)
     judge, prompts = read(args.judge), read_lines(args.prompts) if args.prompts else PROMPTS
     names, phrases = judge.config["names"], judge.config["phrases"]
-    expectations = [captions.expected(prompt, names, phrases) for prompt in prompts]
+    expectations = [vocabulary.expected(prompt, names, phrases) for prompt in prompts]
     if None in expectations:
         raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None)]!r}; name a thing that "
                          f"{args.judge / 'config.json'} lists")  # fmt: skip

@@ -11,12 +11,12 @@ Next: `unet.py`, which reads the states.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -33,19 +33,6 @@ WHOLE = 2**22  # bytes of a tensor that `fingerprint` reads in full
 PAGES, PAGE = 64, 4096  # of a larger tensor: how many places, and bytes at each
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """Tokenizer and T5: prompts to (B, 77, D) states. `encode_ids` is the whole encoder or the streamed one."""
-
-    tokenizer: Tokenizer
-    encode_ids: Callable[[Tensor, Tensor], Tensor]
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, D), on the encoder's device. The empty prompt is a prompt like any other, and never zeros."""
-        return self.encode_ids(*self.tokenizer(list(prompts)))
-
-
 def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, T5Encoder]:
     """The tokenizer, and a T5 of this checkpoint that has no numbers yet.
     Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
@@ -59,18 +46,25 @@ def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, 
 
 def load_text_encoder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
-) -> TextEncoder:
-    """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
+) -> Callable[[Sequence[str]], Tensor]:
+    """Prompts to states (B, 77, D), by a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
+    The empty prompt is a prompt like any other, and its states are no zeros. They lie on the encoder's device.
     dtype: what to compute in; None: what the device is fast at.
     streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = dtype or default_dtype(device)
     checkpoint = Checkpoint(folder, "text_encoder", precision)
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
-        fetch, rows, dtype = checkpoint.tensors, checkpoint.rows, dtype or default_dtype("cpu")
-        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(encoder, fetch, rows, dtype, ids, mask))
-    fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
-    return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
+        device, dtype = "cpu", dtype or default_dtype("cpu")
+        states = functools.partial(encode_streamed, encoder, checkpoint.tensors, checkpoint.rows, dtype)
+    else:
+        states = fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
+
+    @torch.inference_mode()
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return states(*(x.to(device) for x in tokenizer(list(prompts))))
+
+    return encode
 
 
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:

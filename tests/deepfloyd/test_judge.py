@@ -12,7 +12,7 @@ from PIL import Image
 from minidiff import images
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import judge
-from minidiff.deepfloyd.captions import Expectation, expected
+from minidiff.deepfloyd.vocabulary import Expectation, expected
 from minidiff.factorized import Part
 from tests.tiny import write_cascade
 
@@ -59,6 +59,22 @@ def test_labels_and_frequencies_by_hand():
     assert traits.tolist() == [[-1] * 4, [1, 0, 0, 1], [-1] * 4, [-1] * 4]  # hat, glasses, beard, old
     half = 0.5**0.5
     assert judge.frequencies((concept, style, traits)).tolist() == pytest.approx([1, 1, half, half])
+
+
+def test_agreement_shares_and_floor_by_hand():
+    cat, oil_dog = Expectation(("cat",)), Expectation(("dog",), ("oil",))
+    old_man = Expectation(("person",), (), ("old",))
+    assert judge.agreement(Expectation(("cat",), ("noto",)), cat) == (True, True)
+    assert judge.agreement(Expectation(("dog",), ("noto",)), oil_dog) == (True, False)
+    assert judge.agreement(Expectation(("person",), ("noto",), ("hat",)), old_man) == (False, True)
+    assert judge.agreement(Expectation(("person",), ("noto",), ("hat", "old")), old_man) == (True, True)
+    answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("noto",)), Expectation(("dog",), ("oil",))]
+    expectations = [cat, oil_dog, oil_dog]
+    pairs = list(zip(answers, expectations))
+    # right: cat; dog but no oil; both
+    assert judge.shares(pairs) == {"concept": 1, "style": 0.5, "both": 2 / 3}
+    # cat against oil_dog twice (style right, concept not), the dogs against cat (concept wrong, no style expected)
+    assert judge.floor(pairs) == {"concept": 0, "style": 1, "both": 0}
 
 
 COLORS = {"apple": (220, 40, 40), "cloud": (60, 90, 230)}
