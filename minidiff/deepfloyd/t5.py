@@ -16,7 +16,7 @@ Next: `text.py`, which puts tokenizer and encoder together.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import get_args, get_origin, get_type_hints
 
@@ -47,17 +47,17 @@ class T5Config:
         where, optional = "text_encoder/config.json", "relative_attention_max_distance"
         if (gate := config.get("feed_forward_proj")) != "gated-gelu":
             raise ValueError(f"{where}: feed_forward_proj is {gate!r}, but IF has T5 v1.1, 'gated-gelu'")
-        if missing := [f.name for f in fields(cls) if f.name not in config and f.name != optional]:
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
-        made = cls(**config_fields(cls, config, where))
+        made = cls(**config_fields(cls, config, where, [f.name for f in fields(cls) if f.name != optional]))
         if 4 * made.relative_attention_max_distance <= made.relative_attention_num_buckets:
             raise ValueError(f"{where}: {optional} must be above a quarter of relative_attention_num_buckets")
         return made
 
 
-def config_fields(kind: type, config: dict, where: str) -> dict:
-    """The fields of a dataclass that a config names, lists as tuples.
-    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST]."""
+def config_fields(kind: type, config: dict, where: str, required: Sequence[str]) -> dict:
+    """The fields of a dataclass that a config names, lists as tuples.    Raises ValueError naming the key if one is
+    missing, a value has another type than its field, or a number is not in (0, LARGEST]."""
+    if missing := [name for name in required if name not in config]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: is this the config of an IF model?")
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in config}
     for name, hint in hints.items():
         if not _has_type(config[name], hint):
