@@ -19,8 +19,8 @@ def commands() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    head = "minidiff: DeepFloyd IF you can read in an afternoon. Commands (each has --help):\n"
-    show(f"{head}\n{columns([(f'  {command} ', line) for command, line in commands()])}")
+    rows = [(f"  {command} ", line) for command, line in commands()]
+    show(f"minidiff: DeepFloyd IF you can read in an afternoon. Commands (each has --help):\n\n{columns(rows)}")
 
 
 if __name__ == "__main__":

@@ -139,16 +139,6 @@ def in_full(tag: str) -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("tag", nargs="?", help='one equation in full, such as "DDPM Eq. 7"')
-    tag = p.parse_args(argv).tag
-    try:
-        show(in_full(tag) if tag else columns(table()))
-    except ValueError as error:
-        p.error(str(error))
-
-
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines, each column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -161,6 +151,16 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it fails no second time
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tag", nargs="?", help='one equation in full, such as "DDPM Eq. 7"')
+    tag = p.parse_args(argv).tag
+    try:
+        show(in_full(tag) if tag else columns(table()))
+    except ValueError as error:
+        p.error(str(error))
 
 
 if __name__ == "__main__":
