@@ -220,19 +220,19 @@ def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int =
 
 @torch.inference_mode()
 def encode_streamed(
-    encoder: T5Encoder, fetch: Callable[[str], dict[str, Tensor]], rows: Callable[[str, Tensor], Tensor],
-    dtype: torch.dtype, input_ids: Tensor, attention_mask: Tensor,
+    encoder: T5Encoder, fetch: Callable[[str], dict[str, Tensor]], dtype: torch.dtype, input_ids: Tensor,
+    attention_mask: Tensor,
 ) -> Tensor:  # fmt: skip
     """The same forward with half a block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
 
     encoder: on the meta device, and there again afterwards.
-    fetch(prefix) returns the tensors below a prefix, mapped from the file; rows(key, ids) some rows of an embedding.
+    fetch(prefix) returns the tensors below a prefix, mapped from the file: of the embedding only some rows are read.
     dtype: what to compute in; matrices stored otherwise are cast one by one as they are used.
     input_ids, attention_mask and the result: as in T5Encoder.forward.
     """
 
     unique, inverse = input_ids.unique(return_inverse=True)
-    h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
+    h = fetch("shared.")["weight"][unique].float()[inverse]  # (B, L, D)
     parts = {name: part for name, part in encoder.encoder.named_modules() if isinstance(part, Sublayer)}
     for name, part in (parts | {"final_layer_norm": encoder.encoder.final_layer_norm}).items():
         part.load_state_dict(fetch(f"encoder.{name}."), assign=True)

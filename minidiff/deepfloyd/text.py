@@ -56,9 +56,9 @@ def load_text_encoder(
     tokenizer, encoder = plan_text_encoder(folder, checkpoint)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
         device, dtype = "cpu", dtype or default_dtype("cpu")
-        states = functools.partial(encode_streamed, encoder, checkpoint.tensors, checkpoint.rows, dtype)
+        states = functools.partial(encode_streamed, encoder, checkpoint.tensors, dtype)
     else:
-        states = fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
+        states = fill(encoder, checkpoint, precision).to(device)
 
     @torch.inference_mode()
     def encode(prompts: Sequence[str]) -> Tensor:
