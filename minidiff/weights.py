@@ -203,10 +203,8 @@ def _check_part(folder: Path, part: str, dtype: torch.dtype, say: Callable[[str]
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     types = sorted({str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()})
     say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-    if part == "unet":
-        plan_stage(folder, dtype)
-    else:
-        plan_text_encoder(folder, checkpoint)
+    plan = plan_stage if part == "unet" else plan_text_encoder
+    plan(folder, dtype)
     checkpoint.check_finite()
     say(f"  {part}: every key and shape fits, every number is finite")
 

@@ -147,8 +147,7 @@ def first_networks(
     if args.start_from:
         load_into(unet, args.start_from, "unet")
     if args.stage == 2:
-        source = checkpoint.Checkpoint(args.text_encoder, "text_encoder", torch.float32)
-        _, t5 = plan_text_encoder(args.text_encoder, source)
+        _, t5, source = plan_text_encoder(args.text_encoder, torch.float32)
         return unet, checkpoint.fill(t5, source, torch.float32).to(device)
     t5 = T5Encoder(MINI_T5).to(device)
     initialise(t5)

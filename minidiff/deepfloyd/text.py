@@ -33,15 +33,16 @@ WHOLE = 2**22  # bytes of a tensor that `fingerprint` reads in full
 PAGES, PAGE = 64, 4096  # of a larger tensor: how many places, and bytes at each
 
 
-def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, T5Encoder]:
-    """The tokenizer, and a T5 of this checkpoint that has no numbers yet.
+def plan_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Tokenizer, T5Encoder, Checkpoint]:
+    """The tokenizer, a T5 that has no numbers yet, and the checkpoint with its numbers, of this dtype if it is there.
     Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
+    checkpoint = Checkpoint(folder, "text_encoder", dtype)
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     encoder = built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
     if (pieces := tokenizer.pieces.get_piece_size()) > (rows := encoder.config.vocab_size):
         raise WeightsError(f"{folder}: the tokenizer has {pieces} pieces, the text encoder knows {rows}; "
                            "are they of one model?")  # fmt: skip
-    return tokenizer, encoder
+    return tokenizer, encoder, checkpoint
 
 
 def load_text_encoder(
@@ -52,8 +53,7 @@ def load_text_encoder(
     dtype: what to compute in; None: what the device is fast at.
     streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = dtype or default_dtype(device)
-    checkpoint = Checkpoint(folder, "text_encoder", precision)
-    tokenizer, encoder = plan_text_encoder(folder, checkpoint)
+    tokenizer, encoder, checkpoint = plan_text_encoder(folder, precision)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
         device, dtype = "cpu", dtype or default_dtype("cpu")
         states = functools.partial(encode_streamed, encoder, checkpoint.tensors, dtype)
