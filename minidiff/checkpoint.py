@@ -209,14 +209,13 @@ def check_fit(module: nn.Module, checkpoint: Checkpoint) -> None:
         "misshapen": [f"{key}: {found[key]} in the file, {shape} expected"
                       for key, shape in expected.items() if found.get(key, shape) != shape],
     }  # fmt: skip
-    lines = []
+    lines = [f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"]
     for word, keys in problems.items():
         more = [f"... and {len(keys) - 10} more"] if len(keys) > 10 else []
         lines += [f"  {len(keys)} {word}:", *(f"    {line}" for line in keys[:10] + more)] if keys else []
-    if lines:
-        head = f"{', '.join(map(str, checkpoint.files))} does not fit {type(module).__name__}:"
-        question = f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?"
-        raise WeightsError("\n".join([head, *lines, question]))
+    if any(problems.values()):
+        lines.append(f"Do {checkpoint.folder / 'config.json'} and the weights belong to the same model?")
+        raise WeightsError("\n".join(lines))
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

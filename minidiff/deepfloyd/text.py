@@ -101,10 +101,9 @@ def fingerprint(folder: Path) -> str:
     for key in sorted(checkpoint.shapes):
         digest.update(f"{key} {checkpoint.dtypes[key]} {checkpoint.shapes[key]}".encode())
         raw = checkpoint.read([key])[key].flatten().view(torch.uint8).numpy()  # mapped: only what is hashed is read
-        last = len(raw) - PAGE
-        starts = [last * i // (PAGES - 1) for i in range(PAGES)] if len(raw) > WHOLE else [0]
-        for start in starts:
-            digest.update(raw[start : start + PAGE] if len(raw) > WHOLE else raw)
+        pages, length = (PAGES, PAGE) if len(raw) > WHOLE else (1, len(raw))
+        for start in [(len(raw) - length) * i // max(pages - 1, 1) for i in range(pages)]:
+            digest.update(raw[start : start + length])
     return digest.hexdigest()[:16]
 
 
