@@ -28,8 +28,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     deepfloyd/stages.py      a UNet with its process, asked as a model
     cli.py                   what every command shares: errors, Ctrl-C, the device
     weights.py               which models there are, where they lie, fetching and checking them
-    deepfloyd/captions.py    what captions and prompts say: style, thing, traits of a person
-    deepfloyd/vocabulary.py  what a cascade knows, and which words of a prompt it does not
+    deepfloyd/vocabulary.py  what captions and prompts say, what a cascade knows, and which words it does not
     cascade.py               the door: prompts and images in, images out
 
     flags.py                 the flags of the commands that draw
@@ -45,8 +44,7 @@ The files in reading order; each imports only from files above it (tests/test_la
     charts.py                loss curves, of one run or of several
     training.py              the one training loop, of the cascade and of the digits
     deepfloyd/dataset.py     captioned images to train on
-    deepfloyd/initial.py     the weights that training begins with
-    deepfloyd/progress.py    what its trainer shows after a checkpoint
+    deepfloyd/initial.py     the networks that training begins with
     deepfloyd/train.py       training a cascade on captioned images
     deepfloyd/judge.py       a classifier that says whether images show what their prompts say
 

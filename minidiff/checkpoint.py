@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -119,10 +119,6 @@ class Checkpoint:
         inside = self.read(key for key in self.shapes if key.startswith(prefix))
         return {key.removeprefix(prefix): tensor for key, tensor in inside.items()}
 
-    def rows(self, key: str, ids: Tensor) -> Tensor:
-        """Some rows of one matrix, without reading the others. ids: (N,) int64. Returns (N, D) in the file's dtype."""
-        return self.read([key])[key][ids]  # a copy: of the file, only what lies around these rows was paged in
-
     def check_finite(self) -> None:
         """Read each tensor once. Raises WeightsError naming the first that holds NaN or infinity."""
         for key in self.shapes:
@@ -186,22 +182,20 @@ def built(network: Callable[[dict], nn.Module], checkpoint: Checkpoint) -> nn.Mo
     return module
 
 
-def fill(
-    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None, keep_float32: Collection[str] = ()
-) -> nn.Module:
+def fill(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> nn.Module:
     """Give a module of `built` its weights, and return it ready for inference, on the CPU.
 
     dtype: of the result; None keeps each tensor as the file has it. Tensors that already have it are the file's own
     mapped pages, without a copy; others are converted a few at a time, so memory peaks just above the result.
-    keep_float32: names of layers whose float32 weights stay float32 (T5's "wo" overflows half precision)."""
+    The float32 weights of T5's layers "wo" stay float32: in half precision their products overflow."""
     as_stored, converted = [], []
     for key, stored in checkpoint.dtypes.items():
-        kept = stored == torch.float32 and not set(keep_float32).isdisjoint(key.split("."))
+        kept = stored == torch.float32 and key.endswith(".wo.weight")
         (as_stored if dtype in (None, stored) or kept else converted).append(key)
     state = checkpoint.read(as_stored)
     portion = max(1, len(converted) // 64)  # what is mapped beside the result while it is converted
     for i in range(0, len(converted), portion):
-        state.update({key: t.to(dtype) for key, t in checkpoint.read(converted[i : i + portion]).items()})
+        state |= {key: t.to(dtype) for key, t in checkpoint.read(converted[i : i + portion]).items()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

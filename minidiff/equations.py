@@ -22,6 +22,7 @@ from typing import NamedTuple
 import minidiff
 
 HERE = Path(__file__).parent
+ORDER = re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE)  # the files, as one reads them
 TESTS, WALKTHROUGH = HERE.parent / "tests" / "test_equations.py", HERE.parent / "walkthrough"
 KEYS = (
     "Attention Is All You Need", "CLIP", "DDIM", "DDPM", "DPM-Solver++", "Dormand-Prince", "FFJORD", "FM",
@@ -51,11 +52,12 @@ class Row(NamedTuple):
 def rows() -> list[Row]:
     """All equations in reading order. One tag has several rows where several functions compute parts of it."""
     found, tests, chapters = [], _tests(), _chapters()
-    for file in re.findall(r"^    ([\w/]+)\.py ", minidiff.__doc__, re.MULTILINE):
+    for file in ORDER:
         for node, docstring in _documented(HERE / f"{file}.py"):
             for tag, formula in _formulas(docstring).items():
-                test, worked = _test_of(tag, node.name, tests)
                 chapter = chapters.get(tag, "-" if chapters else "")
+                of_tag = tests.get(tag, [("", "", ())])  # one that uses this function, or else the first
+                test, worked, _ = min(of_tag, key=lambda test: node.name not in test[2])
                 found.append(Row(tag, formula, f"{file}.py::{node.name}", test, chapter, docstring, worked))
     return found
 
@@ -82,20 +84,15 @@ def _formulas(docstring: str) -> dict[str, str]:
     return {tag: text.replace("; +", " +").replace(",;", ",") for tag, text in joined.items()}
 
 
-def _tests() -> list[tuple[list[str], str, str, set[str]]]:
-    """(tags its docstring begins with, name, docstring, names it uses) of every test of the equations."""
-    found = []
+def _tests() -> dict[str, list[tuple[str, str, set[str]]]]:
+    """{tag: (name, docstring, names it uses) of every test whose docstring begins with the tag}."""
+    found = {}
     for node, docstring in _documented(TESTS) if TESTS.is_file() else ():
         if node.name.startswith("test_"):
             used = {getattr(n, "attr", getattr(n, "id", "")) for n in ast.walk(node)}
-            found.append((TAG.findall(docstring.partition(":")[0]), node.name, docstring, used))
+            for tag in TAG.findall(docstring.partition(":")[0]):
+                found.setdefault(tag, []).append((node.name, docstring, used))
     return found
-
-
-def _test_of(tag: str, name: str, tests: list[tuple[list[str], str, str, set[str]]]) -> tuple[str, str]:
-    """The test of this tag that uses this function, or else the first of this tag: (name, docstring)."""
-    fitting = sorted((test for test in tests if tag in test[0]), key=lambda test: name not in test[3])
-    return fitting[0][1:3] if fitting else ("", "")
 
 
 def _chapters() -> dict[str, str]:
@@ -142,23 +139,28 @@ def in_full(tag: str) -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def show(text: str) -> None:
+    """Print it; a pipe that closes ends that quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it fails no second time
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("tag", nargs="?", help='one equation in full, such as "DDPM Eq. 7"')
-    args = p.parse_args(argv)
+    tag = p.parse_args(argv).tag
     try:
-        if args.tag:
-            print(in_full(args.tag))
-        else:
-            cells = table()
-            widths = [max(map(len, column)) for column in zip(*cells)]
-            for row in cells:
-                print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
-        sys.stdout.flush()
+        show(in_full(tag) if tag else columns(table()))
     except ValueError as error:
         p.error(str(error))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it fails no second time
 
 
 if __name__ == "__main__":

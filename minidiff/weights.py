@@ -5,7 +5,7 @@
     python -m minidiff.weights check mini               builds every part, reads every number
 
 A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
-`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/captions.py`.
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/vocabulary.py`.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from minidiff import cli
-from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, built, choose_files, read_config
-from minidiff.deepfloyd.stages import read_process
+from minidiff.checkpoint import VARIANT, Checkpoint, WeightsError, choose_files, read_config
+from minidiff.deepfloyd.stages import plan_stage
 from minidiff.deepfloyd.text import plan_text_encoder
-from minidiff.deepfloyd.unet import UNet, UNetConfig
 
 RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in float16
     "IF-I-M-v1.0": (1, "0.74 GB"),
@@ -34,11 +34,10 @@ RELEASED = {  # published as DeepFloyd/NAME: stage, and the size of its UNet in 
 MINI = {1: "mini-IF-I", 2: "mini-IF-II"}  # what `--model mini` means, by stage
 PACKAGED = Path(__file__).parent / "weights_data"  # of a wheel: see pyproject.toml
 WEIGHTS = PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parent.parent / "weights"
-PARTS = {  # the files of each part on the hub: config and float16 weights, and what lies beside
-    "unet": ("unet/config.json", "unet/*fp16*.safetensors", "*scheduler/scheduler_config.json"),
-    "text_encoder": ("text_encoder/config.json", "text_encoder/*fp16*.safetensors", "tokenizer/spiece.model"),
+PARTS = {  # the files of each part on the hub: two that every folder must have, then the weights in float16 and more
+    "unet": ("unet/config.json", "scheduler/scheduler_config.json", "unet/*fp16*.safetensors", "image_noising_*"),
+    "text_encoder": ("text_encoder/config.json", "tokenizer/spiece.model", "text_encoder/*fp16*.safetensors"),
 }
-NEEDED = {"unet": "scheduler/scheduler_config.json", "text_encoder": "tokenizer/spiece.model"}  # beside each part
 LICENCE_PAGE = "https://huggingface.co/DeepFloyd/IF-I-XL-v1.0"
 PATIENCE = 10  # seconds for an answer of the hub
 
@@ -52,22 +51,17 @@ def resolve(model: str, stage: int, parts: Collection[str] = ("unet",), say: Cal
     share one text encoder, so parts=("text_encoder",) accepts whichever is already here.
     say: hears what is about to be downloaded, and how large it is.
     """
-    name = model.removeprefix("DeepFloyd/")
-    if name in RELEASED and "unet" in parts:
-        _check_stage(name, RELEASED[name][0], stage)
-    folder = find(model, stage, parts) or _download(f"DeepFloyd/{name}", parts, say)
-    if "unet" in parts:
-        is_second = read_config(folder / "unet").get("in_channels") == 6  # it sees the low-resolution image too
-        _check_stage(str(folder), 2 if is_second else 1, stage)
-    return folder
-
-
-def _check_stage(what: str, stage: int, wanted: int) -> None:
-    if stage != wanted:
+    name, folder, found = model.removeprefix("DeepFloyd/"), find(model, stage, parts), stage
+    if "unet" in parts and folder is None:
+        found = RELEASED[name][0]
+    elif "unet" in parts:  # that of stage 2 sees the low-resolution image, too
+        found = 2 if read_config(folder / "unet").get("in_channels") == 6 else 1
+    if found != stage:
         kind = {1: "text to 64x64", 2: "64x64 to 256x256"}
-        choices = ", ".join(["mini", *(name for name, (number, _) in RELEASED.items() if number == wanted)])
-        raise WeightsError(f"{what} is a model of stage {stage} ({kind[stage]}), but one of stage {wanted} "
-                           f"({kind[wanted]}) is needed: {choices}")  # fmt: skip
+        choices = ", ".join(["mini", *(name for name, (number, _) in RELEASED.items() if number == stage)])
+        raise WeightsError(f"{model} is a model of stage {found} ({kind[found]}), but one of stage {stage} "
+                           f"({kind[stage]}) is needed: {choices}")  # fmt: skip
+    return folder or _download(f"DeepFloyd/{name}", parts, say)
 
 
 def short_name(model: str | Path, stage: int) -> str:
@@ -125,7 +119,7 @@ def lack(folder: Path, parts: Collection[str]) -> str:
     """What a folder lacks of these parts, in words; empty if nothing."""
     faults = []
     for part in parts:
-        missing = [name for name in (f"{part}/config.json", NEEDED[part]) if not (folder / name).is_file()]
+        missing = [name for name in PARTS[part][:2] if not (folder / name).is_file()]
         needs = f"which the {part.replace('_', ' ')} needs in the layout of the released models"
         faults += [f"{folder} lacks {' and '.join(missing)}, {needs}"] if missing else []
         try:
@@ -152,24 +146,20 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], object]) -
         if (free := shutil.disk_usage(cache).free) < size:
             raise WeightsError(f"{text} needed, {tqdm.format_sizeof(free, 'B')} free in {cache}; set HF_HOME to a "
                                "folder on a larger disk")  # fmt: skip
-        folder = Path(hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=PATIENCE))
+        return Path(hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=PATIENCE))
     except WeightsError:
         raise
     except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
         partial = "".join(f"\nThe cache has a part: {lack(f, parts)}" for f in snapshots(repo.split("/")[1])[:1])
         raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
-    if fault := lack(folder, parts):
-        raise WeightsError(fault)
-    return folder
 
 
 def explain(error: BaseException, repo: str, has_token: bool) -> str:
     """Why a download failed (not logged in, licence not accepted, unreachable) and the three steps that solve it."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    statuses = (getattr(getattr(e, "response", None), "status_code", None) for e in chain)
-    status = next(filter(None, statuses), None)
+    status, cause = None, error
+    while status is None and cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        cause = cause.__cause__ or cause.__context__
     log_in = f"log in at https://huggingface.co and accept the licence at {LICENCE_PAGE}, once for all models"
     token = "run `hf auth login`, or set HF_TOKEN, with a token of that account that may read gated repositories"
     steps = [log_in, token, "run the same command again"]
@@ -196,9 +186,8 @@ def check(folder: Path, say: Callable[[str], object]) -> bool:
     faults = [] if parts else [f"has none of {', '.join(PARTS)}"]
     for part in parts:
         try:
-            variants = (Checkpoint(folder, part, dtype) for dtype in VARIANT)
-            for checkpoint in {tuple(c.files): c for c in variants}.values():
-                _check_part(folder, part, checkpoint, say)
+            for dtype in {Checkpoint(folder, part, dtype).files[0]: dtype for dtype in VARIANT}.values():
+                _check_part(folder, part, dtype, say)
         except (ValueError, OSError) as error:
             faults.append(f"{part}: {error}")
     verdict = "this model is whole" if "unet" in parts else "the text encoder is whole; there is no unet to draw with"
@@ -206,18 +195,16 @@ def check(folder: Path, say: Callable[[str], object]) -> bool:
     return not faults
 
 
-def _check_part(folder: Path, part: str, checkpoint: Checkpoint, say: Callable[[str], object]) -> None:
-    """One variant of a part, with all that lies beside it. Raises ValueError or OSError."""
+def _check_part(folder: Path, part: str, dtype: torch.dtype, say: Callable[[str], object]) -> None:
+    """The variant of a part that dtype takes, with all that lies beside it. Raises ValueError or OSError."""
+    checkpoint = Checkpoint(folder, part, dtype)
     for path in checkpoint.files:
         say(f"  {part}/{path.name}: {tqdm.format_sizeof(path.stat().st_size, 'B')}")
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     types = sorted({str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values()})
     say(f"  {part}: {parameters:,} parameters in {len(checkpoint.shapes)} tensors, {', '.join(types)}")
-    if part == "unet":
-        unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
-        read_process(folder, unet.config.in_channels)
-    else:
-        plan_text_encoder(folder, checkpoint)
+    plan = plan_stage if part == "unet" else plan_text_encoder
+    plan(folder, dtype)
     checkpoint.check_finite()
     say(f"  {part}: every key and shape fits, every number is finite")
 

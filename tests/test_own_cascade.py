@@ -12,7 +12,7 @@ import pytest
 import minidiff
 from minidiff import images
 from minidiff.cascade import Cascade
-from minidiff.deepfloyd import initial, progress, train
+from minidiff.deepfloyd import initial, train
 from minidiff.deepfloyd.dataset import CaptionedImages
 
 CHAPTER = Path(minidiff.__file__).parents[1] / "walkthrough" / "20-train-your-own.md"
@@ -77,4 +77,4 @@ def test_the_commands_of_the_chapter_train_a_cascade_that_draws(shapes, monkeypa
         stage = Cascade.load(f"out/{name}", "none", device="cpu").stage(1)
         assert stage.unet.config.sample_size == size and stage.unet.config.block_out_channels == (16, 24, 32, 48)
         header, *errors = Path(f"out/{name}/training/held_out.csv").read_text().splitlines()
-        assert header == "step,t,right,other,none" and len(errors) == len(progress.EXAMINED)
+        assert header == "step,t,right,other,none" and len(errors) == len(train.EXAMINED)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minidiff import images
 from minidiff.checkpoint import write_whole
-from minidiff.deepfloyd.captions import NEUTRAL
 from minidiff.deepfloyd.tokenizer import clean
+from minidiff.deepfloyd.vocabulary import NEUTRAL
 
 CAPTION_DROPOUT = 0.12  # how often an image is shown with the empty prompt, for classifier-free guidance
 PHOTO = {"full": 0.18, None: 0.04}  # how often one of NEUTRAL names a landscape, and an image without a kind
@@ -74,7 +74,8 @@ class CaptionedImages:
         if drop < dropout:
             return ""
         is_photo = dropout and drop < dropout + PHOTO.get(self.rows[i].get("kind"), 0)
-        return _pick(NEUTRAL, neutral) if is_photo else _pick(self.captions[i], which)
+        texts, place = (NEUTRAL, neutral) if is_photo else (self.captions[i], which)
+        return texts[int(place * len(texts))]
 
     def held_out(self) -> tuple[Tensor, list[str]]:
         """HELD_OUT images that are never drawn, with their first captions; without any, images of the whole set."""
@@ -86,10 +87,6 @@ class CaptionedImages:
     def take(self, picks: Sequence[int]) -> Tensor:
         """(B, 3, size, size) in [-1, 1], on the device."""
         return torch.from_numpy(self.pixels[list(picks)]).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _pick(texts: list[str], position: float) -> str:
-    return texts[int(position * len(texts))]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,19 +1,38 @@
-"""The weights that training begins with, where it does not go on from others.
+"""The networks that training begins with: of a folder, or new ones of the miniature's sizes.
 
-Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/progress.py`.
+Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/train.py`.
 """
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from minidiff import checkpoint, training
 from minidiff.deepfloyd.dataset import CaptionedImages
-from minidiff.deepfloyd.t5 import GatedFeedForward, RMSNorm, SelfAttention, T5Encoder
+from minidiff.deepfloyd.t5 import GatedFeedForward, SelfAttention, T5Config, T5Encoder
+from minidiff.deepfloyd.text import plan_text_encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
-from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet
-from minidiff.training import precision
+from minidiff.deepfloyd.unet import Attention, ResnetBlock, UNet, UNetConfig
 
+R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
+MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
+MINI_1 = UNetConfig(
+    block_out_channels=(32, 64, 128, 192), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
+    cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=32, norm_num_groups=8,
+    addition_embed_type_num_heads=4, time_embedding_dim=192,
+)  # fmt: skip
+MINI_2 = UNetConfig(
+    block_out_channels=(16, 16, 32, 48, 64), layers_per_block=(1, 1, 1, 1, 1), down_block_types=(R, R, R, S, S),
+    in_channels=6, sample_size=256, cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=16,
+    norm_num_groups=8, addition_embed_type_num_heads=4, only_cross_attention=True, class_embed_type="timestep",
+    time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
+    resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
+)  # fmt: skip
 CONTRASTIVE_STEPS = 1500
 CONTRASTIVE_BATCH = 96
 
@@ -21,21 +40,15 @@ CONTRASTIVE_BATCH = 96
 def initialise(module: nn.Module) -> None:
     """T5's own scales, as its scores are not divided by sqrt(d); and every residual branch of the UNet starts at 0."""
     for m in module.modules():
-        if isinstance(m, SelfAttention):
-            inner, width = m.q.weight.shape
-            nn.init.normal_(m.q.weight, std=(width * inner // m.heads) ** -0.5)
-            for f in (m.k, m.v):
-                nn.init.normal_(f.weight, std=width**-0.5)
-            nn.init.normal_(m.o.weight, std=inner**-0.5)
-        elif isinstance(m, GatedFeedForward):
-            for f in (m.wi_0, m.wi_1, m.wo):
-                nn.init.normal_(f.weight, std=f.in_features**-0.5)
+        if isinstance(m, SelfAttention | GatedFeedForward):
+            for name, f in m.named_parameters():
+                if name != "relative_attention_bias.weight":
+                    d = f.shape[0] // m.heads if name == "q.weight" else 1
+                    nn.init.normal_(f, std=(f.shape[1] * d) ** -0.5)
         elif isinstance(m, ResnetBlock):
             nn.init.zeros_(m.conv2.weight)
         elif isinstance(m, Attention):
             nn.init.zeros_(m.to_out[0].weight)
-        elif isinstance(m, RMSNorm):
-            nn.init.ones_(m.weight)
 
 
 @torch.no_grad()
@@ -99,7 +112,7 @@ def match_captions(
         length = int(mask.sum(1).max())  # padding is hidden from real tokens, and the mean leaves it out
         ids, mask = ids[:, :length].to(device), mask[:, :length].to(device)
         same = torch.tensor([[float(a == b) for b in texts] for a in texts], device=device)  # both, if equal
-        with precision(device, dtype):
+        with training.precision(device, dtype):
             states = text_encoder(ids, mask)
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             text_vectors, image_vectors = F.normalize(text_head(pooled).float()), F.normalize(images(x_start).float())
@@ -112,3 +125,38 @@ def match_captions(
         optimizer.step()
         found.append(same.gather(1, scores.argmax(1, keepdim=True)).mean().item())
     return sum(found[-20:]) / len(found[-20:])
+
+
+def load_into(module: nn.Module, folder: Path, part: str) -> None:
+    """The weights of a released-layout folder as float32 to train on. Raises WeightsError if they do not fit."""
+    source = checkpoint.Checkpoint(folder, part, torch.float32)
+    checkpoint.check_fit(module, source)
+    module.load_state_dict({key: tensor.float() for key, tensor in source.tensors().items()})
+
+
+def first_networks(
+    args: argparse.Namespace, tokenizer: Tokenizer, dataset: CaptionedImages, device: torch.device
+) -> tuple[UNet, T5Encoder]:
+    """The UNet and the text encoder as a run begins with them: of --start-from, or new, the encoder of stage 1 then
+    taught to match captions. args: of `train.main`. Stage 2 gets the encoder of --text-encoder."""
+    torch.manual_seed(args.seed)
+    default = replace(MINI_1, sample_size=args.size) if args.stage == 1 else MINI_2
+    unet = UNet(UNetConfig.from_dict(checkpoint.read_json(args.config)) if args.config else default)
+    initialise(unet)
+    pass_through(unet)
+    if args.start_from:
+        load_into(unet, args.start_from, "unet")
+    if args.stage == 2:
+        _, t5, source = plan_text_encoder(args.text_encoder, torch.float32)
+        return unet, checkpoint.fill(t5, source, torch.float32).to(device)
+    t5 = T5Encoder(MINI_T5).to(device)
+    initialise(t5)
+    if args.start_from:
+        load_into(t5, args.start_from, "text_encoder")
+    elif not (args.out / "training" / "checkpoint.pt").is_file():
+        dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
+        quiet, longest = training.rank() > 0, max(1, args.steps // 4)
+        share = match_captions(t5, tokenizer, dataset, args.seed, dtype, quiet, longest)
+        if not quiet:
+            tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
+    return unet, t5

@@ -12,7 +12,7 @@ prompt that the judge has no class for, such as a place or a color, is not judge
 judge's accuracy on real images that it never saw, the floor holds each image against the other prompts.
 
 IMAGES is the folder that `minidiff.deepfloyd.train` reads, packed, with "kind", "concept" and "style" in captions.json.
-Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/captions.py` first.
+Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/vocabulary.py` first.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from minidiff import checkpoint, cli, images, training, weights
 from minidiff.cascade import Cascade
-from minidiff.deepfloyd import captions
-from minidiff.deepfloyd.captions import PERSON_CLASS, TRAITS, Expectation
+from minidiff.deepfloyd import vocabulary
 from minidiff.deepfloyd.dataset import CaptionedImages, read_lines
+from minidiff.deepfloyd.vocabulary import PERSON_CLASS, TRAITS, Expectation
 from minidiff.factorized import Part
 from minidiff.solvers import STEPS
 
@@ -51,13 +51,16 @@ SCENE_STYLE = "scene"  # of images whose style is ""
 BATCH, PEAK_LR, FEATURES = 128, 3e-3, 160
 DROPOUT = 0.2  # of the features, in training
 SAVE_EVERY = 500  # steps
+Pair = tuple[Expectation, Expectation]  # what the judge answers, and what is expected
 
 
 class Judge(nn.Module):
-    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 660,000 weights in the body."""
+    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 660,000 weights in the body.
+    config: the "concepts" and "styles" that it knows, and "names" and "phrases" of prompts (`vocabulary.py`)."""
 
-    def __init__(self, concepts: int, styles: int) -> None:
+    def __init__(self, config: dict) -> None:
         super().__init__()
+        self.config, self.sizes = config, [len(config["concepts"]), len(config["styles"]), len(TRAITS)]
 
         def block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
@@ -68,8 +71,7 @@ class Judge(nn.Module):
             block(FEATURES, FEATURES, 3, 1), block(FEATURES, FEATURES, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Dropout(DROPOUT),
         )  # fmt: skip
-        self.head = nn.Linear(FEATURES, concepts + styles + len(TRAITS))
-        self.sizes = [concepts, styles, len(TRAITS)]
+        self.head = nn.Linear(FEATURES, sum(self.sizes))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.head(self.body(x)).split(self.sizes, dim=1)  # (B, concepts), (B, styles), (B, traits)
@@ -106,42 +108,41 @@ def loss(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def answers_on(judge: Judge, x: Tensor, config: Mapping) -> list[Expectation]:
+def answers_on(judge: Judge, x: Tensor) -> list[Expectation]:
     """What the judge takes each image (N, 3, 64, 64) for: one concept, one style, and the traits of a person."""
     answers = []
     for part in x.split(256):
         concept, style, traits = judge.eval()(part)
         for c, s, t in zip(concept.argmax(1).tolist(), style.argmax(1).tolist(), (traits > 0).tolist()):
-            concepts = (config["concepts"][c],)
+            concepts = (judge.config["concepts"][c],)
             names = tuple(name for name, is_there in zip(TRAITS, t) if is_there and PERSON_CLASS in concepts)
-            answers.append(Expectation(concepts, (config["styles"][s],), names))
+            answers.append(Expectation(concepts, (judge.config["styles"][s],), names))
     return answers
 
 
-def write(folder: Path, judge: Judge, config: dict) -> None:
+def write(folder: Path, judge: Judge) -> None:
     """model.fp16.safetensors (matrices in half precision, vectors in float32), then config.json."""
     tensors = {key: value.half() if value.ndim > 1 else value for key, value in judge.state_dict().items()}
     checkpoint.save(tensors, folder / "model.fp16.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "config.json", config)
+    checkpoint.write_json(folder / "config.json", judge.config)
 
 
-def read(folder: Path) -> tuple[Judge, dict]:
-    """The judge and its config.    Raises ValueError, naming the folder and the command that trains another judge."""
+def read(folder: Path) -> Judge:
+    """A judge from its folder.    Raises ValueError, naming the folder and the command that trains another judge."""
     try:
-        config = checkpoint.read_config(folder)
-        judge = Judge(len(config["concepts"]), len(config["styles"]))
+        judge = Judge(checkpoint.read_config(folder))
         judge.load_state_dict(load_file(folder / "model.fp16.safetensors"))
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         why = "its weights are of another network" if isinstance(error, RuntimeError) else error
         raise ValueError(f"{folder} holds no judge ({why}); train one with `python -m minidiff.deepfloyd.judge train "
                          f"IMAGES --out {folder}`, or pass another --judge") from error  # fmt: skip
-    return judge.eval(), config
+    return judge.eval()
 
 
 def labels_of(rows: Sequence[Mapping], concepts: Sequence[str], styles: Sequence[str]) -> tuple[Tensor, ...]:
     """Concept (N,), style (N,) and traits (N, n), as `loss` takes them."""
-    classes = [captions.concept_class(row["concept"]) for row in rows]
-    names = [captions.traits_in(captions.words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
+    classes = [vocabulary.concept_class(row["concept"]) for row in rows]
+    names = [vocabulary.traits_in(vocabulary.words_of(row["concept"]), [c]) for row, c in zip(rows, classes)]
     traits = [[float(t in n) if c == PERSON_CLASS else -1.0 for t in TRAITS] for n, c in zip(names, classes)]
     concept = [concepts.index(c) for c in classes]
     style = [styles.index(row["style"] or SCENE_STYLE) for row in rows]
@@ -166,19 +167,19 @@ def train(folder: Path, out: Path, steps: int, seed: int) -> None:
     rows, held_out = dataset.rows, dataset.held
     for i in (i for i, row in enumerate(rows) if not {"kind", "concept", "style"} <= row.keys()):
         raise ValueError(f"{folder / 'captions.json'}: row {i} lacks kind, concept or style; a judge needs them")
-    concepts = sorted({captions.concept_class(row["concept"]) for row in rows})
-    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), captions.style_phrases(rows)
+    concepts = sorted({vocabulary.concept_class(row["concept"]) for row in rows})
+    styles, phrases = sorted({row["style"] or SCENE_STYLE for row in rows}), vocabulary.style_phrases(rows)
     config = {"kind": "judge", "images_seen": steps * BATCH, "concepts": concepts, "styles": styles,
-              "phrases": phrases, "names": captions.class_names(rows, phrases)}  # fmt: skip
+              "phrases": phrases, "names": vocabulary.class_names(rows, phrases)}  # fmt: skip
     torch.manual_seed(seed)
-    judge = Judge(len(concepts), len(styles)).to(memory_format=torch.channels_last)
+    judge = Judge(config).to(memory_format=torch.channels_last)
     if not fit(judge, dataset, labels_of(rows, concepts, styles), steps, seed, out / "training"):
         return
-    answers = answers_on(judge, dataset.take(held_out), config) if held_out else []
-    expectations = [captions.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
+    answers = answers_on(judge, dataset.take(held_out)) if held_out else []
+    expectations = [vocabulary.expected(rows[i]["captions"][0], config["names"], phrases) for i in held_out]
     pairs = [(answer, e) for answer, e in zip(answers, expectations) if e]  # "two mice" names nothing
-    config |= {"ceiling": captions.shares(pairs), "held_out": len(pairs)}
-    write(out, judge, config)
+    config |= {"ceiling": shares(pairs), "held_out": len(pairs)}
+    write(out, judge)
     print(f"{len(pairs)} held-out images: {in_words(config['ceiling'])}; wrote {out}")
 
 
@@ -212,26 +213,44 @@ def draw(cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int]) -> Tens
     return torch.cat([cascade.draw([Part(prompt)], seeds) for prompt in tqdm(states, desc="prompts", leave=False)])
 
 
-def report(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation],
-           config: Mapping) -> list[str]:  # fmt: skip
-    """The table that `score` prints. expectations, answers: one for each image, n images of one prompt together."""
-    n, width, successes = len(answers) // len(prompts), max(map(len, prompts)), 0
+def agreement(answer: Expectation, expectation: Expectation) -> tuple[bool, bool]:
+    """Are (concept and traits, style) of a judge's answer what is expected?"""
+    concept = answer.concepts[0] in expectation.concepts and set(expectation.traits) <= set(answer.traits)
+    return concept, not expectation.styles or answer.styles[0] in expectation.styles
+
+
+def shares(pairs: Sequence[Pair]) -> dict[str, float]:
+    """{"concept", "style", "both"}: which share of the pairs agrees. Where no style is expected, it counts for "both"
+    as right, and for "style" not at all."""
+    right = [agreement(*pair) for pair in pairs]
+    styles = [style for (_, style), (_, expectation) in zip(right, pairs) if expectation.styles]
+    kinds = {"concept": [concept for concept, _ in right], "style": styles, "both": [all(pair) for pair in right]}
+    return {name: sum(values) / max(len(values), 1) for name, values in kinds.items()}
+
+
+def floor(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The shares when each answer is held against all other expectations: what images reach that ignore the prompt."""
+    return shares([(answer, other) for answer, e in pairs for _, other in pairs if other != e])
+
+
+def report(prompts: Sequence[str], pairs: Sequence[Pair], config: Mapping) -> list[str]:
+    """The table that `score` prints. pairs: one for each image, n images of one prompt together."""
+    n, width, successes = len(pairs) // len(prompts), max(map(len, prompts)), 0
     lines = [f"{'prompt':{width}}  right    concept  style    the judge takes the images for"]
     for i, prompt in enumerate(prompts):
-        part, e = answers[i * n : (i + 1) * n], expectations[i * n]
-        right = [captions.agreement(answer, e) for answer in part]
-        both, concept, style = sum(map(all, right)), sum(c for c, _ in right), sum(s for _, s in right)
+        part = pairs[i * n : (i + 1) * n]
+        right = [agreement(*pair) for pair in part]
+        both, concept, style = sum(map(all, right)), *map(sum, zip(*right))
         successes += both >= 0.75 * n
-        style_column = f"{style} of {n}" if e.styles else "any"
-        names = ", ".join(in_short(answer, e) for answer in part)
+        style_column = f"{style} of {n}" if part[0][1].styles else "any"
+        names = ", ".join(in_short(*pair) for pair in part)
         lines.append(f"{prompt:{width}}  {f'{both} of {n}':7}  {f'{concept} of {n}':7}  {style_column:7}  {names}")
-    lines += [
+    return lines + [
         f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
-        f"all images  {in_words(captions.shares(list(zip(answers, expectations))))}",
+        f"all images  {in_words(shares(pairs))}",
         f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
-        f"floor       {in_words(captions.floor(answers, expectations))}: the same images against the other prompts",
+        f"floor       {in_words(floor(pairs))}: the same images against the other prompts",
     ]
-    return lines
 
 
 def in_short(answer: Expectation, expectation: Expectation) -> str:
@@ -245,35 +264,33 @@ def in_words(numbers: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * numbers[name]:.0f} %" for name in ("concept", "style", "both"))
 
 
-def sheet(prompts: Sequence[str], expectations: Sequence[Expectation], answers: Sequence[Expectation], x: Tensor,
-          title: str) -> Image.Image:  # fmt: skip
+def sheet(prompts: Sequence[str], pairs: Sequence[Pair], x: Tensor, title: str) -> Image.Image:
     """Every image with its prompt and the judge's answer, two prompts in a row."""
-    n, labels = len(answers) // len(prompts), []
-    for i, (answer, expectation) in enumerate(zip(answers, expectations)):
-        mark = "right" if all(captions.agreement(answer, expectation)) else "WRONG"
-        labels.append(f"{prompts[i // n]}\n{mark}: {in_short(answer, expectation)}")
-    parts = [slice(i, i + 2 * n) for i in range(0, len(answers), 2 * n)]
+    n, labels = len(pairs) // len(prompts), []
+    for i, pair in enumerate(pairs):
+        mark = "right" if all(agreement(*pair)) else "WRONG"
+        labels.append(f"{prompts[i // n]}\n{mark}: {in_short(*pair)}")
+    parts = [slice(i, i + 2 * n) for i in range(0, len(pairs), 2 * n)]
     return images.sheet([list(x[part]) for part in parts], [labels[part] for part in parts], title)
 
 
 def score(args: argparse.Namespace) -> None:
     """Draw, judge, print and write the sheet."""
     images.check_output(args.out)
-    judge, config = read(args.judge)
-    prompts = read_lines(args.prompts) if args.prompts else PROMPTS
-    names, phrases = config["names"], config["phrases"]
-    expectations = [captions.expected(prompt, names, phrases) for prompt in prompts for _ in args.seeds]
+    judge, prompts = read(args.judge), read_lines(args.prompts) if args.prompts else PROMPTS
+    names, phrases = judge.config["names"], judge.config["phrases"]
+    expectations = [vocabulary.expected(prompt, names, phrases) for prompt in prompts]
     if None in expectations:
-        raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None) // len(args.seeds)]!r}; name a "
-                         f"thing that {args.judge / 'config.json'} lists")  # fmt: skip
+        raise ValueError(f"the judge knows nothing in {prompts[expectations.index(None)]!r}; name a thing that "
+                         f"{args.judge / 'config.json'} lists")  # fmt: skip
     cascade = Cascade.load(args.model, "none", device=cli.device_of("auto"))
     used = cascade.settings[0].but(steps=args.steps, guidance_scale=args.guidance_scale, sampler=args.sampler)
     cascade.settings[0] = used
     x = draw(cascade, prompts, args.seeds)
-    answers = answers_on(judge, x, config)
+    pairs = list(zip(answers_on(judge, x), [e for e in expectations for _ in args.seeds]))
     title = f"{args.model}, {used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}, seeds {args.seeds}"
-    lines = [title, *report(prompts, expectations, answers, config)]
-    written = images.save(sheet(prompts, expectations, answers, x, title), args.out, {"report": "\n".join(lines)})
+    lines = [title, *report(prompts, pairs, judge.config)]
+    written = images.save(sheet(prompts, pairs, x, title), args.out, {"report": "\n".join(lines)})
     print(*lines, f"wrote {written}", sep="\n")
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.checkpoint import Checkpoint, WeightsError, blaming, built, default_dtype, fill, read_json
+from minidiff.checkpoint import Checkpoint, blaming, built, default_dtype, fill, read_json
 from minidiff.deepfloyd.unet import UNet, UNetConfig
 from minidiff.guidance import Model, dynamic_threshold
 from minidiff.sampling import Prediction
@@ -49,7 +49,7 @@ def plan_stage(
     """A stage whose UNet has no numbers yet, and a function that reads them. Errors show before anything large is read.
     dtype: what to compute in; None: what the device is fast at.
     Raises WeightsError if files are missing or broken, or describe another architecture or process."""
-    dtype = default_dtype(device) if dtype is None else dtype
+    dtype = dtype or default_dtype(device)
     checkpoint = Checkpoint(folder, "unet", dtype)
     unet = built(lambda config: UNet(UNetConfig.from_dict(config)), checkpoint)
     stage = Stage(unet, *read_process(folder, unet.config.in_channels))
@@ -70,17 +70,18 @@ def read_process(folder: Path, in_channels: int) -> tuple[Schedule, float, float
     largest = config.get("sample_max_value", 1.5 if in_channels == 3 else 1.0)
     with blaming(path, "describes no process of IF"):
         dynamic_threshold(ratio, largest)
-        schedule = Schedule.from_config(config)
-    with blaming(noising, "describes no process of IF"):
-        noising_schedule = Schedule.from_config(read_json(noising)) if noising.exists() else squaredcos_cap_v2()
-    for each, file in ((schedule, path), (noising_schedule, noising)):
-        if (T := each.num_train_timesteps) != 1000:
-            steps = f"num_train_timesteps is {T}, but drawing visits 0 to 999"
-            raise WeightsError(f"{file} describes no process of IF: {steps}")
     for key, expected in (("variance_type", "learned_range"), ("thresholding", True)):
         if config.get(key, expected) != expected:
             warnings.warn(f"{path}: {key} is {config[key]!r}; IF's {expected!r} is used", stacklevel=1)
-    return schedule, ratio, largest, noising_schedule
+    return _read_schedule(path), ratio, largest, _read_schedule(noising) if noising.exists() else squaredcos_cap_v2()
+
+
+def _read_schedule(path: Path) -> Schedule:
+    with blaming(path, "describes no process of IF"):
+        schedule = Schedule.from_config(read_json(path))
+        if (T := schedule.num_train_timesteps) != 1000:
+            raise ValueError(f"num_train_timesteps is {T}, but drawing visits 0 to 999")
+    return schedule
 
 
 def base_model(unet: UNet) -> Model:

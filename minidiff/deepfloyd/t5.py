@@ -16,15 +16,13 @@ Next: `text.py`, which puts tokenizer and encoder together.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from minidiff.checkpoint import on_meta
 
 LARGEST = 2**18  # of any number in a config: above every width and vocabulary, below what fills the memory
 
@@ -49,17 +47,17 @@ class T5Config:
         where, optional = "text_encoder/config.json", "relative_attention_max_distance"
         if (gate := config.get("feed_forward_proj")) != "gated-gelu":
             raise ValueError(f"{where}: feed_forward_proj is {gate!r}, but IF has T5 v1.1, 'gated-gelu'")
-        if missing := [f.name for f in fields(cls) if f.name not in config and f.name != optional]:
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
-        made = cls(**config_fields(cls, config, where))
+        made = cls(**config_fields(cls, config, where, [f.name for f in fields(cls) if f.name != optional]))
         if 4 * made.relative_attention_max_distance <= made.relative_attention_num_buckets:
             raise ValueError(f"{where}: {optional} must be above a quarter of relative_attention_num_buckets")
         return made
 
 
-def config_fields(kind: type, config: dict, where: str) -> dict:
-    """The fields of a dataclass that a config names, lists as tuples.
-    Raises ValueError naming the key if a value has another type than its field, or a number is not in (0, LARGEST]."""
+def config_fields(kind: type, config: dict, where: str, required: Sequence[str]) -> dict:
+    """The fields of a dataclass that a config names, lists as tuples.    Raises ValueError naming the key if one is
+    missing, a value has another type than its field, or a number is not in (0, LARGEST]."""
+    if missing := [name for name in required if name not in config]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: is this the config of an IF model?")
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in config}
     for name, hint in hints.items():
         if not _has_type(config[name], hint):
@@ -73,9 +71,9 @@ def _has_type(value: object, hint: type) -> bool:
         return isinstance(value, list | tuple) and value and all(_has_type(v, get_args(hint)[0]) for v in value)
     if get_args(hint):  # X | None
         return value is None or _has_type(value, get_args(hint)[0])
-    if hint in (int, float) and not isinstance(value, bool):
-        return isinstance(value, int | hint) and 0 < value <= LARGEST
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if hint in (int, float):
+        return type(value) in (int, hint) and 0 < value <= LARGEST
+    return isinstance(value, hint)
 
 
 class RMSNorm(nn.Module):
@@ -188,21 +186,20 @@ class T5Encoder(nn.Module):
         """input_ids, attention_mask: (B, L) int64, mask 1 for real tokens. Returns (B, L, D).
         Padding is hidden from every token but is itself computed: the UNet reads all L rows."""
         h = self.shared(input_ids).float()  # (B, L, D)
-        bias = attention_bias(self.config, self.encoder.block[0], attention_mask)
+        bias = self.attention_bias(attention_mask)
         for block in self.encoder.block:
             h = block(h, bias)
         return self.encoder.final_layer_norm(h)
 
-
-def attention_bias(config: T5Config, first: Block, attention_mask: Tensor) -> Tensor:
-    """What every block adds to its scores: the distance table of the first block, and -inf on padded keys.
-    attention_mask: (B, L). Returns (B, heads, L, L) float32."""
-    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    distance = position[None, :] - position[:, None]  # (L, L): key minus query
-    buckets = relative_bucket(distance, config.relative_attention_num_buckets, config.relative_attention_max_distance)
-    table = first.layer[0].SelfAttention.relative_attention_bias
-    bias = table(buckets).float().permute(2, 0, 1)[None]  # (1, heads, L, L)
-    return bias.masked_fill(attention_mask[:, None, None, :] == 0, -math.inf)  # (B, heads, L, L)
+    def attention_bias(self, attention_mask: Tensor) -> Tensor:
+        """What every block adds to its scores: the distance table of the first block, and -inf on padded keys.
+        attention_mask: (B, L). Returns (B, heads, L, L) float32."""
+        position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        distance = position[None, :] - position[:, None]  # (L, L): key minus query
+        sizes = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = table(relative_bucket(distance, *sizes)).float().permute(2, 0, 1)[None]  # (1, heads, L, L)
+        return bias.masked_fill(attention_mask[:, None, None, :] == 0, -math.inf)  # (B, heads, L, L)
 
 
 def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
@@ -223,33 +220,26 @@ def relative_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int =
 
 @torch.inference_mode()
 def encode_streamed(
-    config: T5Config, fetch: Callable[[str], dict[str, Tensor]], rows: Callable[[str, Tensor], Tensor],
-    dtype: torch.dtype, input_ids: Tensor, attention_mask: Tensor,
+    encoder: T5Encoder, fetch: Callable[[str], dict[str, Tensor]], dtype: torch.dtype, input_ids: Tensor,
+    attention_mask: Tensor,
 ) -> Tensor:  # fmt: skip
     """The same forward with half a block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
 
-    fetch(prefix) returns the tensors below a prefix, mapped from the file; rows(key, ids) some rows of an embedding.
+    encoder: on the meta device, and there again afterwards.
+    fetch(prefix) returns the tensors below a prefix, mapped from the file: of the embedding only some rows are read.
     dtype: what to compute in; matrices stored otherwise are cast one by one as they are used.
     input_ids, attention_mask and the result: as in T5Encoder.forward.
     """
 
-    def filled(module: nn.Module, prefix: str) -> nn.Module:
-        module.load_state_dict(fetch(prefix), assign=True)
-        for norm in [m for m in module.modules() if isinstance(m, RMSNorm)]:
-            norm.to(dtype)  # what leaves a norm decides the precision of what follows
-        return module
-
     unique, inverse = input_ids.unique(return_inverse=True)
-    h = rows("shared.weight", unique).float()[inverse]  # (B, L, D)
-    for i in range(config.num_layers):
-        for j in range(2):
-            with on_meta():
-                block = Block(config, owns_bias=i == 0)
-            sublayer = filled(block.layer[j], f"encoder.block.{i}.layer.{j}.")
-            if i == j == 0:
-                bias = attention_bias(config, block, attention_mask)
-            h = sublayer(h, bias) if j == 0 else sublayer(h)
-            del block, sublayer  # the last references to the mapping: its pages leave memory
-    with on_meta():
-        norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-    return filled(norm, "encoder.final_layer_norm.")(h)
+    h = fetch("shared.")["weight"][unique].float()[inverse]  # (B, L, D)
+    parts = {name: part for name, part in encoder.encoder.named_modules() if isinstance(part, Sublayer)}
+    for name, part in (parts | {"final_layer_norm": encoder.encoder.final_layer_norm}).items():
+        part.load_state_dict(fetch(f"encoder.{name}."), assign=True)
+        for norm in [m for m in part.modules() if isinstance(m, RMSNorm)]:
+            norm.to(dtype)  # what leaves a norm decides the precision of what follows
+        if name == "block.0.layer.0":
+            bias = encoder.attention_bias(attention_mask)
+        h = part(h, bias) if name.endswith("layer.0") else part(h)
+        part.to("meta")  # the last references to the mapping go: its pages leave memory
+    return h

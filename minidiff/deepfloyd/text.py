@@ -11,12 +11,12 @@ Next: `unet.py`, which reads the states.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -33,45 +33,38 @@ WHOLE = 2**22  # bytes of a tensor that `fingerprint` reads in full
 PAGES, PAGE = 64, 4096  # of a larger tensor: how many places, and bytes at each
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """Tokenizer and T5: prompts to (B, 77, D) states. `encode_ids` is the whole encoder or the streamed one."""
-
-    tokenizer: Tokenizer
-    encode_ids: Callable[[Tensor, Tensor], Tensor]
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 77, D), on the encoder's device. The empty prompt is a prompt like any other, and never zeros."""
-        return self.encode_ids(*self.tokenizer(list(prompts)))
-
-
-def plan_text_encoder(folder: Path, checkpoint: Checkpoint) -> tuple[Tokenizer, T5Encoder]:
-    """The tokenizer, and a T5 of this checkpoint that has no numbers yet.
+def plan_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Tokenizer, T5Encoder, Checkpoint]:
+    """The tokenizer, a T5 that has no numbers yet, and the checkpoint with its numbers, of this dtype if it is there.
     Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
+    checkpoint = Checkpoint(folder, "text_encoder", dtype)
     tokenizer = Tokenizer(folder / "tokenizer" / "spiece.model")
     encoder = built(lambda config: T5Encoder(T5Config.from_dict(config)), checkpoint)
     if (pieces := tokenizer.pieces.get_piece_size()) > (rows := encoder.config.vocab_size):
         raise WeightsError(f"{folder}: the tokenizer has {pieces} pieces, the text encoder knows {rows}; "
                            "are they of one model?")  # fmt: skip
-    return tokenizer, encoder
+    return tokenizer, encoder, checkpoint
 
 
 def load_text_encoder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
-) -> TextEncoder:
-    """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
+) -> Callable[[Sequence[str]], Tensor]:
+    """Prompts to states (B, 77, D), by a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
+    The empty prompt is a prompt like any other, and its states are no zeros. They lie on the encoder's device.
     dtype: what to compute in; None: what the device is fast at.
     streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
-    precision = default_dtype(device) if dtype is None else dtype
-    checkpoint = Checkpoint(folder, "text_encoder", precision)
-    tokenizer, encoder = plan_text_encoder(folder, checkpoint)
+    precision = dtype or default_dtype(device)
+    tokenizer, encoder, checkpoint = plan_text_encoder(folder, precision)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
-        config, fetch, rows = encoder.config, checkpoint.tensors, checkpoint.rows
-        precision = default_dtype("cpu") if dtype is None else dtype
-        return TextEncoder(tokenizer, lambda ids, mask: encode_streamed(config, fetch, rows, precision, ids, mask))
-    fill(encoder, checkpoint, precision, keep_float32=("wo",)).to(device)
-    return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
+        device, dtype = "cpu", dtype or default_dtype("cpu")
+        states = functools.partial(encode_streamed, encoder, checkpoint.tensors, dtype)
+    else:
+        states = fill(encoder, checkpoint, precision).to(device)
+
+    @torch.inference_mode()
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return states(*(x.to(device) for x in tokenizer(list(prompts))))
+
+    return encode
 
 
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
@@ -108,10 +101,9 @@ def fingerprint(folder: Path) -> str:
     for key in sorted(checkpoint.shapes):
         digest.update(f"{key} {checkpoint.dtypes[key]} {checkpoint.shapes[key]}".encode())
         raw = checkpoint.read([key])[key].flatten().view(torch.uint8).numpy()  # mapped: only what is hashed is read
-        last = len(raw) - PAGE
-        starts = [last * i // (PAGES - 1) for i in range(PAGES)] if len(raw) > WHOLE else [0]
-        for start in starts:
-            digest.update(raw[start : start + PAGE] if len(raw) > WHOLE else raw)
+        pages, length = (PAGES, PAGE) if len(raw) > WHOLE else (1, len(raw))
+        for start in [(len(raw) - length) * i // max(pages - 1, 1) for i in range(pages)]:
+            digest.update(raw[start : start + length])
     return digest.hexdigest()[:16]
 
 

@@ -42,7 +42,7 @@ class Tokenizer:
         A prompt of more than 76 pieces is cut, and a warning shows the words that were lost."""
         rows = [self.encode(prompt) for prompt in prompts]
         ids = torch.tensor([row + [PAD] * (MAX_TOKENS - len(row)) for row in rows])  # (B, 77)
-        return ids, torch.tensor([[1] * len(row) + [0] * (MAX_TOKENS - len(row)) for row in rows])
+        return ids, (ids != PAD).long()
 
     def encode(self, prompt: str) -> list[int]:
         """One prompt to at most 77 ids, the last of them the end mark. The empty prompt is the end mark alone."""

@@ -27,7 +27,7 @@ import functools
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,30 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, cli, ddpm, training
-from minidiff.deepfloyd import stages, vocabulary
+from minidiff import checkpoint, cli, ddpm, images, training
+from minidiff.cascade import Cascade
+from minidiff.deepfloyd import initial, stages, vocabulary
 from minidiff.deepfloyd.dataset import CPU, CaptionedImages, train_tokenizer
-from minidiff.deepfloyd.initial import CONTRASTIVE_BATCH, initialise, match_captions, pass_through
-from minidiff.deepfloyd.progress import examine, preview
-from minidiff.deepfloyd.t5 import T5Config, T5Encoder
+from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.tokenizer import Tokenizer
-from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet, UNetConfig
+from minidiff.deepfloyd.unet import FIXED, MIRROR, UNet
+from minidiff.factorized import Part
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
-R, S = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
-MINI_T5 = T5Config(vocab_size=2048, d_model=192, d_kv=48, d_ff=512, num_layers=3, num_heads=4)
-MINI_1 = UNetConfig(
-    block_out_channels=(32, 64, 128, 192), layers_per_block=(1, 1, 1, 1), down_block_types=(R, R, S, S),
-    cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=32, norm_num_groups=8,
-    addition_embed_type_num_heads=4, time_embedding_dim=192,
-)  # fmt: skip
-MINI_2 = UNetConfig(
-    block_out_channels=(16, 16, 32, 48, 64), layers_per_block=(1, 1, 1, 1, 1), down_block_types=(R, R, R, S, S),
-    in_channels=6, sample_size=256, cross_attention_dim=192, encoder_hid_dim=192, attention_head_dim=16,
-    norm_num_groups=8, addition_embed_type_num_heads=4, only_cross_attention=True, class_embed_type="timestep",
-    time_embedding_dim=192, time_embedding_act_fn="gelu", resnet_skip_time_act=True,
-    resnet_out_scale_factor=1 / 0.7071, mid_block_scale_factor=1 / 0.7071,
-)  # fmt: skip
 SIZES, LARGE = {1: (32, 64), 2: (64, 256)}, 256  # pixels a side to train each stage on; LARGE: a whole image
 EMA_DECAY, FALL = 0.999, 0.6  # of the averaged weights; the last part of a run, in which the learning rate falls
 MIN_SNR_GAMMA, OFFSET_NOISE = 5.0, 0.1
@@ -66,8 +52,9 @@ MIN_SHARE = 0.4  # how often times below 169 are drawn, compared with those from
 COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
-COLUMNS = ("step", "t", "right", "other", "none")  # the columns of held_out.csv
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
+EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
+PREVIEWS = 16  # prompts that are drawn after a checkpoint
 
 
 class Trainee(nn.Module):
@@ -149,12 +136,6 @@ def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
 
-def load_into(module: nn.Module, source: checkpoint.Checkpoint) -> None:
-    """The weights of a released-layout folder as float32 to train on. Raises WeightsError if they do not fit."""
-    checkpoint.check_fit(module, source)
-    module.load_state_dict({key: tensor.float() for key, tensor in source.tensors().items()})
-
-
 def random_numbers(
     stage: int, batch_size: int, size: int, schedule: Schedule, generator: torch.Generator,
     device: torch.device = CPU,
@@ -197,31 +178,30 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * min(1, (step + 1) / 200, (total - step) / (total * FALL))
 
 
-def write_folder(out: Path, stage: int, state: dict[str, Tensor], unet: UNetConfig, t5: T5Config) -> None:
-    """The weights of a `Trainee` as float16 in the released layout, with their configs."""
+def write_folder(out: Path, model: Trainee) -> None:
+    """The weights as float16 in the released layout, with their configs."""
     process = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-    _write_unet(out / "unet", {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}, unet)
+    unet = model.unet.config
+    up = [MIRROR[kind] for kind in reversed(unet.down_block_types)]
+    derived = {"_class_name": "UNet2DConditionModel", "up_block_types": up, "encoder_hid_dim_type": "text_proj"}
+    checkpoint.write_json(out / "unet" / "config.json", FIXED | asdict(unet) | derived)
+    _write_half(model.unet, out / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     checkpoint.write_json(out / "scheduler" / "scheduler_config.json", process | {
         "variance_type": "learned_range", "prediction_type": "epsilon", "thresholding": True, "clip_sample": True,
-        "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if stage == 1 else 1.0,
+        "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5 if model.stage == 1 else 1.0,
     })  # fmt: skip
-    if stage == 2:
+    if model.stage == 2:
         checkpoint.write_json(out / "image_noising_scheduler" / "scheduler_config.json", process)
         return
-    # The feed-forward's last matrix stays float32, as in the released float16 files.
-    text = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
-    text = {k: v if k.endswith(".wo.weight") else v.half() for k, v in text.items()}
     kind = {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"}
-    checkpoint.write_json(out / "text_encoder" / "config.json", asdict(t5) | kind)
-    checkpoint.save(text, out / "text_encoder" / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.write_json(out / "text_encoder" / "config.json", asdict(model.text_encoder.config) | kind)
+    _write_half(model.text_encoder, out / "text_encoder" / "model.fp16.safetensors")
 
 
-def _write_unet(folder: Path, tensors: dict[str, Tensor], config: UNetConfig) -> None:
-    up = [MIRROR[kind] for kind in reversed(config.down_block_types)]
-    derived = {"_class_name": "UNet2DConditionModel", "up_block_types": up, "encoder_hid_dim_type": "text_proj"}
-    checkpoint.write_json(folder / "config.json", FIXED | asdict(config) | derived)
-    half = {key: value.half() for key, value in tensors.items()}
-    checkpoint.save(half, folder / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+def _write_half(module: nn.Module, path: Path) -> None:
+    """As in the released float16 files, the last matrix of T5's feed-forward stays float32."""
+    half = {k: v if k.endswith(".wo.weight") else v.half() for k, v in module.state_dict().items()}
+    checkpoint.save(half, path, {"format": "pt"})
 
 
 def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenizer:
@@ -233,43 +213,50 @@ def tokenizer_of(args: argparse.Namespace, dataset: CaptionedImages) -> Tokenize
             Tokenizer(source)  # raises if it is none
             checkpoint.write_whole(spiece, lambda file: shutil.copy(source, file))
         else:
-            train_tokenizer(dataset.captions, spiece, MINI_T5.vocab_size)
+            train_tokenizer(dataset.captions, spiece, initial.MINI_T5.vocab_size)
     training.barrier()
     return Tokenizer(spiece)
 
 
-def write_vocabulary(rows: list[dict], out: Path) -> None:
-    """out/vocabulary.json from a packed set whose rows name "kind", "concept" and "style"; nothing from any other."""
-    if all({"kind", "concept", "style"} <= row.keys() for row in rows):
-        vocabulary.write(rows, out / "vocabulary.json")
+@torch.inference_mode()
+def examine(model: Trainee, tokenizer: Tokenizer, x_start: Tensor, texts: list[str]) -> list[tuple]:
+    """A prompt's worth: (t, error with the right prompt, with another image's, with none) for EXAMINED times.
+
+    The error is the mean squared difference between x_start (N, 3, H, W) and its estimate, clipped, with one noise for
+    all. Stage 1 only.
+    """
+    device, rows = x_start.device, []
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    columns = (texts, texts[1:] + texts[:1], [""] * len(texts))
+    states = [model.text_encoder(*(x.to(device) for x in tokenizer(column))) for column in columns]
+    for time in EXAMINED:
+        t = torch.full((len(x_start),), time, device=device)
+        alpha_bar, errors = model.schedule.alpha_bar(t), []
+        x_t = ddpm.add_noise(x_start, noise, alpha_bar)
+        for embeds in states:
+            out = torch.cat([model.unet(*part) for part in zip(x_t.split(32), t.split(32), embeds.split(32))])
+            estimate = ddpm.predict_x_start(x_t, out.float()[:, :3], alpha_bar).clamp(-1, 1)
+            errors.append((estimate - x_start).square().mean().item())
+        rows.append((time, *errors))
+    return rows
 
 
-def first_weights(
-    args: argparse.Namespace, tokenizer: Tokenizer, dataset: CaptionedImages, device: torch.device
-) -> Trainee:
-    """The networks as a run begins with them: of --start-from, or new, with a text encoder that matches captions."""
-    torch.manual_seed(args.seed)
-    default = replace(MINI_1, sample_size=args.size) if args.stage == 1 else MINI_2
-    unet = UNet(UNetConfig.from_dict(checkpoint.read_json(args.config)) if args.config else default)
-    t5 = T5Encoder(MINI_T5)
-    if args.stage == 2:
-        source = checkpoint.Checkpoint(args.text_encoder, "text_encoder", torch.float32)
-        t5 = checkpoint.built(lambda config: T5Encoder(T5Config.from_dict(config)), source)
-        checkpoint.fill(t5, source, torch.float32)
-    model = Trainee(args.stage, unet, t5.to(device), squaredcos_cap_v2())
-    initialise(model)
-    pass_through(unet)
-    if args.start_from:
-        load_into(unet, checkpoint.Checkpoint(args.start_from, "unet", torch.float32))
-        if args.stage == 1:
-            load_into(t5, checkpoint.Checkpoint(args.start_from, "text_encoder", torch.float32))
-    elif args.stage == 1 and not (args.out / "training" / "checkpoint.pt").is_file():
-        dtype = training.fast_dtype(device) if args.dtype == "auto" else args.dtype
-        quiet, longest = training.rank() > 0, max(1, args.steps // 4)
-        share = match_captions(t5, tokenizer, dataset, args.seed, dtype, quiet, longest)
-        if training.rank() == 0:
-            tqdm.write(f"{share:.0%} of the images find their caption among {CONTRASTIVE_BATCH}")
-    return model.to(device)
+def preview(out: Path, stage: int, path: Path, text_encoder: Path | None, dataset: CaptionedImages) -> None:
+    """Samples of the weights just written: captions of held-out images drawn, or two training images enlarged."""
+    if stage == 1:
+        texts = dataset.held_out()[1]
+        prompts = texts[:: math.ceil(len(texts) / PREVIEWS)]
+        cascade, seeds = Cascade.load(str(out), "none", dtype=torch.float32), range(len(prompts))
+        x = cascade.draw([Part(torch.cat(cascade.encode(*prompts)))], seeds, steps=20, guidance_scale=4.0)
+        sheet = images.sheet(*images.grid(list(x), prompts))
+    else:
+        cascade = Cascade.load("none", str(out), text_model=str(text_encoder), dtype=torch.float32)
+        x_start, texts = dataset.draw(2, torch.Generator().manual_seed(1))
+        low_res = F.avg_pool2d(x_start, 4)
+        x = cascade.enlarge(low_res, [Part(torch.cat(cascade.encode(*texts)))], range(2), steps=10)
+        rows = [[stages.upsample(low_res, (256, 256))[i], x[i], x_start[i]] for i in range(2)]
+        sheet = images.sheet(rows, [["bilinear", "stage 2", "original"]] * 2)
+    images.save(sheet, path, {"minidiff": "sheet"})
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -279,8 +266,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     training.previous(folder, settings)  # raises before the work
     tokenizer = tokenizer_of(args, dataset)
     if args.stage == 1 and training.rank() == 0:
-        write_vocabulary(dataset.rows, args.out)
-    model = first_weights(args, tokenizer, dataset, device)
+        vocabulary.write(dataset.rows, args.out)
+    networks = initial.first_networks(args, tokenizer, dataset, device)
+    model = Trainee(args.stage, *networks, squaredcos_cap_v2()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     plan = training.Plan(args.steps, args.save_every, lambda step: learning_rate(step, args.steps, args.lr), LOG_EVERY,
                          EMA_DECAY, clip=1.0)  # fmt: skip
@@ -300,7 +288,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     for record in training.run(model, lambda net, batch: net(*batch).mean(), batch_at, optimizer, plan, folder,
                                settings, dtype=args.dtype):  # fmt: skip
         tqdm.write(str(record))
-        write_folder(args.out, args.stage, model.state_dict(), model.unet.config, MINI_T5)
+        write_folder(args.out, model)
         samples = folder / "samples" / f"step-{record.step:07d}.png"
         if record.stopped or samples.is_file():
             continue
@@ -308,7 +296,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
                 rows = examine(model, tokenizer, pooled(x_start), texts)
-            training.add_rows(folder / "held_out.csv", COLUMNS, [(record.step, *row) for row in rows])
+            columns = ("step", "t", "right", "other", "none")
+            training.add_rows(folder / "held_out.csv", columns, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
                        + ", ".join(f"t {t}: {a:.4f} / {b:.4f} / {c:.4f}" for t, a, b, c in rows))  # fmt: skip
         preview(args.out, args.stage, samples, args.text_encoder, dataset)

@@ -68,12 +68,11 @@ class UNetConfig:
         for key, expected in fixed.items():
             if config.get(key, expected) != expected:
                 raise ValueError(f"{where}: {key} is {config[key]!r}, but an IF UNet has {expected!r}")
-        if missing := [k for k in ("block_out_channels", "down_block_types", "cross_attention_dim") if k not in config]:
-            raise ValueError(f"{where} lacks {', '.join(missing)}: is this the config of an IF UNet?")
-        levels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
+        levels, layers = config.get("block_out_channels"), config.get("layers_per_block", 2)
         if isinstance(layers, int) and isinstance(levels, list):
             config = config | {"layers_per_block": [layers] * len(levels)}
-        made = cls(**config_fields(cls, config, where))
+        required = ("block_out_channels", "down_block_types", "cross_attention_dim")
+        made = cls(**config_fields(cls, config, where, required))
         if unknown := sorted(set(made.down_block_types) - set(MIRROR)):
             raise ValueError(f"{where}: unknown down_block_types {unknown}; known: {', '.join(MIRROR)}")
         if not len(made.block_out_channels) == len(made.layers_per_block) == len(made.down_block_types):

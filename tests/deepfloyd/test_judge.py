@@ -12,7 +12,7 @@ from PIL import Image
 from minidiff import images
 from minidiff.cascade import Cascade
 from minidiff.deepfloyd import judge
-from minidiff.deepfloyd.captions import Expectation, expected
+from minidiff.deepfloyd.vocabulary import Expectation, expected
 from minidiff.factorized import Part
 from tests.tiny import write_cascade
 
@@ -61,6 +61,22 @@ def test_labels_and_frequencies_by_hand():
     assert judge.frequencies((concept, style, traits)).tolist() == pytest.approx([1, 1, half, half])
 
 
+def test_agreement_shares_and_floor_by_hand():
+    cat, oil_dog = Expectation(("cat",)), Expectation(("dog",), ("oil",))
+    old_man = Expectation(("person",), (), ("old",))
+    assert judge.agreement(Expectation(("cat",), ("noto",)), cat) == (True, True)
+    assert judge.agreement(Expectation(("dog",), ("noto",)), oil_dog) == (True, False)
+    assert judge.agreement(Expectation(("person",), ("noto",), ("hat",)), old_man) == (False, True)
+    assert judge.agreement(Expectation(("person",), ("noto",), ("hat", "old")), old_man) == (True, True)
+    answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("noto",)), Expectation(("dog",), ("oil",))]
+    expectations = [cat, oil_dog, oil_dog]
+    pairs = list(zip(answers, expectations))
+    # right: cat; dog but no oil; both
+    assert judge.shares(pairs) == {"concept": 1, "style": 0.5, "both": 2 / 3}
+    # cat against oil_dog twice (style right, concept not), the dogs against cat (concept wrong, no style expected)
+    assert judge.floor(pairs) == {"concept": 0, "style": 1, "both": 0}
+
+
 COLORS = {"apple": (220, 40, 40), "cloud": (60, 90, 230)}
 
 
@@ -86,12 +102,13 @@ def plain(*concepts):
 
 
 def test_training_tells_two_colors_apart_and_writes_what_it_measured(trained):
-    network, config = judge.read(trained / "judge")
+    network = judge.read(trained / "judge")
+    config = network.config
     assert config["concepts"] == ["apple", "cloud"] and config["styles"] == ["noto", "oil"]
     assert config["ceiling"] == {"concept": 1, "style": 1, "both": 1} and config["held_out"] == 8
     assert config["images_seen"] == 320 and config["phrases"] == {"emoji": ["noto"], "oil painting": ["oil"]}
     assert config["names"] == {"apple": ["apple"], "cloud": ["cloud"]}
-    assert judge.answers_on(network, plain("cloud", "apple", "cloud"), config) == [
+    assert judge.answers_on(network, plain("cloud", "apple", "cloud")) == [
         Expectation(("cloud",), ("oil",)), Expectation(("apple",), ("noto",)), Expectation(("cloud",), ("oil",))
     ]  # fmt: skip
 
@@ -124,7 +141,7 @@ def test_a_training_that_was_stopped_goes_on_and_only_then_writes_its_judge(trai
         judge.train(trained, tmp_path / "parts", 6, 0)
     assert not (tmp_path / "parts" / "config.json").exists()
     judge.train(trained, tmp_path / "parts", 6, 0)
-    one, two = (judge.read(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    one, two = (judge.read(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -161,7 +178,7 @@ def test_the_sheet_marks_every_image(monkeypatch):
     monkeypatch.setattr(judge.images, "sheet", lambda *args: calls.append(args))
     answers = [Expectation(("cat",), ("oil",)), Expectation(("dog",), ("oil",)), Expectation(("dog",), ("noto",))]
     expectations = [Expectation(("cat",)), Expectation(("cat",)), Expectation(("dog",), ("oil",))]
-    judge.sheet(["a", "b", "c"], expectations, answers, torch.zeros(3, 3, 64, 64), "T")
+    judge.sheet(["a", "b", "c"], list(zip(answers, expectations)), torch.zeros(3, 3, 64, 64), "T")
     assert calls[0][1:] == ([["a\nright: cat", "b\nWRONG: dog"], ["c\nWRONG: dog (noto)"]], "T")
 
 
@@ -200,15 +217,15 @@ def test_bad_input_is_explained(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("lost", ["styles", "concepts"])
 def test_a_judge_that_lacks_a_part_is_refused(trained, tmp_path, lost):
-    network, config = judge.read(trained / "judge")
-    judge.write(tmp_path, network, {key: value for key, value in config.items() if key != lost})
+    network = judge.read(trained / "judge")
+    del network.config[lost]
+    judge.write(tmp_path, network)
     with pytest.raises(ValueError, match=f"holds no judge .*{lost}"):
         judge.read(tmp_path)
 
 
 def test_a_judge_of_another_width_is_refused_in_one_line(trained, tmp_path, monkeypatch):
-    network, config = judge.read(trained / "judge")
-    judge.write(tmp_path, network, config)
+    judge.write(tmp_path, judge.read(trained / "judge"))
     monkeypatch.setattr(judge, "FEATURES", 8)
     with pytest.raises(ValueError, match="holds no judge .its weights are of another network.; train one") as caught:
         judge.read(tmp_path)
@@ -216,6 +233,6 @@ def test_a_judge_of_another_width_is_refused_in_one_line(trained, tmp_path, monk
 
 
 def test_the_embedded_judge_understands_all_prompts():
-    _, config = judge.read(judge.EMBEDDED)
+    config = judge.read(judge.EMBEDDED).config
     assert None not in [expected(prompt, config["names"], config["phrases"]) for prompt in judge.PROMPTS]
     assert config["ceiling"]["both"] > 0.5 and config["held_out"] > 1000

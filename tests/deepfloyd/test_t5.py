@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff.deepfloyd.t5 import T5Config, T5Encoder, attention_bias, encode_streamed, relative_bucket
+from minidiff.checkpoint import on_meta
+from minidiff.deepfloyd.t5 import T5Config, T5Encoder, encode_streamed, relative_bucket
 from tests.reference.fill import fill, read, read_json, relative_l2
 
 REFERENCE, ABOUT = read("t5"), read_json("t5")
@@ -51,7 +52,7 @@ def test_relative_buckets_against_transformers():
 
 @torch.inference_mode()
 def test_attention_bias_against_transformers():
-    bias = attention_bias(CONFIG, build().encoder.block[0], torch.ones(1, 13))
+    bias = build().attention_bias(torch.ones(1, 13))
     assert torch.equal(bias, REFERENCE["bias_13"])
 
 
@@ -84,13 +85,17 @@ def test_padding_does_not_reach_the_words():
     assert relative_l2(model(IDS[1:2], MASK[1:2])[:, :n], alone) <= 2e-6
 
 
+def empty() -> T5Encoder:
+    with on_meta():
+        return T5Encoder(CONFIG)
+
+
 def fetch_from(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
 def streamed(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    rows = lambda key, ids: state[key][ids]  # noqa: E731
-    return encode_streamed(CONFIG, lambda prefix: fetch_from(state, prefix), rows, dtype, IDS, MASK)
+    return encode_streamed(empty(), lambda prefix: fetch_from(state, prefix), dtype, IDS, MASK)
 
 
 @torch.inference_mode()
@@ -115,9 +120,11 @@ def test_streamed_fetches_half_a_block_at_a_time():
         fetched.append(prefix)
         return fetch_from(state, prefix)
 
-    encode_streamed(CONFIG, fetch, lambda key, ids: state[key][ids], torch.float32, IDS, MASK)
+    encoder = empty()
+    encode_streamed(encoder, fetch, torch.float32, IDS, MASK)
+    assert all(p.is_meta for p in encoder.parameters())
     halves = [f"encoder.block.{i}.layer.{j}." for i in range(3) for j in range(2)]
-    assert fetched == [*halves, "encoder.final_layer_norm."]
+    assert fetched == ["shared.", *halves, "encoder.final_layer_norm."]
 
 
 def loud(dtype: torch.dtype) -> dict[str, Tensor]:

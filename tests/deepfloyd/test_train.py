@@ -19,8 +19,8 @@ from PIL import Image
 from minidiff import charts, ddpm, images, training, weights
 from minidiff.cascade import Cascade
 from minidiff.ddpm import add_noise
-from minidiff.deepfloyd import initial, progress, stages, text, train, vocabulary
-from minidiff.deepfloyd.dataset import CaptionedImages, read_rows
+from minidiff.deepfloyd import initial, stages, text, train
+from minidiff.deepfloyd.dataset import CaptionedImages
 from minidiff.deepfloyd.initial import initialise, pass_through
 from minidiff.deepfloyd.t5 import T5Encoder
 from minidiff.deepfloyd.unet import UNet
@@ -35,10 +35,10 @@ TINY_T5 = replace(T5, vocab_size=60)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(train, "MINI_1", TINY[1])
-    monkeypatch.setattr(train, "MINI_2", TINY[2])
-    monkeypatch.setattr(train, "MINI_T5", TINY_T5)
-    monkeypatch.setattr(progress, "PREVIEWS", 2)
+    monkeypatch.setattr(initial, "MINI_1", TINY[1])
+    monkeypatch.setattr(initial, "MINI_2", TINY[2])
+    monkeypatch.setattr(initial, "MINI_T5", TINY_T5)
+    monkeypatch.setattr(train, "PREVIEWS", 2)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_STEPS", 2)
     monkeypatch.setattr(initial, "CONTRASTIVE_BATCH", 4)
@@ -197,7 +197,7 @@ def test_two_processes_average_their_gradients(captioned, tmp_path):
     script.write_text(f"""
 import os, torch
 from tests.deepfloyd import test_train as T
-T.train.MINI_1, T.train.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
+T.initial.MINI_1, T.initial.MINI_T5, T.train.preview = T.TINY[1], T.TINY_T5, lambda *_: None
 T.initial.CONTRASTIVE_STEPS, T.initial.CONTRASTIVE_BATCH = 2, 4
 noises, forward, step = [], T.train.Trainee.forward, T.training._step
 
@@ -491,15 +491,3 @@ def test_bad_input_is_told(tmp_path, captioned, capsys):
     said = fails(capsys, 1, captioned, tmp_path / "one", 4)
     assert "red.txt is empty; write one caption or prompt on each line" in said
     assert "--text-encoder weights/mini-IF-I" in fails(capsys, 2, captioned, tmp_path / "two", 4)
-
-
-def test_the_vocabulary_of_a_packed_set_is_written_beside_the_weights(tmp_path):
-    """A set without kinds, and a folder of files, have none."""
-    row = {"kind": "sprite", "concept": "dog", "style": "noto", "captions": ["an emoji of a dog"]}
-    train.write_vocabulary([{"captions": ["a cat"]}], tmp_path)
-    train.write_vocabulary([row, {"captions": ["a cat"]}], tmp_path)
-    assert not (tmp_path / "vocabulary.json").exists()
-    (tmp_path / "captions.json").write_text(json.dumps([row]))
-    train.write_vocabulary(read_rows(tmp_path / "captions.json"), tmp_path)
-    known = vocabulary.read(tmp_path)
-    assert known["things"] == ["dog"] and {"emoji", "dog"} <= set(known["words"])
