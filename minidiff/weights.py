@@ -146,12 +146,15 @@ def _download(repo: str, parts: Collection[str], say: Callable[[str], object]) -
         if (free := shutil.disk_usage(cache).free) < size:
             raise WeightsError(f"{text} needed, {tqdm.format_sizeof(free, 'B')} free in {cache}; set HF_HOME to a "
                                "folder on a larger disk")  # fmt: skip
-        return Path(hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=PATIENCE))
+        folder = Path(hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=PATIENCE))
     except WeightsError:
         raise
     except Exception as error:  # the hub's own classes and those of its network library, which changed between versions
         partial = "".join(f"\nThe cache has a part: {lack(f, parts)}" for f in snapshots(repo.split("/")[1])[:1])
         raise WeightsError(explain(error, repo, hub.get_token() is not None) + partial) from error
+    if fault := lack(folder, parts):
+        raise WeightsError(fault)
+    return folder
 
 
 def explain(error: BaseException, repo: str, has_token: bool) -> str:

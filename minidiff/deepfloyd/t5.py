@@ -230,7 +230,6 @@ def encode_streamed(
     dtype: what to compute in; matrices stored otherwise are cast one by one as they are used.
     input_ids, attention_mask and the result: as in T5Encoder.forward.
     """
-
     unique, inverse = input_ids.unique(return_inverse=True)
     h = fetch("shared.")["weight"][unique].float()[inverse]  # (B, L, D)
     parts = {name: part for name, part in encoder.encoder.named_modules() if isinstance(part, Sublayer)}

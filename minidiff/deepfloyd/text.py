@@ -17,6 +17,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -33,6 +34,19 @@ WHOLE = 2**22  # bytes of a tensor that `fingerprint` reads in full
 PAGES, PAGE = 64, 4096  # of a larger tensor: how many places, and bytes at each
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizer and T5: prompts to (B, 77, D) states. `encode_ids` is the whole encoder or the streamed one."""
+
+    tokenizer: Tokenizer
+    encode_ids: Callable[[Tensor, Tensor], Tensor]
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, 77, D), on the encoder's device. The empty prompt is a prompt like any other, and never zeros."""
+        return self.encode_ids(*self.tokenizer(list(prompts)))
+
+
 def plan_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Tokenizer, T5Encoder, Checkpoint]:
     """The tokenizer, a T5 that has no numbers yet, and the checkpoint with its numbers, of this dtype if it is there.
     Raises ValueError (WeightsError among them) if files are missing, broken or of another architecture."""
@@ -47,24 +61,17 @@ def plan_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Tokenizer, T5En
 
 def load_text_encoder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu", streamed: bool | None = False
-) -> Callable[[Sequence[str]], Tensor]:
-    """Prompts to states (B, 77, D), by a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
-    The empty prompt is a prompt like any other, and its states are no zeros. They lie on the encoder's device.
+) -> TextEncoder:
+    """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
     dtype: what to compute in; None: what the device is fast at.
     streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = dtype or default_dtype(device)
     tokenizer, encoder, checkpoint = plan_text_encoder(folder, precision)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):
-        device, dtype = "cpu", dtype or default_dtype("cpu")
-        states = functools.partial(encode_streamed, encoder, checkpoint.tensors, dtype)
-    else:
-        states = fill(encoder, checkpoint, precision).to(device)
-
-    @torch.inference_mode()
-    def encode(prompts: Sequence[str]) -> Tensor:
-        return states(*(x.to(device) for x in tokenizer(list(prompts))))
-
-    return encode
+        precision = dtype or default_dtype("cpu")
+        return TextEncoder(tokenizer, functools.partial(encode_streamed, encoder, checkpoint.tensors, precision))
+    fill(encoder, checkpoint, precision).to(device)
+    return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
 
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
