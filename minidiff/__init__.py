@@ -1,6 +1,7 @@
-"""minidiff: DeepFloyd IF you can read in an afternoon.
+"""minidiff: DeepFloyd IF to read, to run and to be sure of.
 
-The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so).
+The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so). README.md names
+the 13 files that take an afternoon.
 
     equations.py             every equation: formula, home, test, chapter
     checks.py                is this what a function can work with?

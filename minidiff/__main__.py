@@ -20,7 +20,7 @@ def commands() -> list[tuple[str, str]]:
 
 def main() -> None:
     rows = [(f"  {command} ", line) for command, line in commands()]
-    show(f"minidiff: DeepFloyd IF you can read in an afternoon. Commands (each has --help):\n\n{columns(rows)}")
+    show(f"minidiff: DeepFloyd IF to read, to run and to be sure of. Commands (each has --help):\n\n{columns(rows)}")
 
 
 if __name__ == "__main__":

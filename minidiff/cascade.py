@@ -30,7 +30,7 @@ image is the one of `cascade.make(parts, [2])`. Pass seeds=[2] to enlarge an ima
 `load` finds and checks everything and reads nothing large. The text encoder is read by `encode`, or when a prompt is
 first drawn, and then freed; a stage is read when it first draws. A whole T5-XXL leaves memory before a step is walked.
 
-Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first. Next: `generate.py`.
+Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first.
 """
 
 import warnings

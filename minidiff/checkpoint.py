@@ -7,7 +7,7 @@
 A safetensors file is a JSON header (names, types, shapes, offsets) and the raw numbers. Mapping means that the system
 pages numbers in when they are used and may drop them again, so a 20 GB file opens at once and costs what is touched.
 
-This is plumbing: skim it. It knows neither networks nor where models lie; `weights.py` does. Next: `images.py`.
+This is plumbing: skim it. It knows neither networks nor where models lie; `weights.py` does.
 """
 
 import contextlib

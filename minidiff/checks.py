@@ -1,4 +1,4 @@
-"""Is this what a function can work with? If not, one line says what to pass. Skim this file.    Next: `schedule.py`."""
+"""Is this what a function can work with? If not, one line says what to pass. Skim this file."""
 
 import math
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """What every command shares: errors in one line, Ctrl-C, the device, and what a run cost.
 
 A command is `main(argv=None)` wrapped in `command`: it parses flags, calls a function that knows nothing of flags, and
-shows the result. Skim this file. Next: `weights.py`.
+shows the result. Skim this file.
 """
 
 import argparse

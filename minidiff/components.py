@@ -14,7 +14,7 @@ All are linear, on (..., 3, H, W), and reach equally far in an image whatever it
 for 64 pixels and grow with H.
 
 Source: the Factorized Diffusion paper; numbers checked against dangeng/visual_anagrams
-visual_anagrams/views/view_hybrid.py@75c092e.    Next: `factorized.py`, the one formula.
+visual_anagrams/views/view_hybrid.py@75c092e.
 """
 
 from collections.abc import Callable

@@ -11,8 +11,6 @@ in as (B, 1, 1, 1) float64 on the CPU, and are cast and moved only after the coe
 
 A strided sampler jumps from t to any earlier time `prev`. All formulas then hold with
 alpha_t = alpha_bar_t / alpha_bar_prev and beta_t = 1 - alpha_t, so the formulas of a reverse step take both alpha-bars.
-
-Next: `solvers.py`, two other steps.
 """
 
 import math

@@ -16,7 +16,6 @@ about how a step goes. These are the other two, and all four combine.
 
 Source: SDEdit Alg. 1 (`sampling.noised` starts it); RePaint Eq. 8, as in diffusers'
 schedulers/scheduling_repaint.py@v0.42.1 (their mask is 1 where we have 0); the Factorized Diffusion paper.
-Next: `deepfloyd/tokenizer.py`, where a prompt begins its way.
 """
 
 import warnings

@@ -6,8 +6,6 @@
 A docstring gives its formula indented under its first sentence, and the tag either behind "Source:" or at the end of
 the formula's own line. The table is read from these docstrings, from tests/test_equations.py and from the chapters in
 walkthrough/; where the last two are not installed, it has three columns.
-
-Next: `schedule.py`, where the equations begin.
 """
 
 import argparse

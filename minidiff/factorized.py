@@ -8,7 +8,7 @@ A part may have both a view and a component. All K parts and both branches of gu
 batch.
 
 Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
-visual_anagrams/samplers.py@14582c0.    Next: `editing.py`, the last two places to intervene.
+visual_anagrams/samplers.py@14582c0.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The flags of the commands that draw: which cascade, from which image, with which seeds; and what they write.
 
-Read `cascade.py` first. Next: `generate.py`, the first command that draws.
+Read `cascade.py` first.
 """
 
 import argparse

@@ -15,7 +15,6 @@ flow, `mnist/train_flow.py`).
 `from_eps` shows that a noise-predicting diffusion model is a velocity field too, read off another clock.
 
 A velocity is any callable velocity(x, time) -> tensor like x, with x: (B, C, H, W) and time: (B,) float.
-Next: `notation.py`, which converts between the letters of both ways; `mnist/data.py` begins where both are trained.
 """
 
 import math

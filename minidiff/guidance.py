@@ -4,7 +4,7 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 
     model(x_t, t, prompt_embeds) -> (eps, pred_var or None)
 
-and `guided` gives it the text and makes it a prediction. Next: `toy.py`, models with a known answer.
+and `guided` gives it the text and makes it a prediction.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@
     c3 f2 e2 c2
 
 Skim it. Source: moves and random stream of dangeng/visual_anagrams visual_anagrams/views/permutations.py@1d06220; the
-outlines of the pieces are our own.    Next: `views.py`.
+outlines of the pieces are our own.
 """
 
 import numpy as np

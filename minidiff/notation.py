@@ -11,7 +11,6 @@ may answer eps, x_start, v, the score or the velocity. Where x_t is known, one a
 makes (eps, x_start) of an answer (for eps, `ddpm.predict_x_start` does), `..._of` makes an answer of eps and x_start.
 
 alpha_bar: (B, 1, 1, 1) float64 in (0, 1), as `Schedule.alpha_bar` gives it.  x_t and answers: (B, C, H, W).
-Next: `views.py`, the first of the experiments' mathematics.
 """
 
 import torch

@@ -18,8 +18,6 @@ There are four places to intervene, and they combine:
     what is kept          `keep`, applied after every step         inpainting
 
 Time only falls, unless `jumps` sends the walk back up a few times so that what is kept and what is new can settle.
-
-Next: `guidance.py`, the first wrapper.
 """
 
 from collections import deque

@@ -6,8 +6,6 @@ else that diffuses is written in alpha-bar. Timesteps run from 0 (nearly clean) 
 "clean", where alpha-bar is exactly 1.
 
 A sampler need not visit all T times. `leading`, `strided` and `respaced` choose a few of them, in descending order.
-
-Next: `ddpm.py`, which turns alpha-bar into forward noising and reverse steps.
 """
 
 import math

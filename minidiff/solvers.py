@@ -12,8 +12,6 @@ For a count of steps `times_for` leaves that time out, as diffusers' own list do
 All three are called alike, step(schedule, x_t, t, t_prev, eps, pred_var, noise, fix_x_start, previous), and
 `sampling.denoise` takes any of them. The two of this file do not use pred_var.
 `invert` walks the same equation upwards: from an image to the noise that gives it.
-
-Next: `sampling.py`, the loop.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,6 @@ exact output can be written down. For data N(mean, std^2) everything that diffus
 possible eps follows from Bayes. A mixture with one component per "prompt" adds what guidance needs: unconditional
 (all components) and conditional (one of them) answers. An image is any tensor (B, C, H, W); a point in the plane
 is (B, 2, 1, 1).
-
-Next: `flow.py`; or straight on to `deepfloyd/tokenizer.py`.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,6 @@ was stopped anywhere, by Ctrl-C or by force, ends in the same numbers as one tha
 The precision is part of those numbers: `fast_dtype` chooses it by the machine, and the first checkpoint keeps it.
 
 Under `torchrun` every process makes its share of a batch and the gradients are averaged (`processes`).
-Next: `deepfloyd/train.py` or `mnist/trainer.py`, which use it.
 """
 
 import contextlib

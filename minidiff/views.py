@@ -13,8 +13,6 @@ Every permutation of pixels qualifies, and so does the negative. `check` measure
 
 Source: the Visual Anagrams paper. Permutations checked against dangeng/visual_anagrams
 visual_anagrams/views/permutations.py@1d06220; skew and the views that fail are built from their descriptions.
-
-Next: `components.py`.
 """
 
 import math

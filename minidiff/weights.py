@@ -5,7 +5,7 @@
     python -m minidiff.weights check mini               builds every part, reads every number
 
 A model folder has the layout of the released DeepFloyd repositories: `unet/config.json` beside the UNet's safetensors,
-`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it. Next: `deepfloyd/vocabulary.py`.
+`scheduler/scheduler_config.json`, `text_encoder/`, `tokenizer/spiece.model`. Skim it.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""DeepFloyd IF's own parts, in reading order: tokenizer, t5, prompts, unet, stages, and the trainer of the cascade."""
+"""DeepFloyd IF's own parts, and what trains and judges a cascade; `minidiff/__init__.py` has the reading order."""

@@ -1,6 +1,6 @@
 """Captioned images to train on, and a tokenizer of their captions.
 
-Read `deepfloyd/unet.py` first. Next: `deepfloyd/initial.py`.
+Read `deepfloyd/unet.py` first.
 """
 
 import io
@@ -28,8 +28,8 @@ HELD_OUT = 128  # images on which the error is measured
 
 class CaptionedImages:
     """The training set in memory: `size` pixels a side, uint8, and the captions of each image.
-    rows: of captions.json, or {"captions": [...]} from text files. Those with "split": "val", whose numbers are `held`,
-    are never drawn: `held_out` returns them."""
+    rows: of captions.json, or {"captions": [...]} from text files. A row with "split": "val" is never drawn; `held` has
+    the indices of these rows, and `held_out` returns up to HELD_OUT of them."""
 
     def __init__(self, folder: Path, size: int, device: torch.device = CPU):
         """device: where `take` puts images. Raises ValueError naming the file that is missing or wrong."""

@@ -1,6 +1,6 @@
 """The networks that training begins with: of a folder, or new ones of the miniature's sizes.
 
-Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first. Next: `deepfloyd/train.py`.
+Read `deepfloyd/unet.py` and `deepfloyd/t5.py` first.
 """
 
 import argparse
@@ -55,10 +55,11 @@ def initialise(module: nn.Module) -> None:
 def pass_through(unet: UNet) -> None:
     """Let eps begin as x_t itself at unit variance, which is right where all is noise.
 
-    There, an error in eps is many times as large in the image, and the mean colour of x_t (a 64th of its deviation)
-    must come out unharmed, which random layers take very long to learn. A pair of channels +x and -x does it: the
-    outermost skip connection carries it past all layers, the last norm only divides it by a known factor, since the
-    mean of a pair is 0, and the last activation leaves it whole, since gelu(x) - gelu(-x) = x.
+    There, an error in eps is many times as large in the image. So the mean colour of x_t must pass unharmed. It is
+    small: a mean over 64 x 64 noisy pixels deviates by 1/64. Random layers take very long to learn this. A pair of
+    channels +x and -x does it: the outermost skip connection carries it past all layers, the last norm only divides it
+    by a known factor, since the mean of a pair is 0, and the last activation leaves it whole, since gelu(x) - gelu(-x)
+    = x.
     """
     last = unet.up_blocks[-1].resnets[-1]
     size = len(unet.conv_in.weight) // unet.config.norm_num_groups  # channels that one norm shares: +x, -x and zeros

@@ -8,11 +8,13 @@ The judge looks at 64 x 64 images and names three things: the concept (a dog, a 
 "person"), the style (a set of drawings, "scene" for landscapes, oil, ...), and the traits of a person. A word of a
 prompt that the judge has no class for, such as a place or a color, is not judged.
 
-`score` prints for how many images the concept, the style and both are right, between two numbers: the ceiling is the
-judge's accuracy on real images that it never saw, the floor holds each image against the other prompts.
+`score` prints for how many images the concept, the style and both are right, and two rows to compare with. "real" is
+the judge's own accuracy on images of the set that it never saw; drawn images can pass it, for their prompts are
+plainer. "floor" holds each image against the other prompts.
 
 IMAGES is the folder that `minidiff.deepfloyd.train` reads, packed, with "kind", "concept" and "style" in captions.json.
-Rows with "split": "val" measure the ceiling alone.    Read `deepfloyd/stages.py` and `deepfloyd/vocabulary.py` first.
+Rows with "split": "val" measure its own accuracy alone.    Read `deepfloyd/stages.py` and `deepfloyd/vocabulary.py`
+first.
 """
 
 import argparse
@@ -55,7 +57,7 @@ Pair = tuple[Expectation, Expectation]  # what the judge answers, and what is ex
 
 
 class Judge(nn.Module):
-    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 660,000 weights in the body.
+    """Images (B, 3, 64, 64) in [-1, 1] to scores of concepts, styles and traits; about 667,000 weights in the body.
     config: the "concepts" and "styles" that it knows, and "names" and "phrases" of prompts (`vocabulary.py`)."""
 
     def __init__(self, config: dict) -> None:
@@ -157,7 +159,7 @@ def frequencies(labels: Sequence[Tensor]) -> Tensor:
 
 
 def train(folder: Path, out: Path, steps: int, seed: int) -> None:
-    """Train a judge on the rows that are not held out, measure its ceiling on the others, and write it to out.
+    """Train a judge on the rows that are not held out, measure its accuracy on the others, and write it to out.
 
     Ctrl-C ends it without a judge; the same command goes on from out/training.    Raises ValueError without a step.
     """
@@ -248,7 +250,7 @@ def report(prompts: Sequence[str], pairs: Sequence[Pair], config: Mapping) -> li
     return lines + [
         f"{successes} of {len(prompts)} prompts are right in at least three quarters of their {n} images",
         f"all images  {in_words(shares(pairs))}",
-        f"ceiling     {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
+        f"real        {in_words(config['ceiling'])}: {config['held_out']} held-out real images",
         f"floor       {in_words(floor(pairs))}: the same images against the other prompts",
     ]
 

@@ -1,9 +1,8 @@
 """A stage of the cascade: a UNet with the process it was trained for, found in a folder, and asked as a model.
 
-Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and checks a stage without its numbers, and hands
-over what reads them. `base_model` and `super_resolution_model` make the UNet a model: a network that waits for text.
-
-Next: `minidiff/weights.py`, which finds the folders.
+Read `text.py`, `unet.py` and `guidance.py` first. `plan_stage` builds and checks a stage without its weights, and
+returns a function that reads them. `base_model` and `super_resolution_model` make the UNet a model: a network that
+waits for text.
 """
 
 import warnings
@@ -21,7 +20,7 @@ from minidiff.guidance import Model, dynamic_threshold
 from minidiff.sampling import Prediction
 from minidiff.schedule import Schedule, squaredcos_cap_v2
 
-NOISE_LEVEL = 250  # the noise that stage 2 expects on its low-resolution image: it hides stage 1's small mistakes
+NOISE_LEVEL = 250  # of the noise on stage 2's low-resolution image unless a call says otherwise: hides small mistakes
 
 
 @dataclass(frozen=True)

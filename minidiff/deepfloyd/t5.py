@@ -11,8 +11,6 @@ The bias depends only on how far apart two tokens are; block 0 owns its table an
 In half precision the stream stays float32, and so does the last product of the feed-forward: real activations pass
 float16's 65504, and a pure float16 T5 returns garbage.
 Attributes carry the names of the released checkpoint.    Source: T5 Sec. 2.1; the gated GELU of T5 v1.1 is GEGLU's.
-
-Next: `text.py`, which puts tokenizer and encoder together.
 """
 
 import math

@@ -6,8 +6,6 @@ used once per prompt, so there are three ways around holding it:
     streamed     half a block at a time out of the mapped file: below 1 GiB, slower per prompt
     encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds
     the course   its prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read and written in the same way
-
-Next: `unet.py`, which reads the states.
 """
 
 import contextlib
@@ -127,8 +125,8 @@ def write_embeds(path: Path, prompts: Sequence[str], embeds: Tensor, encoder: st
 
 def read_embeds(path: Path, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
     """The states of these prompts, (N, 77, D), from a file of `write_embeds` or the course's .pth dictionary.
-    encoder: if given, the fingerprint the file must have been made with.  Raises ValueError: a file that lacks a prompt
-    lists those it has. A .pth is read with weights_only, so it can hold tensors but run nothing."""
+    encoder: if given, the fingerprint the file must have been made with.  A .pth is read with weights_only, so it can
+    hold tensors but run nothing.  Raises ValueError; if a prompt is not in the file, the message lists what is."""
     path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"no file of encoded prompts at {path}; make one: python -m minidiff.encode PROMPT --out FILE")

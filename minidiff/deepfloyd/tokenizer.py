@@ -6,8 +6,6 @@ exactly 77 of them: the pieces of the prompt, the end mark 1, then padding 0. Th
 A prompt is lowered and stripped, nothing more. The original's longer cleaning (some 45 regular expressions against
 URLs, file names and HTML in web captions) is left out: it also deletes words like "download" and "photo.jpg" from
 prompts.
-
-Next: `t5.py`, which turns the ids into vectors.
 """
 
 import warnings

@@ -11,8 +11,6 @@ through the middle, and up again, each level up joined to its twin on the way do
 Stage 2 also takes the low-resolution image, stacked on x_t as channels 3 to 5, and how much noise was put on it.
 Attributes carry the names of the released checkpoint, so loading needs no map of names.
 Source of the architecture: Imagen Sec. 2, and deep-floyd/IF deepfloyd_if/model/unet.py@ffc8163.
-
-Next: `stages.py`, which turns prompts and weights into predictions.
 """
 
 import math
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from minidiff.deepfloyd.t5 import config_fields
 
-# What this file builds in one way only, and what every released config.json says of it. Another value is refused. All
-# other settings of a config change names or shapes, and show when the weights are loaded, which is strict.
+# What this file builds in one way only, and what every released config.json says of it. Another value is refused. A
+# wrong width or kind of layer shows when the weights are loaded, which is strict. Settings of a config that neither
+# this table nor UNetConfig names are not read.
 FIXED = {
     "act_fn": "gelu", "addition_embed_type": "text", "center_input_sample": False, "cross_attention_norm": "group_norm",
     "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",

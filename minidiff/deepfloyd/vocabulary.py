@@ -1,9 +1,16 @@
 """What captions and prompts say: style, thing, traits of a person; and what a cascade learned of them, word by word.
 
-Each row is an object of captions.json: {"captions": [...], "kind", "concept", "style", "place"}. The kinds are sprite
-(a thing alone), people (a portrait), colour and scene (either of them on a plain color, or in a place), full (a
-landscape) and style (any of these through a filter).
-Read `deepfloyd/tokenizer.py` first. Next: `minidiff/cascade.py`, which warns of words that its model does not know.
+Each row is an object of captions.json, and describes one image:
+
+    {"captions": ["an oil painting of an erupting volcano"], "kind": "style", "concept": "volcano/day", "style": "oil"}
+
+    kind      sprite: a thing alone, people: a portrait, colour: one of these on a plain color, scene: one in a place,
+              full: a landscape, style: any of these through a filter
+    concept   what is shown; of a landscape also its hour
+    class     what the judge tells apart: one for "volcano/day" and "volcano/night", one for all people
+    name      what captions call a class: "erupting volcano" and "volcano with lava and smoke" for "volcano"
+    phrase    what captions call a style, before "of": "oil painting" for "oil"
+Read `deepfloyd/tokenizer.py` first.
 """
 
 import cmd

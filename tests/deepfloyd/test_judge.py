@@ -166,7 +166,7 @@ def test_score_prints_the_table_and_writes_the_sheet(trained, tmp_path, monkeypa
     assert lines[3] == "an emoji of an apple" + " 2 of 4" * 3 + " apple (noto), cloud (oil), apple (noto), cloud (oil)"
     assert lines[4] == "1 of 2 prompts are right in at least three quarters of their 4 images"
     assert lines[5] == "all images concept 62 %, style 50 %, both 62 %"
-    assert lines[6].startswith("ceiling concept 100 %, style 100 %, both 100 %: 8 held-out")
+    assert lines[6].startswith("real concept 100 %, style 100 %, both 100 %: 8 held-out")
     assert lines[7].startswith("floor concept 38 %, style 25 %, both 38 %")
     assert Image.open(tmp_path / "sheet.png").width > 8 * 128
     assert images.read_metadata(tmp_path / "sheet.png")["report"] in printed
