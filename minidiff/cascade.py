@@ -125,12 +125,7 @@ class Cascade:
         """
         dtype = dtype if dtype in cli.DTYPES.values() else checks.chosen("dtype", dtype, cli.DTYPES)
         streamed = checks.chosen("text_encoder", text_encoder, TEXT_ENCODERS)
-        model, device, stage2 = weights.short_name(model, 1), cli.device_of(str(device)), weights.short_name(stage2, 2)
-        if stage2 == "auto":
-            stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in weights.RELEASED else "none"
-        names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
-        if not names:
-            raise ValueError("a cascade needs a stage; pass a model of stage 1, or of stage 2, that is not none")
+        names, device = weights.names_of(model, stage2), cli.device_of(str(device))
         folders = {number: weights.resolve(name, number, ("unet",), print) for number, name in names.items()}
         plans = {number: plan_stage(folder, dtype, device) for number, folder in folders.items()}
         widths = [stage.unet.config.encoder_hid_dim for stage, _ in plans.values()]
@@ -139,8 +134,12 @@ class Cascade:
             raise ValueError(f"the stages read text states {differ}; choose a stage 2 of the same family")
         if text_model is None:
             text_model = names.get(1, "IF-I-XL-v1.0" if widths[0] == UNetConfig.encoder_hid_dim else "mini")
-        folder, encode = _text_encoder(str(text_model), widths[0], dtype, device, streamed, prompt_embeds)
-        defaults = [DEFAULTS["mini" if name == "mini" else "released"][i] for i, name in enumerate((model, stage2))]
+        if prompt_embeds is None:
+            folder = weights.resolve(str(text_model), 1, ("text_encoder",), print)
+        else:
+            folder = weights.encoder_here(str(text_model))
+        encode = text.reader(folder, widths[0], dtype, device, streamed, prompt_embeds)
+        defaults = [DEFAULTS["mini" if names.get(i + 1) == "mini" else "released"][i] for i in range(2)]
         base, upper = (plans[number][1] if number in plans else None for number in (1, 2))
         return cls(base, upper, encode, defaults, vocabulary.read(folder) if folder else None)
 
@@ -338,27 +337,3 @@ def _generators(seeds: Seeds, image: Tensor | None, keep: KeepRule | None, edit:
     if not generators:
         raise ValueError("no seeds; pass one for each image, such as [0, 1]")
     return generators if image is None and keep is None else other_stream(generators, edit)
-
-
-def _text_encoder(
-    model: str, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
-    prompt_embeds: str | Path | None,
-) -> tuple[Path | None, Callable[[Sequence[str]], Tensor]]:  # fmt: skip
-    """The folder of a model's text encoder, if it is here, and a function from N texts to states (N, 77, width).
-
-    With prompt_embeds the states come from that file; else the text encoder is found now, and read at every call.
-    """
-    is_file = prompt_embeds is not None
-    folder = weights.encoder_here(model) if is_file else weights.resolve(model, 1, ("text_encoder",), print)
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        if is_file:
-            states = text.read_embeds(Path(prompt_embeds), texts, text.fingerprint(folder) if folder else None)
-        else:
-            states = text.load_text_encoder(folder, dtype, device, streamed)(texts)
-        if states.shape[-1] != width:
-            raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
-                             "encode the prompts with a text encoder of their family")  # fmt: skip
-        return states
-
-    return folder, encode

@@ -66,11 +66,25 @@ def resolve(model: str, stage: int, parts: Collection[str] = ("unet",), say: Cal
 
 def short_name(model: str | Path, stage: int) -> str:
     """One name for one model, however it is spelled: "mini" for the embedded one, a released one without its owner.
-    A folder of such a name comes first, here as in `resolve`, and keeps its name."""
+    A folder of a released name comes first, here as in `resolve`, and keeps its name."""
     model = str(model)
     if cli.file_path(model).is_dir():
         return model
     return "mini" if model == MINI[stage] else model.removeprefix("DeepFloyd/")
+
+
+def names_of(model: str | Path, stage2: str | Path) -> dict[int, str]:
+    """{1: name, 2: name} of the models of a cascade, without those that are "none".
+
+    stage2 "auto" is what fits the model; a folder has none.  Raises ValueError if no stage is left.
+    """
+    model, stage2 = short_name(model, 1), short_name(stage2, 2)
+    if stage2 == "auto":
+        stage2 = "mini" if model == "mini" else "IF-II-M-v1.0" if model in RELEASED else "none"
+    names = {number: name for number, name in ((1, model), (2, stage2)) if name != "none"}
+    if not names:
+        raise ValueError("a cascade needs a stage; pass a model of stage 1, or of stage 2, that is not none")
+    return names
 
 
 def find(model: str, stage: int, parts: Collection[str]) -> Path | None:

@@ -350,11 +350,15 @@ def test_without_a_text_model_a_stage_2_reads_minis_text_or_the_released_one(cas
     """By its width: only the released T5's states are as wide as `UNetConfig` says, here the tiny cascade's."""
     models = []
 
-    def text_encoder(model, *rest):
-        models.append(model)
-        return None, None
+    resolve = weights.resolve
 
-    monkeypatch.setattr(minidiff.cascade, "_text_encoder", text_encoder)
+    def resolved(model, stage, parts, *rest):
+        if parts == ("text_encoder",):
+            models.append(model)
+            return None
+        return resolve(model, stage, parts, *rest)
+
+    monkeypatch.setattr(weights, "resolve", resolved)
     monkeypatch.setattr(UNetConfig, "encoder_hid_dim", 32)
     for stage2 in ("mini", weights.MINI[2], weights.WEIGHTS / weights.MINI[2], cascade[1]):
         Cascade.load("none", str(stage2))

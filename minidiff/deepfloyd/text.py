@@ -72,6 +72,29 @@ def load_text_encoder(
     return TextEncoder(tokenizer, lambda ids, mask: encoder(ids.to(device), mask.to(device)))
 
 
+def reader(
+    folder: Path | None, width: int, dtype: torch.dtype | None, device: torch.device, streamed: bool | None,
+    embeds: str | Path | None,
+) -> Callable[[Sequence[str]], Tensor]:  # fmt: skip
+    """N texts to states (N, 77, width): by the text encoder, which is read at every call and then freed, or of a file.
+
+    folder: the text encoder's; with embeds, the file, it may be None, and else must be the one that made the file.
+    Raises ValueError, only when it reads, if the states have another width.
+    """
+
+    def read(texts: Sequence[str]) -> Tensor:
+        if embeds is None:
+            states = load_text_encoder(folder, dtype, device, streamed)(texts)
+        else:
+            states = read_embeds(Path(embeds), texts, fingerprint(folder) if folder else None)
+        if states.shape[-1] != width:
+            raise ValueError(f"the stages read text states of width {width}, these have width {states.shape[-1]}; "
+                             "encode the prompts with a text encoder of their family")  # fmt: skip
+        return states
+
+    return read
+
+
 def should_stream(encoder: T5Encoder, dtype: torch.dtype, device: torch.device) -> bool:
     """True if the whole encoder would take more than half of the free memory, or nine tenths of the GPU's.
     Where free memory cannot be asked for (macOS, Windows): if the encoder takes more than UNKNOWN_MEMORY."""
