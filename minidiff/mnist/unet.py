@@ -43,17 +43,10 @@ class UNetConfig:
 
 
 class Conv(nn.Sequential):
-    """(B, C, H, W) -> (B, O, H, W)"""
+    """(B, C, H, W) -> (B, O, H / stride, W / stride). With a stride of 2 the course calls it DownConv."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, 1, 1), nn.BatchNorm2d(out_channels), nn.GELU())
-
-
-class DownConv(nn.Sequential):
-    """(B, C, H, W) -> (B, O, H / 2, W / 2)"""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, 2, 1), nn.BatchNorm2d(out_channels), nn.GELU())
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.BatchNorm2d(out_channels), nn.GELU())
 
 
 class UpConv(nn.Sequential):
@@ -90,7 +83,7 @@ class DownBlock(nn.Sequential):
     """(B, C, H, W) -> (B, O, H / 2, W / 2)"""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(DownConv(in_channels, out_channels), ConvBlock(out_channels, out_channels))
+        super().__init__(Conv(in_channels, out_channels, stride=2), ConvBlock(out_channels, out_channels))
 
 
 class UpBlock(nn.Sequential):
