@@ -29,10 +29,10 @@ from minidiff.solvers import STEPS, times_for
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
-OF_DDPM = ("ddpm-lower", *STEPS)  # with few steps, the smaller variance leaves less grain
-SAMPLERS = {  # of each kind, the default first
-    "ddpm": (*OF_DDPM, *(f"{name}-clip" for name in OF_DDPM)), "flow": (*flow.METHODS, "dormand-prince"),
-}  # fmt: skip
+SAMPLERS = {  # of each kind, the default first; with few steps, the smaller variance of ddpm-lower leaves less grain
+    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-lower", *STEPS)],
+    "flow": [*flow.METHODS, "dormand-prince"],
+}
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
 DROPOUT = 0.1  # how often the class is withheld in training, so that the network can draw without one
 GUIDANCE_SCALE = 5.0

@@ -58,20 +58,6 @@ class UpConv(nn.Sequential):
         )
 
 
-class Flatten(nn.Sequential):
-    """(B, C, 7, 7) -> (B, C, 1, 1)"""
-
-    def __init__(self) -> None:
-        super().__init__(nn.AvgPool2d(7), nn.GELU())
-
-
-class Unflatten(nn.Sequential):
-    """(B, C, 1, 1) -> (B, C, 7, 7)"""
-
-    def __init__(self, channels: int):
-        super().__init__(nn.ConvTranspose2d(channels, channels, 7, 7, 0), nn.BatchNorm2d(channels), nn.GELU())
-
-
 class ConvBlock(nn.Sequential):
     """(B, C, H, W) -> (B, O, H, W), in two steps"""
 
@@ -109,8 +95,8 @@ class UNet(nn.Module):
         self.in_block = ConvBlock(1, D)
         self.down1 = DownBlock(D, D)
         self.down2 = DownBlock(D, 2 * D)
-        self.flatten = Flatten()
-        self.unflatten = Unflatten(2 * D)
+        self.flatten = nn.Sequential(nn.AvgPool2d(7), nn.GELU())
+        self.unflatten = nn.Sequential(nn.ConvTranspose2d(2 * D, 2 * D, 7, 7, 0), nn.BatchNorm2d(2 * D), nn.GELU())
         self.up1 = UpBlock(4 * D, D)
         self.up2 = UpBlock(2 * D, D)
         self.out_block = ConvBlock(2 * D, D)
@@ -131,7 +117,7 @@ class UNet(nn.Module):
         skip28 = self.in_block(x)  # (B, D, 28, 28)
         skip14 = self.down1(skip28)  # (B, D, 14, 14)
         skip7 = self.down2(skip14)  # (B, 2D, 7, 7)
-        u = self.unflatten(self.flatten(skip7))  # (B, 2D, 7, 7)
+        u = self.unflatten(self.flatten(skip7))  # (B, 2D, 1, 1), then (B, 2D, 7, 7) again
         if self.config.time:
             u = self.modulated(u, self.fc1_t(time[:, None]), None if c is None else self.fc1_c(c))
         u = self.up1(torch.cat([u, skip7], dim=1))  # (B, D, 14, 14)
