@@ -41,9 +41,7 @@ class Digits:
         return self[torch.cat([(self.labels == k).nonzero().flatten()[:n] for k in range(CLASSES)])]
 
 
-def load(
-    folder: str | Path, dataset: str = "mnist", train: bool = True, device: torch.device | str = "cpu"
-) -> Digits:  # fmt: skip
+def load(folder: str | Path, dataset: str = "mnist", train: bool = True, device: torch.device | str = "cpu") -> Digits:
     """The 60,000 training or 10,000 test digits, in folder/MNIST/raw as torchvision puts them; downloaded if missing.
 
     Raises ValueError saying what to do if they are neither there nor to be had, or a file is broken.
