@@ -100,7 +100,9 @@ def run(
             if end or step % plan.save_every == 0:
                 recent += _read_losses(state, plan, folder)
                 if rank() == 0:
-                    trained, value = _save(model, optimizer, state, plan, folder, held_out, levels or {})
+                    trained = _averaged(model, state["ema"])
+                    value = held_out() if held_out is not None and step else None
+                    _save(trained, optimizer, state, plan, folder, value, levels or {})
                     if step or end:
                         mean, speed = sum(recent) / max(len(recent), 1), len(recent) / (time.perf_counter() - start)
                         yield Record(step, plan.steps, mean if recent else math.nan, value, speed, state["dtype"], stop)
@@ -146,6 +148,14 @@ def update_average(ema: dict[str, Tensor], module: nn.Module, step: int, decay: 
     decay = min(decay, (1 + step) / (10 + step))
     state = module.state_dict()
     torch._foreach_lerp_(list(ema.values()), [state[k] for k in ema], 1 - decay)
+
+
+def _averaged(model: nn.Module, ema: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the average into the model, ready to draw. Returns the weights that it is trained with."""
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(trained | ema)
+    model.eval()
+    return trained
 
 
 # ---------------------------------------------------------------------------------------------- precision, processes
@@ -285,28 +295,19 @@ def _diverged(how: str, plan: Plan, folder: Path) -> None:
 
 
 def _save(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, plan: Plan, folder: Path,
-    held_out: Callable[[], float] | None, levels: Mapping[str, float],
-) -> tuple[dict[str, Tensor], float | None]:  # fmt: skip
-    """The checkpoint, complete or not there, and the curves; and the average into the model, ready to draw.
-
-    Returns the weights that are trained, and the loss on held-out images, None before the first step.
-    Raises FloatingPointError if a number is not finite.
-    """
-    step, value = state["step"], None
-    trained = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    if not all(tensor.isfinite().all() for tensor in trained.values()):
+    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict, plan: Plan, folder: Path,
+    held_out: float | None, levels: Mapping[str, float],
+) -> None:  # fmt: skip
+    """The checkpoint, complete or not there, and the curves. Raises FloatingPointError if a number is not finite."""
+    step = state["step"]
+    if not all(value.isfinite().all() for value in trained.values()):
         _diverged(f"there are weights that are not finite after step {step}", plan, folder)
-    model.load_state_dict(trained | state["ema"])
-    model.eval()
-    if held_out is not None and step:
-        value = held_out()
-        if not math.isfinite(value):
-            _diverged(f"the loss on held-out images is {value} after step {step}", plan, folder)
-        add_rows(folder / "test.csv", ("step", "loss"), [(step, value)])
+    if held_out is not None:
+        if not math.isfinite(held_out):
+            _diverged(f"the loss on held-out images is {held_out} after step {step}", plan, folder)
+        add_rows(folder / "test.csv", ("step", "loss"), [(step, held_out)])
     checkpoint.save_state(state | {"model": trained, "optimizer": optimizer.state_dict()}, folder / "checkpoint.pt")
     plot(folder, plan.save_every, levels)
-    return trained, value
 
 
 def add_rows(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
