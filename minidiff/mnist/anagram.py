@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = (f"{view.name}: {digit}" for view, digit in zip(turned, args.digits))
     labels = [[name] + [""] * (len(row) - 1) for name, row in zip(names, rows)]
     title = f"{int(good.sum())} of {len(x)} succeed in the judge's eyes"
-    models.save_strip(rows, labels, title, args.out, settings(args, "mnist.anagram"))
+    images.save(models.strip(rows, labels, title), args.out, settings(args, "mnist.anagram"))
     print(f"wrote {args.out}   ({cost()})")
 
 

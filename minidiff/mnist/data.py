@@ -36,15 +36,12 @@ class Digits:
     def __getitem__(self, index: Tensor | slice) -> "Digits":
         return Digits(self.images[index], self.labels[index])
 
-    def to(self, device: torch.device) -> "Digits":
-        return Digits(self.images.to(device), self.labels.to(device))
-
     def of_each_class(self, n: int) -> "Digits":
         """The first n of class 0, then of class 1, ..."""
         return self[torch.cat([(self.labels == k).nonzero().flatten()[:n] for k in range(CLASSES)])]
 
 
-def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digits:
+def load(folder: str | Path, dataset: str = "mnist", train: bool = True, device: torch.device | str = "cpu") -> Digits:
     """The 60,000 training or 10,000 test digits, in folder/MNIST/raw as torchvision puts them; downloaded if missing.
 
     Raises ValueError saying what to do if they are neither there nor to be had, or a file is broken.
@@ -60,7 +57,7 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True) -> Digi
             f"machine with a network run `python -c \"import torchvision; torchvision.datasets.{name}('data', download="
             'True)"`, copy the folder `data` here, and pass --data data'
         ) from error
-    return Digits(files.data[:, None].float() / 255, files.targets)
+    return Digits((files.data[:, None].float() / 255).to(device), files.targets.to(device))
 
 
 def one_hot(labels: Tensor) -> Tensor:
@@ -79,5 +76,4 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
 
 def some(digits: Digits, n: int) -> Digits:
     """n of them (all, if there are fewer), the same ones every time, drawn from all: MNIST's first half is easier."""
-    order = torch.randperm(len(digits), generator=generator("cpu", TEST))
-    return digits[order[:n].to(digits.labels.device)]
+    return digits[torch.randperm(len(digits), generator=generator("cpu", TEST))[:n]]

@@ -24,7 +24,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ FEATURES = 64
 LARGEST_SHIFT = 2
 LEVEL_SIZES = (100, 1000, 5000, 10000)  # how many test digits the reference levels of `score` are measured on
 PRESETS = {"course": Preset(Plan(epochs=8, batch_size=128, lr=2e-3, lr_decay=0.01), None)}
+Gaussian = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), float64
 
 
 class Judge(nn.Module):
@@ -127,13 +127,13 @@ def entropy(verdicts: Tensor) -> float:
     return torch.special.entr(shares).sum().item()
 
 
-def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Their mean (D,) and covariance (D, D), float64."""
+def gaussian(features: Tensor) -> Gaussian:
+    """That of features (N, D)."""
     return features.double().mean(0), features.double().T.cov()
 
 
-def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """The Frechet distance between two Gaussians (mean, covariance), squared, as FID has it:
+def frechet(first: Gaussian, second: Gaussian) -> float:
+    """The Frechet distance between two Gaussians, squared, as FID has it:
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
 
@@ -147,7 +147,7 @@ def frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> floa
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
 
-def real_distances(features: Tensor, reference: tuple[Tensor, Tensor]) -> dict[str, float]:
+def real_distances(features: Tensor, reference: Gaussian) -> dict[str, float]:
     """The Frechet distance of n real test digits for each n of LEVEL_SIZES: the mean over all shuffled parts of n."""
     shuffled = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
     distances = {}
@@ -164,22 +164,17 @@ def near(distances: dict[str, float], n: int) -> str:
     return ", ".join(f"{distances[str(size)]:.3f} for {size}" for size in ([n] if n in sizes else pair))
 
 
-class Loaded(NamedTuple):
-    """A trained judge, its config (data set, test accuracy, levels), and the Gaussian of the training digits."""
-
-    judge: Judge
-    config: dict
-    reference: tuple[Tensor, Tensor]
+Loaded = tuple[Judge, dict, Gaussian]  # the config: data set, test accuracy, levels; the Gaussian: of training digits
 
 
 def load(folder: Path) -> Loaded:
-    """Raises ValueError as `models.read`, or if a part is missing."""
+    """A trained judge. Raises ValueError as `models.read`, or if a part is missing."""
     config, tensors = models.read(folder, "judge")
     judge = Judge().eval()
     with checkpoint.blaming(folder, "holds only part of a judge"):
         reference = tensors.pop("feature_mean"), tensors.pop("feature_covariance")
         judge.load_state_dict(tensors)
-    return Loaded(judge, config, reference)
+    return judge, config, reference
 
 
 def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: int, dataset: str) -> list[str]:

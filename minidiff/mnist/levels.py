@@ -24,6 +24,7 @@ from minidiff.mnist.data import Digits, generator
 from minidiff.schedule import Schedule
 
 Task = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # n -> a, b, weight, each (n,): a loss at n evenly spread times
+SAMPLES = 3000  # times, and digits, of a level
 
 
 def denoiser(sigma: float) -> Task:
@@ -47,11 +48,11 @@ def flow(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return t, 1 - t, (1 - t) ** -2
 
 
-def of_task(task: Task, digits: Digits, dropout: float = 1.0, samples: int = 3000) -> dict[str, float]:
+def of_task(task: Task, digits: Digits, dropout: float = 1.0) -> dict[str, float]:
     """The linear optimum and that of the known training set.  dropout: how often the class is withheld."""
-    a, b, weight = task(samples)
+    a, b, weight = task(SAMPLES)
     linear = (weight * linear_mse(spectrum(digits.images), a, b)).mean().item()
-    known = known_mse(digits, *task(min(samples, len(digits))), dropout)
+    known = known_mse(digits, *task(min(SAMPLES, len(digits))), dropout)
     return {"linear optimum (training digits)": linear, "training set known": known}
 
 
@@ -62,9 +63,7 @@ def mean_image_mse(images: Tensor) -> float:
 
 def spectrum(images: Tensor) -> Tensor:
     """Variances of the images along their principal directions, the covariance's eigenvalues: (784,) float64."""
-    x = images.cpu().flatten(1).double()
-    x = x - x.mean(0)
-    return torch.linalg.eigvalsh(x.T @ x / len(x)).clamp(min=0)
+    return torch.linalg.eigvalsh(images.cpu().flatten(1).double().T.cov(correction=0)).clamp(min=0)
 
 
 def linear_mse(variances: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:

@@ -8,7 +8,7 @@ Read `mnist/levels.py` first. Next: `mnist/trainer.py`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,10 +29,10 @@ from minidiff.solvers import STEPS, times_for
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
-OF_DDPM = ("ddpm-lower", *STEPS)  # with few steps, the smaller variance leaves less grain
-SAMPLERS = {  # of each kind, the default first
-    "ddpm": (*OF_DDPM, *(f"{name}-clip" for name in OF_DDPM)), "flow": (*flow.METHODS, "dormand-prince"),
-}  # fmt: skip
+SAMPLERS = {  # of each kind, the default first; with few steps, the smaller variance of ddpm-lower leaves less grain
+    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-lower", *STEPS)],
+    "flow": [*flow.METHODS, "dormand-prince"],
+}
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
 DROPOUT = 0.1  # how often the class is withheld in training, so that the network can draw without one
 GUIDANCE_SCALE = 5.0
@@ -42,24 +42,21 @@ MAKERS = {"judge": "judge train", "denoiser": "train_denoiser", "ddpm": "train_d
 # ---------------------------------------------------------------------------------------------- on disk
 
 
-def write(
-    folder: Path, model: nn.Module, config: Mapping[str, object], more: Mapping[str, Tensor] | None = None
-) -> None:
+def write(folder: Path, model: nn.Module, config: dict, more: dict[str, Tensor] | None = None) -> None:
     """config.json and model.fp16.safetensors. Matrices become float16; vectors (norms, biases) and `more` do not.
 
-    config: what `load` needs to build the network again, its "kind" first.
+    config: what `load` needs to build the network again, and its "kind".
     """
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items()}
-    checkpoint.save(tensors | dict(more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "config.json", dict(config))
+    checkpoint.save(tensors | (more or {}), folder / "model.fp16.safetensors", {"format": "pt"})
+    checkpoint.write_json(folder / "config.json", config)
 
 
-def read(folder: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     """The config, and the tensors as float32.
 
     Raises ValueError if there is no network of one of the kinds, or its files are broken.
     """
-    folder = Path(folder)
     how = f"train one with `python -m minidiff.mnist.{MAKERS[kinds[0]]} --out FOLDER`, which writes it epoch by epoch"
     if not (folder / "config.json").is_file():
         raise ValueError(f"no trained {' or '.join(kinds)} in {folder}; {how}")
@@ -73,12 +70,13 @@ def read(folder: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 
-def load(folder: str | Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
+def load(folder: Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
     """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if config and file misfit."""
     config, tensors = read(folder, *kinds)
-    with checkpoint.blaming(Path(folder)):
+    with checkpoint.blaming(folder):
         unet = UNet(UNetConfig(**config["unet"]))
         unet.load_state_dict(tensors)
+    unet.kind = config["kind"]
     if device.type == "cpu":
         unet.to(memory_format=torch.channels_last)  # there about a fifth faster
     return unet.to(device).eval(), config
@@ -103,17 +101,20 @@ def dropped(
 
 
 def as_model(unet: UNet) -> Model:
-    """A network with classes as a model of `guidance.py`, whose prompts are classes: (B, 1, 10)."""
-    return lambda x, time, prompt_embeds: (unet(x, time, prompt_embeds[:, 0]), None)
+    """A network as a model of `guidance.py`, whose prompts are classes: (B, 1, 10). One without classes reads none."""
+    return lambda x, time, classes: (unet(x, time, classes[:, 0] if unet.config.num_classes else None), None)
 
 
 def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Answer:
     """The network, waiting only for x and its time.  labels: (B,), guided towards; None for no class."""
-    if not unet.config.num_classes:
-        return lambda x, time: (unet(x, time), None)
-    nothing = torch.zeros(1, 1, CLASSES)
-    classes = nothing if labels is None else one_hot(labels)[:, None]
-    return guided(as_model(unet), classes, nothing, 1.0 if labels is None else guidance_scale)
+    classes = nothing = torch.zeros(1, 1, CLASSES)
+    if labels is None or not unet.config.num_classes:
+        guidance_scale = 1.0
+    else:
+        classes = one_hot(labels)[:, None]
+    answer = guided(as_model(unet), classes, nothing, guidance_scale)
+    answer.kind = getattr(unet, "kind", None)  # of a network that `load` read: `walk` looks whether the sampler fits
+    return answer
 
 
 def prediction(answer: Answer, lower: bool = False) -> Prediction:
@@ -132,6 +133,12 @@ def velocity(answer: Answer) -> Velocity:
 # ---------------------------------------------------------------------------------------------- samples
 
 
+def check_sampler(sampler: str, kind: str | None) -> None:
+    """Raise ValueError if a sampler is not for this kind of network; None is any kind."""
+    if kind and sampler not in SAMPLERS[kind]:
+        raise ValueError(f"sampler {sampler} is for another kind of network; of {kind}: {', '.join(SAMPLERS[kind])}")
+
+
 def walk(
     answer: Answer, generators: Sequence[torch.Generator], device: torch.device, steps: int, sampler: str
 ) -> Iterator[Tensor]:
@@ -139,16 +146,18 @@ def walk(
 
     answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-clip"
     clips each estimate to [0, 1], and dormand-prince chooses its own steps.
+    Raises ValueError without generators, and as `check_sampler`.
     """
+    check_sampler(sampler, getattr(answer, "kind", None))
     if not generators:
         raise ValueError("there is no image to draw; pass --num-images 1 or more")
     x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
     if sampler in SAMPLERS["ddpm"]:
         yield x
-        predict, step = prediction(answer, "-lower" in sampler), STEPS[sampler.partition("-")[0]]
-        clip = (lambda x_start: x_start.clamp(0, 1)) if sampler.endswith("-clip") else None
-        schedule, times = course_schedule(), times_for(sampler.partition("-")[0], steps, T)
-        for state in denoise(predict, x, times, schedule, generators, step=step, fix_x_start=clip):
+        name, *options = sampler.split("-")
+        clip = (lambda x_start: x_start.clamp(0, 1)) if "clip" in options else None
+        predict, times = prediction(answer, "lower" in options), times_for(name, steps, T)
+        for state in denoise(predict, x, times, course_schedule(), generators, step=STEPS[name], fix_x_start=clip):
             yield state.x_prev
     elif sampler == "dormand-prince":
         yield x
@@ -167,13 +176,8 @@ def draw(
     ends, n = [], at_once(device)
     for part in (slice(i, i + n) for i in range(0, max(len(seeds), 1), n)):
         states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)
-        ends.append(last(tqdm(states, f"digits from {part.start} on", leave=False)))
-    return torch.cat(ends).clamp(0, 1)
-
-
-def last(states: Iterator[Tensor]) -> Tensor:
-    """The end of a walk, on the CPU."""
-    return deque(states, maxlen=1).pop().cpu()
+        ends += deque(tqdm(states, f"digits from {part.start} on", leave=False), maxlen=1)
+    return torch.cat(ends).cpu().clamp(0, 1)
 
 
 def at_once(device: torch.device) -> int:
@@ -187,25 +191,14 @@ def at_once(device: torch.device) -> int:
 def strip(rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str = "") -> Image.Image:
     """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
     texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
-    return images.sheet([_scaled(row) for row in rows], texts, title)
-
-
-def save_strip(
-    rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str, path: Path, metadata: dict
-) -> None:
-    """`strip` as a file."""
-    images.save(strip(rows, labels, title), path, metadata)
+    scaled = [list((2 * row.cpu() - 1).nan_to_num(nan=0.0)) for row in rows]  # no training shall end over a NaN
+    return images.sheet(scaled, texts, title)
 
 
 def save_animation(states: Iterator[Tensor], path: Path) -> None:
     """A walk as a GIF of at most 31 images, five digits in a row, from the noise to the result, on which it rests."""
     *way, end = states
-    frames = [*way[:: -(-len(way) // 30)], end]
-    rows = [[_scaled(row) for row in x.split(5)] for x in frames]
-    pages = [images.sheet(page, [[""] * len(row) for row in page]) for page in rows]
+    frames = [x.split(5) for x in (*way[:: -(-len(way) // 30)], end)]
+    pages = [strip(rows, [""] * len(rows)) for rows in frames]
     images.save_gif(pages + [pages[-1]] * 10, path)
 
-
-def _scaled(row: Tensor) -> list[Tensor]:
-    """[0, 1] to the [-1, 1] of images.py; what is not a number becomes grey: no training shall end over a figure."""
-    return list((2 * row.cpu() - 1).nan_to_num(nan=0.0))

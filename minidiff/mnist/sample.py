@@ -26,19 +26,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minidiff import checkpoint, images
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
 from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES
 from minidiff.mnist.models import FLOW_STEPS, GUIDANCE_SCALE, SAMPLERS, T
-from minidiff.mnist.trainer import say
 from minidiff.mnist.unet import UNet
 from minidiff.sampling import seeded
 from minidiff.weights import WEIGHTS
 
 STEPS = {"ddpm": T, "flow": FLOW_STEPS}
-IN_TRAINING = "--num-images 4"  # flags of the samples after an epoch
 IN_FIGURE = 100  # images of one row of the figure, at most
 
 
@@ -51,21 +50,22 @@ def parse_digits(text: str) -> list[int]:
     raise argparse.ArgumentTypeError(f"digits must be like 0-9, 3,7 or 0-2,9, got {text!r}")
 
 
+def count(text: str) -> int:
+    """The type of --steps."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"takes whole numbers, such as 10 20, got {text!r}; names are for the cascade")
+    return int(text)
+
+
 class Row(NamedTuple):
     """How a row of the figure is drawn.  scale: of guidance, which a network without classes ignores."""
 
-    name: str
     unet: UNet
     config: dict
     scale: float
     sampler: str
     steps: int
-
-    def words(self) -> list[str]:
-        """The network, its guidance, and the sampler."""
-        scale = f"scale {self.scale:g}" if self.unet.config.num_classes else "no class"
-        steps = [] if self.sampler == "dormand-prince" else [f"{self.steps} steps"]
-        return [self.name, scale, f"by {self.sampler}", *steps]
+    words: list[str]  # the network, its guidance, its sampler
 
 
 def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -74,15 +74,16 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     for folder in folders:
         unet, config = models.load(folder, device, *STEPS)
         name = folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
-        samplers, default = SAMPLERS[config["kind"]], STEPS[config["kind"]]
-        scales = args.guidance_scale[: None if unet.config.num_classes else 1]
-        counts = [4] if args.quick else args.steps or [default]
-        for scale, sampler in itertools.product(scales, args.sampler or samplers[:1]):
-            if sampler not in samplers:
-                raise ValueError(f"--sampler {sampler} is for another kind of network; of {config['kind']}: "
-                                 f"{', '.join(samplers)}")  # fmt: skip
-            alike = counts[:1] if sampler == "dormand-prince" else counts  # which chooses its own
-            rows += [Row(name, unet, config, scale, sampler, steps) for steps in alike]
+        scales = args.guidance_scale if unet.config.num_classes else args.guidance_scale[:1]
+        samplers = args.sampler or SAMPLERS[config["kind"]][:1]
+        counts = [4] if args.quick else args.steps or [STEPS[config["kind"]]]
+        for scale, sampler in itertools.product(scales, samplers):
+            models.check_sampler(sampler, config["kind"])
+            words = [name, f"scale {scale:g}" if unet.config.num_classes else "no class", f"by {sampler}"]
+            if sampler == "dormand-prince":  # which chooses its own steps
+                rows.append(Row(unet, config, scale, sampler, counts[0], words))
+            else:
+                rows += [Row(unet, config, scale, sampler, steps, [*words, f"{steps} steps"]) for steps in counts]
     return rows
 
 
@@ -93,14 +94,13 @@ def save_figure(
 
     Words of all rows stand in the title, the others below a row. --tensors gets the first row.
     """
-    judging = judge.load(args.judge) if judged else None
-    words, tens, texts = [row.words() for row in rows], [], []
-    common = [word for word in words[0] if all(word in others for others in words)]
-    for row, own in zip(rows, words):
+    judging, tens, texts = judge.load(args.judge) if judged else None, [], []
+    common = [word for word in rows[0].words if all(word in row.words for row in rows)]
+    for row in rows:
         calls: list[int] = []
         hook = row.unet.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        answer_of = lambda part, row=row: models.guided_unet(row.unet, labels[part], row.scale)  # noqa: E731
-        x = models.draw(answer_of, seeds, device, row.steps, row.sampler)
+        x = models.draw(lambda part, row=row: models.guided_unet(row.unet, labels[part], row.scale),
+                        seeds, device, row.steps, row.sampler)  # fmt: skip
         hook.remove()
         dataset, classes = row.config["dataset"], {"labels": labels} if row.unet.config.num_classes else {}
         if args.tensors and row is rows[0]:
@@ -108,13 +108,14 @@ def save_figure(
             checkpoint.save(tensors, args.tensors, {"dataset": dataset})
         if judging is not None:
             report = judge.report(judging, x, classes.get("labels"), args.seed, dataset)
-            print(f"{', '.join(own)}, trained {row.config['trained']}:", *report, sep="\n  ")
-        evaluations = len(calls) // -(-len(seeds) // models.at_once(device))
-        more = [f"{evaluations} evaluations"] * (row.sampler in SAMPLERS["flow"][1:])  # others have one in each step
+            print(f"{', '.join(row.words)}, trained {row.config['trained']}:", *report, sep="\n  ")
+        text = [word for word in row.words if word not in common]
+        if row.sampler in SAMPLERS["flow"][1:]:  # the others have one evaluation in each step
+            text.append(f"{len(calls) // -(-len(seeds) // models.at_once(device))} evaluations")
         tens += (parts := x[:IN_FIGURE].split(CLASSES))
-        texts += [""] * (len(parts) - 1) + [", ".join([word for word in own if word not in common] + more)]
+        texts += [""] * (len(parts) - 1) + [", ".join(text)]
     title = ", ".join([*common, f"seeds {seeds[0]} to {seeds[-1]}"])
-    models.save_strip(tens, texts, title, args.out, settings(args, "mnist.sample"))
+    images.save(models.strip(tens, texts, title), args.out, settings(args, "mnist.sample"))
 
 
 def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
@@ -125,7 +126,7 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     p.add_argument("--digits", type=parse_digits, default="0-9", help="like 0-9, 3,7 or 0-2,9 (default %(default)s)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")
     p.add_argument("--guidance-scale", type=finite, nargs="+", default=[GUIDANCE_SCALE], help="default 5")
-    p.add_argument("--steps", type=int, nargs="+", help="default: ddpm 300, flow 50")
+    p.add_argument("--steps", type=count, nargs="+", help="default: ddpm 300, flow 50")
     p.add_argument("--sampler", "--solver", choices=[*SAMPLERS["ddpm"], *SAMPLERS["flow"]], nargs="+",
                    help=f"default: {SAMPLERS['ddpm'][0]}, or euler of a flow")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default %(default)s)")
@@ -136,19 +137,20 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
     images.check_output(args.out)
-    if args.tensors and args.out.suffix.lower() == ".gif":
-        raise ValueError("a GIF shows a walk and writes no samples; pass --out digits.png to go with --tensors")
-    images.check_output(*[args.tensors] * bool(args.tensors), known=(".safetensors",))
-    device = device_of(args.device)
+    is_gif, device = args.out.suffix.lower() == ".gif", device_of(args.device)
+    if args.tensors:
+        images.check_output(args.tensors, known=(".safetensors",))
+        if is_gif:
+            raise ValueError("a GIF shows a walk and writes no samples; pass --out digits.png to go with --tensors")
     rows, labels = rows_of(args, device), torch.tensor(args.digits).repeat(args.num_images)
     seeds = range(args.seed, args.seed + len(labels))
-    if args.out.suffix.lower() == ".gif":
+    if is_gif:
         answer = models.guided_unet(rows[0].unet, labels, rows[0].scale)
         states = models.walk(answer, seeded(seeds), device, rows[0].steps, rows[0].sampler)
         models.save_animation(states, args.out)
     else:
         save_figure(args, rows, labels, seeds, device, judged)
-    say(f"wrote {args.out}   ({cost()})")
+    tqdm.write(f"wrote {args.out}   ({cost()})")  # past the progress bar of a training
 
 
 def of_trainer(args: argparse.Namespace, name: str, flags: str = "", others: Sequence[Path] = ()) -> None:
@@ -159,6 +161,11 @@ def of_trainer(args: argparse.Namespace, name: str, flags: str = "", others: Seq
     folders = [str(folder) for folder in (*others, args.figures or args.out)]
     shared = ["--seed", str(args.seed), "--device", args.device, "--out", str(args.out / name), *flags.split()]
     run(["--model", *folders, *shared, *["--quick"] * args.quick], judged=False)
+
+
+def of_epoch(args: argparse.Namespace, epoch: int) -> None:
+    """Forty samples after an epoch of a training."""
+    of_trainer(args, f"samples/epoch-{epoch:02d}.png", "--num-images 4")
 
 
 @command

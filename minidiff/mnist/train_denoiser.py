@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff import training
+from minidiff import images, training
 from minidiff.cli import command, cost, settings
 from minidiff.mnist import data, levels, trainer
 from minidiff.mnist.data import FIGURE, Digits, generator
-from minidiff.mnist.models import save_strip
+from minidiff.mnist.models import strip
 from minidiff.mnist.trainer import TEST_DIGITS, Plan, Preset, say
 from minidiff.mnist.unet import UNetConfig
 
@@ -103,21 +103,25 @@ def pure_noise_figure(model: nn.Module, train: Digits) -> tuple[list[Tensor], li
     return rows, labels, (out - mean).square().mean().sqrt().item()
 
 
+def save(args: argparse.Namespace, name: str, rows: list[Tensor], labels: list, title: str) -> None:
+    """A figure as OUT/NAME, with the flags in its metadata."""
+    images.save(strip(rows, labels, title), args.out / name, settings(args, "mnist.train_denoiser"))
+
+
 def save_figures(args: argparse.Namespace, model: nn.Module, sigma: float | None, train: Digits, test: Digits) -> None:
     """noising.png, and of a trained network out-of-distribution.png, or mean-image.png if sigma is None."""
-    about = settings(args, "mnist.train_denoiser")
-    save_strip(*noising_figure(test[:4]), "z = x + sigma noise", args.out / "noising.png", about)
+    save(args, "noising.png", *noising_figure(test[:4]), "z = x + sigma noise")
     if sigma is None:
         rows, labels, distance = pure_noise_figure(model, train)
         title = f"Noise alone: the best answer is the mean digit, and these differ from it by {distance:.3f} (rms)"
-        save_strip(rows, labels, title, args.out / "mean-image.png", about)
+        save(args, "mean-image.png", rows, labels, title)
     else:
         judged = data.some(test, TEST_DIGITS)
         table = errors_by_sigma(model, judged, levels.spectrum(train.images))
         title = f"Trained at sigma {sigma}. Error: on {len(judged)} test digits; best linear: on the training digits"
         rows, labels = out_of_distribution(model, test.of_each_class(1), table)
         say("\n".join([title, *labels]))
-        save_strip(rows, labels, title, args.out / "out-of-distribution.png", about)
+        save(args, "out-of-distribution.png", rows, labels, title)
     say(f"wrote {args.out}   ({cost()})")
 
 
@@ -137,10 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return mean if sigma is None else mean | levels.of_task(levels.denoiser(sigma), train)
 
         def draw(epoch: int) -> None:
-            rows, names = sample_figure(model, test.of_each_class(1), sigma)
             title = f"epoch {epoch}, " + ("noise alone" if sigma is None else f"sigma {sigma}")
-            path = args.out / "samples" / f"epoch-{epoch:02d}.png"
-            save_strip(rows, names, title, path, settings(args, "mnist.train_denoiser"))
+            save(args, f"samples/epoch-{epoch:02d}.png", *sample_figure(model, test.of_each_class(1), sigma), title)
 
         config = {"kind": "denoiser", "sigma": sigma}
         if trainer.fit(args, model, Denoising(sigma), train, test, config, reference, draw):

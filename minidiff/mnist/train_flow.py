@@ -22,6 +22,7 @@ Source: FM Eq. 22, FM Eq. 23.
 
 import argparse
 import copy
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,11 +59,9 @@ PRESETS = {
 
 def matching(model: nn.Module, batch: Digits, generator: torch.Generator) -> Tensor:
     """The loss. Images of one channel are joined to new noise each time, those of two to the noise in the second."""
-    x_1 = batch.images[:, :1]
+    x_1, x_0 = batch.images[:, :1], batch.images[:, 1:]
     time = torch.rand(len(x_1), generator=generator, device=x_1.device)
-    if batch.images.shape[1] == 2:
-        x_0 = batch.images[:, 1:]
-    else:
+    if not x_0.numel():
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device)
     c = dropped(model, batch.labels, generator)
     return flow.loss(x_0, x_1, model(flow.path(x_0, x_1, time), time, c).float()).mean()
@@ -117,12 +116,15 @@ def fit(args: argparse.Namespace, model: UNet, teacher: UNet | None, steps: int,
     """`trainer.fit` with digits, or with the pairs of a teacher."""
     if teacher is None:
         (train, test), config = trainer.digits(args, device), {"kind": "flow"}
-        dropout = DROPOUT if model.config.num_classes else 1.0
-        reference = lambda: levels.of_task(levels.flow, train, dropout)  # noqa: E731
     else:
         train, test, config = pairs_of(args, teacher, steps)
-        reference = lambda: {"the teacher": trainer.loss_on(data.some(test, len(test)), teacher, matching, args.seed)}  # noqa: E731
-    draw = lambda epoch: sample.of_trainer(args, f"samples/epoch-{epoch:02d}.png", sample.IN_TRAINING)  # noqa: E731
+
+    def reference() -> dict[str, float]:
+        if teacher is not None:
+            return {"the teacher": trainer.loss_on(data.some(test, len(test)), teacher, matching, args.seed)}
+        return levels.of_task(levels.flow, train, DROPOUT if model.config.num_classes else 1.0)
+
+    draw = functools.partial(sample.of_epoch, args)
     return trainer.fit(args, model, matching, train, test, config, reference, draw)
 
 
@@ -135,10 +137,8 @@ def save_figures(args: argparse.Namespace, model: UNet, teacher: UNet | None, st
     if teacher is not None:
         sample.of_trainer(args, "reflow.png", "--guidance-scale 1 --steps 1 2 4 50", [args.teacher])
     n = CLASSES if args.quick else 4 * CLASSES
-    x_0, labels = (
-        draw_noise((n, 1, 28, 28), seeded(range(args.seed, args.seed + n))).to(device),
-        torch.arange(n) % CLASSES,
-    )
+    x_0 = draw_noise((n, 1, 28, 28), seeded(range(args.seed, args.seed + n))).to(device)
+    labels = torch.arange(n) % CLASSES
     straight = {name: flow.straightness(velocity(guided_unet(unet, labels)), x_0, steps).mean()
                 for name, unet in (("the teacher", teacher), ("this model", model)) if unet is not None}  # fmt: skip
     say("straightness (0 is straight): " + ", ".join(f"{name} {value:.4f}" for name, value in straight.items()))

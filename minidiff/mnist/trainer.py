@@ -16,7 +16,7 @@ Read `training.py` and `mnist/models.py` first. Next: `mnist/judge.py`, the smal
 import argparse
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +63,7 @@ class Preset(NamedTuple):
     unet: UNetConfig | None
 
 
-Presets = Mapping[str, Preset]  # the first is the default
+Presets = dict[str, Preset]  # the first is the default
 QUICK = Plan(epochs=1, batch_size=16, lr=1e-3)
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -99,9 +99,8 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
 def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     """Choose --out, and the plan: that of the preset where no flag changes it; of --quick, few and small steps.
 
-    With --figures, preset and data set become those of the network in its folder.
-    Returns the config of that network, empty without --figures. Raises ValueError as `models.read`, on --keep-epochs
-    that the plan has not, on rates and seeds that no run can have, or if --out cannot be written.
+    With --figures, preset and data set become those of the network in its folder, and its config is returned.
+    Raises ValueError as `models.read`, on epochs, rates and seeds that no run has, or if --out cannot be written.
     """
     config = models.read(args.figures, kind)[0] if args.figures else {}
     args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
@@ -117,10 +116,8 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
                          f"got {args.plan.lr}, {args.plan.lr_decay} and {args.ema}")  # fmt: skip
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must lie in 0..2^32 - 1, got {args.seed}")
-    if wrong := [str(epoch) for epoch in args.keep_epochs if not 1 <= epoch <= args.plan.epochs]:
-        raise ValueError(
-            f"--keep-epochs takes epochs from 1 to {args.plan.epochs}, the last one; got {', '.join(wrong)}"
-        )
+    if wrong := ", ".join(str(epoch) for epoch in args.keep_epochs if not 1 <= epoch <= args.plan.epochs):
+        raise ValueError(f"--keep-epochs takes epochs from 1 to {args.plan.epochs}, the last one; got {wrong}")
     return config
 
 
@@ -128,7 +125,7 @@ def digits(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digi
     """The training and the test digits on the device; a few of each if --quick. Raises ValueError as `data.load`."""
     if training.rank():
         training.barrier()  # the first process may have to download them
-    train, test = (data.load(args.data, args.dataset, part).to(device) for part in (True, False))
+    train, test = (data.load(args.data, args.dataset, part, device) for part in (True, False))
     if not training.rank():
         training.barrier()
     return (train[:400], test[:400]) if args.quick else (train, test)
@@ -147,8 +144,8 @@ def network(args: argparse.Namespace, kind: str, presets: Presets, device: torch
 
 
 def fit(
-    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, config: Mapping[str, object],
-    levels: Callable[[], Mapping[str, float]] = dict, draw: Callable[[int], object] = lambda epoch: None,
+    args: argparse.Namespace, model: nn.Module, loss: Loss, train: Digits, test: Digits, config: dict[str, object],
+    levels: Callable[[], dict[str, float]] = dict, draw: Callable[[int], object] = lambda epoch: None,
 ) -> bool:  # fmt: skip
     """Train; `write` the network after every epoch; draw(epoch) after the first, every fifth and the last.
 
@@ -188,12 +185,12 @@ def fit(
     return True
 
 
-def write(args: argparse.Namespace, model: UNet, config: Mapping[str, object], epochs: float) -> None:
+def write(args: argparse.Namespace, model: UNet, config: dict[str, object], epochs: float) -> None:
     """The network after so many epochs, into args.out; one of --keep-epochs once more, where it stays."""
     about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(args.plan), "seed": args.seed}
     about |= {"trained": f"{epochs:.3g} of {args.plan.epochs} epochs", "unet": asdict(model.config)}
     for folder in (args.out, *(kept(args, epoch) for epoch in args.keep_epochs if epoch == epochs)):
-        models.write(folder, model, dict(config) | about)
+        models.write(folder, model, config | about)
 
 
 def kept(args: argparse.Namespace, epoch: int) -> Path:
@@ -207,7 +204,7 @@ def say(text: object) -> None:
         tqdm.write(str(text))
 
 
-def check(args: argparse.Namespace, config: Mapping[str, object], count: int) -> tuple[dict[str, object], int]:
+def check(args: argparse.Namespace, config: dict[str, object], count: int) -> tuple[dict[str, object], int]:
     """What must be the same when the run goes on (the teacher may lie elsewhere), and the step from which it goes on.
 
     Raises ValueError if it is not the same, on batches that `count` digits do not fill, or if a trained network would

@@ -77,12 +77,13 @@ def test_the_distance_of_real_digits_is_at_the_same_number_or_at_both_neighbours
 def test_values_are_judged_as_an_image_holds_them(digits):
     """Values outside [0, 1] count as 0 and 1, in features, verdicts and every line of the report."""
     loaded, x = judge.load(judge.EMBEDDED), digits.images[:80]
+    net, *_ = loaded
     wide = torch.where(x == 0, -0.15, torch.where(x == 1, 1.3, x))
-    for found, expected in zip(judge.look(loaded.judge, wide), judge.look(loaded.judge, x)):
+    for found, expected in zip(judge.look(net, wide), judge.look(net, x)):
         assert torch.equal(found, expected)
     reports = [judge.report(loaded, images, digits.labels[:80], 0, "mnist") for images in (x, wide)]
     assert reports[0] == reports[1] and "border: 0.000" in reports[0][3]
-    assert (loaded.judge.features(wide) - loaded.judge.features(x)).abs().max() > 0.05
+    assert (net.features(wide) - net.features(x)).abs().max() > 0.05
 
 
 def test_shifting_moves_each_image_by_itself_and_brings_in_black():

@@ -1,5 +1,7 @@
 """A trained network as a prediction and as a velocity: its clock, its guidance, and the course's sampling loop."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,11 @@ def net(classes=True):
     for block in (unet.fc1_t, unet.fc2_t, *([unet.fc1_c, unet.fc2_c] if classes else [])):
         block[2].weight *= 300  # so that time and class are felt
     return unet
+
+
+def last(states):
+    *_, end = states
+    return end
 
 
 X, LABELS = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 1, 7])
@@ -111,7 +118,7 @@ def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep(sampler)
              + (1 - beta) ** 0.5 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * x)  # fmt: skip
         variance = beta * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) if "lower" in sampler else beta
         x = x + variance**0.5 * draw_noise(x.shape, generators) if s else x
-    found = models.last(models.walk(models.guided_unet(unet), seeded([3, 4]), torch.device("cpu"), 4, sampler))
+    found = last(models.walk(models.guided_unet(unet), seeded([3, 4]), torch.device("cpu"), 4, sampler))
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-3)
     assert (found.max().item() > 1.5) is ("clip" not in sampler)  # as far out as clipping would not leave it
 
@@ -119,7 +126,7 @@ def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep(sampler)
 def test_clipping_reaches_the_samplers_without_noise():
     """An answer of 0: the estimate x_t / sqrt(alpha_bar) of the last step is the end, and lies outside [0, 1]."""
     for sampler in ("ddim", "dpm++"):
-        ends = [models.last(models.walk(lambda x, time: (torch.zeros_like(x), None), seeded([0]), torch.device("cpu"),
+        ends = [last(models.walk(lambda x, time: (torch.zeros_like(x), None), seeded([0]), torch.device("cpu"),
                                         4, name)) for name in (sampler, f"{sampler}-clip")]  # fmt: skip
         assert ends[0].min() < -3 and ends[0].max() > 3
         assert ends[1].min() == 0 and ends[1].max() == pytest.approx(1)
@@ -148,7 +155,7 @@ def test_the_other_samplers_lead_each_noise_to_one_digit_the_nearer_the_more_ste
 
     def end(sampler, steps):
         answer = lambda x_t, time: exact(x_t, (time * 300).round().long() - 1)  # noqa: E731
-        return models.last(models.walk(answer, seeded([0, 1]), torch.device("cpu"), steps, sampler))
+        return last(models.walk(answer, seeded([0, 1]), torch.device("cpu"), steps, sampler))
 
     full = end("ddim", 300)
     few, many = ((end(sampler, steps) - full).abs().mean() for steps in (10, 40))
@@ -160,18 +167,17 @@ def test_flow_starts_from_the_seeds_noise_and_follows_the_solver():
         return time.view(-1, 1, 1, 1) - x, None
 
     x_0, cpu, v = draw_noise((2, 1, 28, 28), seeded([5, 6])), torch.device("cpu"), models.velocity(answer)
-    found = models.last(models.walk(answer, seeded([5, 6]), cpu, 7, "heun"))
+    found = last(models.walk(answer, seeded([5, 6]), cpu, 7, "heun"))
     assert torch.equal(found, flow.solve(v, x_0, flow.grid(7), "heun"))
-    found = models.last(models.walk(answer, seeded([5, 6]), cpu, 50, "dormand-prince"))
+    found = last(models.walk(answer, seeded([5, 6]), cpu, 50, "dormand-prince"))
     torch.testing.assert_close(found, (x_0 + 1) * np.exp(-1), rtol=0, atol=1e-3)  # x(1) = (x_0 + 1) / e
 
 
 def test_strips_and_animations_show_what_they_are_given(tmp_path):
     black, white = torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28)
-    models.save_strip([black, white], ["black", "white"], "", tmp_path / "s.png", {"seed": 3})
-    image = Image.open(tmp_path / "s.png")
-    assert np.array_equal(image, models.strip([black, white], [["black"] * 2, ["white"] * 2]))
-    assert image.text["seed"] == "3" and image.getpixel((100, 100)) == (0, 0, 0)
+    page = models.strip([black, white], ["black", "white"])
+    assert np.array_equal(page, models.strip([black, white], [["black"] * 2, ["white"] * 2]))
+    assert page.getpixel((100, 100)) == (0, 0, 0)
     states = [torch.rand(7, 1, 28, 28) * (i + 1) / 64 for i in range(64)]
 
     models.save_animation(iter([*states, black.repeat(4, 1, 1, 1)[:7]]), tmp_path / "a.gif")
@@ -226,6 +232,16 @@ def test_each_of_many_is_what_its_label_and_seed_draw_alone(sampler, monkeypatch
     found = models.draw(lambda part: models.guided_unet(unet, labels[part], 5.0), range(3, 9), cpu, 3, sampler)
     for i in range(6):
         answer = models.guided_unet(unet, labels[i : i + 1], 5.0)
-        expected = models.last(models.walk(answer, seeded([3 + i]), cpu, 3, sampler))
+        expected = last(models.walk(answer, seeded([3 + i]), cpu, 3, sampler))
         assert ((expected > 0) & (expected < 1)).sum() > 20  # clamped, the rest is 0 or 1
         torch.testing.assert_close(found[i : i + 1], expected.clamp(0, 1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_sampler_of_another_kind_of_network_is_refused(tmp_path):
+    """Where the kind is known: of a network that was read, with and without a class."""
+    for classes, kind, sampler in ((True, "ddpm", "euler"), (False, "ddpm", "dormand-prince"), (True, "flow", "ddim")):
+        unet = net(classes)
+        models.write(tmp_path, unet, {"kind": kind, "unet": asdict(unet.config)})
+        answer = models.guided_unet(models.load(tmp_path, torch.device("cpu"), kind)[0], LABELS, 5.0)
+        with pytest.raises(ValueError, match=f"sampler {sampler} is for another kind of network; of {kind}: "):
+            models.draw(lambda part, answer=answer: answer, range(3), torch.device("cpu"), 2, sampler)

@@ -15,18 +15,20 @@ from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import seeded
 from minidiff.weights import WEIGHTS
 from tests.mnist.real import fails
+from tests.mnist.test_models import last
 from tests.mnist.test_trainers import edit_config
 
 CPU = torch.device("cpu")
 
 
 def alone(unet, labels, seeds, steps, sampler, scale=5.0):
-    return models.last(models.walk(models.guided_unet(unet, labels, scale), seeded(seeds), CPU, steps, sampler))
+    return last(models.walk(models.guided_unet(unet, labels, scale), seeded(seeds), CPU, steps, sampler))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--steps", "course"], "argument --steps: takes whole numbers, such as 10 20, got 'course'; names are for"),
         (["--digits", "7-3"], "argument --digits: digits must be like 0-9, 3,7 or 0-2,9, got '7-3'"),
         (["--digits", "8-10"], "digits must be like 0-9, 3,7 or 0-2,9, got '8-10'"),
         (
@@ -34,8 +36,8 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
             "no trained ddpm or flow in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
-        (["--sampler", "heun"], "--sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm, ddim"),
-        (["--kind", "flow", "--sampler", "ddim"], "--sampler ddim is for another kind of network; of flow: euler, mid"),
+        (["--sampler", "heun"], "sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm, ddim"),
+        (["--kind", "flow", "--sampler", "ddim"], "sampler ddim is for another kind of network; of flow: euler, mid"),
         (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--num-images", "0"], "there is no image to draw; pass --num-images 1 or more"),
         (["--num-images", "0", "--out", "OUT/s.gif"], "there is no image to draw; pass --num-images 1 or more"),
@@ -117,11 +119,11 @@ def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monke
 
 def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
     """Twelve digits of a row are ten and two; what both rows share is the title's."""
-    strips, values = [], iter([0.0, 1.0])
+    strips, strip, values = [], models.strip, iter([0.0, 1.0])
     monkeypatch.setattr(models, "draw", lambda *args: torch.full((12, 1, 28, 28), next(values)))
-    monkeypatch.setattr(models, "save_strip", lambda *args: strips.append(args))
+    monkeypatch.setattr(models, "strip", lambda *args: strips.append(args) or strip(*args))
     sample.main(["--digits", "3", "--num-images", "12", "--guidance-scale", "0", "1", "--out", str(tmp_path / "s.png")])
-    rows, texts, title, *_ = strips[0]
+    rows, texts, title = strips[0]
     assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, by ddpm-lower, 300 steps, seeds 0 to 11"
     assert [(len(x), x.mean().item()) for x in rows] == [(10, 0), (2, 0), (10, 1), (2, 1)]
 
@@ -151,9 +153,9 @@ def own(tmp_path):
 
 def test_a_solver_of_several_evaluations_has_their_number_below_its_row(own, tmp_path, monkeypatch):
     """Also where three digits are drawn two at a time. Dormand-Prince has six for each step and one to begin with."""
-    strips = []
+    strips, strip = [], models.strip
     monkeypatch.setattr(models, "at_once", lambda device: 2)
-    monkeypatch.setattr(models, "save_strip", lambda *args: strips.append(args))
+    monkeypatch.setattr(models, "strip", lambda *args: strips.append(args) or strip(*args))
     solvers = ["euler", "midpoint", "rk4", "dormand-prince"]
     sample.main(["--model", str(own), "--digits", "0-2", "--steps", "3", "--solver", *solvers, "--out",
                  str(tmp_path / "s.png")])  # fmt: skip
@@ -176,16 +178,16 @@ def test_a_gif_is_the_walk_of_the_first_row(own, tmp_path, monkeypatch):
 def test_a_trainer_draws_from_its_folder_with_its_seed(own, tmp_path, capsys, monkeypatch):
     """Two files of one training: they hold what the command would draw."""
     args = Namespace(figures=None, out=own, seed=7, device="cpu", quick=True)
-    strips = []
-    monkeypatch.setattr(models, "save_strip", lambda rows, *more: strips.append((torch.cat(rows), *more)))
-    sample.of_trainer(args, "samples/epoch-03.png", sample.IN_TRAINING)
+    strips, strip = [], models.strip
+    monkeypatch.setattr(models, "strip", lambda *args: strips.append(args) or strip(*args))
+    sample.of_epoch(args, 3)
     sample.main(["--model", str(own), "--seed", "7", "--quick", "--num-images", "4", "--out",
                  str(tmp_path / "s.png")])  # fmt: skip
-    assert torch.equal(strips[0][0], strips[1][0]) and strips[0][-2] == own / "samples" / "epoch-03.png"
+    assert all(map(torch.equal, strips[0][0], strips[1][0])) and (own / "samples" / "epoch-03.png").is_file()
     assert strips[0][2] == strips[1][2] == "f, scale 5, by euler, 4 steps, seeds 7 to 46"
     args.figures, args.out = own, tmp_path / "other"
     sample.of_trainer(args, "x.png", "--num-images 4 --guidance-scale 0")
-    assert strips[2][-2] == tmp_path / "other" / "x.png" and not torch.equal(strips[2][0], strips[0][0])
+    assert (tmp_path / "other" / "x.png").is_file() and not torch.equal(strips[2][0][0], strips[0][0][0])
     assert capsys.readouterr().out.count("trained 1 of 9 epochs") == 1  # figures of a trainer print no report
 
 
