@@ -28,8 +28,8 @@ MARGIN = 0.02  # of a frame that stays free at its left and right
 FONT_SIZE, LEGEND_HEIGHT = 13, 26
 FINE = 3  # all is drawn so many times as large and then reduced, which smooths it
 DOTTED = 60  # a line of at most so many points shows them
-PEAK = 50  # one value in so many of a line, the highest ones, may lie above the frame
-LEAST = 1.21  # times its lowest value is the highest of an axis at least, or there would be no round numbers on it
+PEAK = 50  # of each line, the highest 1 in PEAK values may lie above the frame
+LEAST = 1.21  # an axis reaches at least from its lowest value to LEAST times it, so that round numbers lie on it
 MEANS = 200  # points of a line of losses when several runs share a panel: each is a mean
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 

@@ -1,6 +1,6 @@
 """Flow matching: from noise to data along a velocity field, and the solvers that follow it.
 
-Read `ddpm.py` and `sampling.py` first: this is the other way to make images of noise. There is no noise schedule and
+Read `ddpm.py` and `sampling.py` first: this is the other way to make images from noise. There is no noise schedule and
 no random step. Noise x_0 and data x_1 (the letters of this field; a clean image is `x_start` everywhere else) are
 joined by straight lines, a network learns the mean direction of the lines through each point, and sampling follows it:
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
-from minidiff.checks import same_shape
+from minidiff.checks import same_shape, short
 from minidiff.sampling import Prediction
 from minidiff.schedule import Schedule
 
@@ -89,13 +89,18 @@ METHODS = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
 def walk(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -> Iterator[Tensor]:
     """Follow the velocity through these times, one step from each to the next: x at every time, the first included.
     x: (B, C, H, W), as it is at times[0].  times: (S + 1,), in either direction: `grid(50)` samples with 50 steps, its
-    flip goes from data back to noise.  method: one of METHODS.  Raises ValueError on an unknown method."""
+    flip goes from data back to noise.  method: one of METHODS.
+    Raises ValueError on an unknown method, times that are no floats, or a velocity of another shape than x."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(times, Tensor) or times.ndim != 1 or not times.is_floating_point():
+        raise ValueError(f"times are a row of floats, such as grid(50), got {short(times)}")
     clock = times.tolist()
     yield x
     for now, later in zip(clock, clock[1:]):
-        x = METHODS[method](velocity, x, _all_at(now, x), later - now)
+        moved = METHODS[method](velocity, x, _all_at(now, x), later - now)
+        same_shape(x=x, moved=moved)
+        x = moved
         yield x
 
 

@@ -281,6 +281,11 @@ def test_bad_input_is_told():
         flow.solve(gaussian, noise(), flow.grid(2), "leapfrog")
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         flow.grid(0)
+    for times in (5, [0.0, 1.0], torch.arange(3)):
+        with pytest.raises(ValueError, match=r"times are a row of floats, such as grid\(50\), got "):
+            flow.solve(gaussian, noise(), times)
+    with pytest.raises(ValueError, match="shapes must agree, got x .*, moved"):  # would be broadcast
+        flow.solve(lambda x, time: x[:, :, :1].repeat(1, 2, 1, 1), noise()[:, :1], flow.grid(2))
     with pytest.raises(ValueError, match=r"times must be \(B, 1, 1, 1\) for images \(1, 1, 8, 8\), got \(2, 1, 1, 1\)"):
         flow.path(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([0.2, 0.5]))
     with pytest.raises(ValueError, match=r"shapes must agree, got .* velocity \(2, 8, 8\)"):  # would be (2, 2, 8, 8)

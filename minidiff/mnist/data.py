@@ -1,11 +1,11 @@
 """MNIST in memory: the whole set as one tensor, and random sources that make training repeatable.
 
-A digit is (1, 28, 28) float32 in [0, 1], as the course has it. There is no loader and no worker: 60,000 digits are
-188 MB, so they lie on the device that trains, and a batch is a row of indices. Noise is never stored: each training
-step draws its own, from a generator that knows only the seed and the number of the step, so a stopped run can go on
-exactly.
+A digit is (1, 28, 28) float32 in [0, 1], as the course has it. There is no loader and no worker: 60,000 digits are 188
+MB, so they lie on the device that trains, and a batch is a row of indices. Noise is not stored, but for reflow's pairs:
+each training step draws its own, from a generator that knows only the seed and the number of the step, so a stopped run
+can go on exactly.
 
-Read `flow.py` first. Next: `mnist/unet.py`.
+Read `flow.py` first.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from minidiff.checks import chosen
 
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}  # our name -> torchvision's
 CLASSES = 10
@@ -48,7 +50,7 @@ def load(folder: str | Path, dataset: str = "mnist", train: bool = True, device:
     """
     import torchvision.datasets  # takes a second, so only where it is needed
 
-    root, name = Path(folder).expanduser(), DATASETS[dataset]
+    root, name = Path(folder).expanduser(), chosen("data set", dataset, DATASETS)
     try:
         files = getattr(torchvision.datasets, name)(root, train, download=True)
     except Exception as error:  # of many classes: network, disk, mirrors, damaged files

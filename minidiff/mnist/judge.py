@@ -17,7 +17,7 @@
 The usual Frechet distance (FID) looks through a network trained on photographs, which says little about digits.
 Distances are comparable only if features and N are the same.
 
-Read `mnist/trainer.py` first. Next: `mnist/sample.py`.
+Read `mnist/trainer.py` first.
 """
 
 import argparse

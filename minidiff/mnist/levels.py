@@ -12,7 +12,7 @@ All are about x_t = a x_start + b noise. The denoiser has a = 1, b = sigma; DDPM
 b = sqrt(1 - alpha_bar_t); flow matching a = t, b = 1 - t. An error e in x_start is an error a e / b in eps and e / b in
 the velocity, so one formula with a weight serves all three.
 
-Read `mnist/unet.py` first. Next: `mnist/models.py`.
+Read `mnist/unet.py` first.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@
 same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is a prompt of one
 token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draws with either.
 
-Read `mnist/levels.py` first. Next: `mnist/trainer.py`.
+Read `mnist/levels.py` first.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, flow, images
+from minidiff import checkpoint, checks, ddpm, flow, images
 from minidiff.flow import Velocity
 from minidiff.guidance import Model, guided
 from minidiff.mnist.data import CLASSES, one_hot
@@ -30,7 +30,7 @@ from minidiff.solvers import STEPS, times_for
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
 SAMPLERS = {  # of each kind, the default first; with few steps, the smaller variance of ddpm-lower leaves less grain
-    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-lower", *STEPS)],
+    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-lower", "ddpm-mean", *STEPS)],
     "flow": [*flow.METHODS, "dormand-prince"],
 }
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
@@ -52,11 +52,13 @@ def write(folder: Path, model: nn.Module, config: dict, more: dict[str, Tensor] 
     checkpoint.write_json(folder / "config.json", config)
 
 
-def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     """The config, and the tensors as float32.
 
     Raises ValueError if there is no network of one of the kinds, or its files are broken.
     """
+    folder, kinds = Path(folder), kinds or tuple(MAKERS)
+    checks.chosen("kind of network", kinds[0], MAKERS)
     how = f"train one with `python -m minidiff.mnist.{MAKERS[kinds[0]]} --out FOLDER`, which writes it epoch by epoch"
     if not (folder / "config.json").is_file():
         raise ValueError(f"no trained {' or '.join(kinds)} in {folder}; {how}")
@@ -70,10 +72,10 @@ def read(folder: Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 
-def load(folder: Path, device: torch.device, *kinds: str) -> tuple[UNet, dict]:
+def load(folder: str | Path, device: torch.device | str = "cpu", *kinds: str) -> tuple[UNet, dict]:
     """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if config and file misfit."""
-    config, tensors = read(folder, *kinds)
-    with checkpoint.blaming(folder):
+    (config, tensors), device = read(folder, *kinds), torch.device(device)
+    with checkpoint.blaming(Path(folder)):
         unet = UNet(UNetConfig(**config["unet"]))
         unet.load_state_dict(tensors)
     unet.kind = config["kind"]
@@ -106,11 +108,17 @@ def as_model(unet: UNet) -> Model:
 
 
 def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float = 1.0) -> Answer:
-    """The network, waiting only for x and its time.  labels: (B,), guided towards; None for no class."""
+    """The network, waiting only for x and its time.  labels: (B,), guided towards; None for no class.
+
+    Raises ValueError if labels are no classes.
+    """
     classes = nothing = torch.zeros(1, 1, CLASSES)
     if labels is None or not unet.config.num_classes:
         guidance_scale = 1.0
     else:
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point() or labels.ndim != 1 or not 0 <= labels.min() <= labels.max() < CLASSES:
+            raise ValueError(f"labels are a row of classes 0 to 9, such as [3, 4], got {checks.short(labels)}")
         classes = one_hot(labels)[:, None]
     answer = guided(as_model(unet), classes, nothing, guidance_scale)
     answer.kind = getattr(unet, "kind", None)  # of a network that `load` read: `walk` looks whether the sampler fits
@@ -144,8 +152,8 @@ def walk(
 ) -> Iterator[Tensor]:
     """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on.
 
-    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-clip"
-    clips each estimate to [0, 1], and dormand-prince chooses its own steps.
+    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-mean"
+    does so and begins at `from_mean`, "-clip" clips each estimate to [0, 1], dormand-prince chooses its own steps.
     Raises ValueError without generators, and as `check_sampler`.
     """
     check_sampler(sampler, getattr(answer, "kind", None))
@@ -153,10 +161,10 @@ def walk(
         raise ValueError("there is no image to draw; pass --num-images 1 or more")
     x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
     if sampler in SAMPLERS["ddpm"]:
-        yield x
         name, *options = sampler.split("-")
+        yield (x := from_mean(answer, x) if "mean" in options else x)
         clip = (lambda x_start: x_start.clamp(0, 1)) if "clip" in options else None
-        predict, times = prediction(answer, "lower" in options), times_for(name, steps, T)
+        predict, times = prediction(answer, not {"lower", "mean"}.isdisjoint(options)), times_for(name, steps, T)
         for state in denoise(predict, x, times, course_schedule(), generators, step=STEPS[name], fix_x_start=clip):
             yield state.x_prev
     elif sampler == "dormand-prince":
@@ -166,14 +174,28 @@ def walk(
         yield from flow.walk(velocity(answer), x, flow.grid(steps), sampler)
 
 
+@torch.inference_mode()
+def from_mean(answer: Answer, noise: Tensor) -> Tensor:
+    """Where a DDPM's walk begins if it begins as its training ended: with the mean digit in the noise.
+
+        x_T = sqrt(alpha_bar) E[x_start] + sqrt(1 - alpha_bar) noise,    alpha_bar = 0.048 at the last of 300 times
+
+    noise: (B, 1, 28, 28).  E[x_start] is the network's own estimate from the noise (`ddpm.predict_x_start`), clamped to
+    [0, 1]. Noise tells of no digit, so it is near the mean of all digits, or of the class. It takes one evaluation.
+    """
+    t = torch.full((len(noise),), T - 1, device=noise.device)
+    alpha_bar, (eps, _) = course_schedule().alpha_bar(t), prediction(answer)(noise, t)
+    return ddpm.add_noise(ddpm.predict_x_start(noise, eps, alpha_bar).clamp(0, 1), noise, alpha_bar)
+
+
 def draw(
-    answer_of: Callable[[slice], Answer], seeds: Sequence[int], device: torch.device, steps: int, sampler: str
+    answer_of: Callable[[slice], Answer], seeds: Sequence[int], device: torch.device | str, steps: int, sampler: str
 ) -> Tensor:
     """The end of the walk from each seed, (B, 1, 28, 28) on the CPU, clamped to [0, 1] as an image holds it.
 
     answer_of(part) -> the answer for this part of the seeds, `at_once` of them.    Raises ValueError if there are none.
     """
-    ends, n = [], at_once(device)
+    ends, n = [], at_once(device := torch.device(device))
     for part in (slice(i, i + n) for i in range(0, max(len(seeds), 1), n)):
         states = walk(answer_of(part), seeded(seeds[part]), device, steps, sampler)
         ends += deque(tqdm(states, f"digits from {part.start} on", leave=False), maxlen=1)

@@ -14,11 +14,12 @@ One row for each model, guidance scale, sampler and number of steps, from the sa
 row comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance. Samples are clamped to [0, 1] before they
 are drawn, written and judged. The trainers draw their figures by this command.
 
-Read `mnist/judge.py` first. Next: `mnist/train_denoiser.py`.
+Read `mnist/judge.py` first.
 """
 
 import argparse
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff import checkpoint, images
+from minidiff.checks import number
 from minidiff.cli import command, cost, device_of, file_path, finite, settings
 from minidiff.mnist import judge, models
 from minidiff.mnist.data import CLASSES
@@ -77,6 +79,8 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
         scales = args.guidance_scale if unet.config.num_classes else args.guidance_scale[:1]
         samplers = args.sampler or SAMPLERS[config["kind"]][:1]
         counts = [4] if args.quick else args.steps or [STEPS[config["kind"]]]
+        for steps in counts:
+            number("--steps", steps, 1, T if config["kind"] == "ddpm" else math.inf, whole=True)
         for scale, sampler in itertools.product(scales, samplers):
             models.check_sampler(sampler, config["kind"])
             words = [name, f"scale {scale:g}" if unet.config.num_classes else "no class", f"by {sampler}"]
@@ -136,6 +140,7 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     p.add_argument("--judge", type=file_path, default=judge.EMBEDDED, help="default: the embedded one")
     p.add_argument("--quick", action="store_true", help="4 steps: a smoke test")
     args = p.parse_args(argv)
+    number("--num-images", args.num_images, 1, whole=True)
     images.check_output(args.out)
     is_gif, device = args.out.suffix.lower() == ".gif", device_of(args.device)
     if args.tensors:

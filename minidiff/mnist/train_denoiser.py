@@ -15,9 +15,9 @@ below them, and its error on 2,000 test digits beside that of the best linear de
 
 `--pure-noise` asks for a digit from noise alone, z = noise. Nothing in z tells of x, so the least square error is made
 by the same answer to every z: the mean E[x] of all training digits, a grey blur, with a loss of 0.0673. mean-image.png
-shows both. It takes many small steps to make digits of noise.
+shows both. It takes many small steps to make digits from noise.
 
-Read `mnist/trainer.py` first. Next: `mnist/train_diffusion.py`.
+Read `mnist/trainer.py` first.
 """
 
 import argparse

@@ -6,14 +6,14 @@
     x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise          L = mean |network(x_t, t) - noise|^2
 
 T = 300 times with betas from 1e-4 to 0.02. The course counts them 1 to T; here they are 0 to T - 1, and the network
-gets (t + 1) / T. The schedule was made for T = 1000. Cut to 300 it ends at alpha_bar = 0.048: 22 % of the image's
+gets (t + 1) / T. With these betas 1,000 steps end at alpha_bar = 0.00004, and 300 end at 0.048: 22 % of the image's
 amplitude are still there at the noisiest time, yet sampling starts from pure noise, which the network has never met.
 Chapter 15 of the walkthrough measures what that costs.
 
-At the end come sampling.gif, cleaned.png (noisy test digits made clean by the last part of the same walk) and, for
-`class`, guidance.png (scales 0, 1, 5, 10) and unconditional.gif (without a class).
+At the end come sampling.gif, cleaned.png (noisy test digits made clean by the last part of the same walk) and, for a
+network that takes the digit, guidance.png (scales 0, 1, 5, 10) and unconditional.gif (without a class).
 
-Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/sample.py` first. Next: `mnist/train_flow.py`.
+Read `ddpm.py`, `sampling.py`, `guidance.py` and `mnist/sample.py` first.
 Source: DDPM Alg. 1 and 2; classifier-free guidance as in Imagen Eq. 2, classes dropped with probability 0.1.
 """
 

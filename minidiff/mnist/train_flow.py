@@ -16,7 +16,7 @@ lines hardly cross, so the paths become straighter, and one or two steps suffice
 At the end come sampling.gif and solvers.png. A network that takes the digit also gets guidance.png. A reflow also gets
 reflow.png: 1, 2, 4 and 50 steps, before and after. The straightness of the paths is printed.
 
-Read `flow.py` and `mnist/train_diffusion.py` first. Next: `mnist/anagram.py`, the last file.
+Read `flow.py` and `mnist/train_diffusion.py` first.
 Source: FM Eq. 22, FM Eq. 23.
 """
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import checkpoint, flow, training
+from minidiff.checks import number
 from minidiff.cli import command, cost, file_path
 from minidiff.mnist import data, levels, models, sample, trainer
 from minidiff.mnist.data import CLASSES, Digits, generator
@@ -72,8 +73,8 @@ def make_pairs(teacher: UNet, labels: Tensor, x_0: Tensor, steps: int) -> Digits
 
         (x_0, x_1),    x_1 = x_0 + integral from 0 to 1 of velocity(x_t, t) dt, by the teacher
 
-    labels: (B,).  x_0: (B, 1, 28, 28). Paths of one velocity field never cross, so neither, nearly, do the lines from
-    start to end.
+    labels: (B,).  x_0: (B, 1, 28, 28). Paths of one velocity field never meet at the same time. So the lines from start
+    to end cross less often than lines between noises and digits chosen at random.
     Source: Rectified Flow Sec. 2.1 (reflow).
     """
     parts = zip(labels.split(n := models.at_once(x_0.device)), x_0.split(n))
@@ -104,7 +105,7 @@ def pairs_of(args: argparse.Namespace, teacher: UNet, steps: int) -> tuple[Digit
     weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
     sha256 = hashlib.sha256(weights).hexdigest()
     config = {"kind": "flow", "teacher": str(args.teacher), "teacher_sha256": sha256}
-    count = args.pairs or (40 if args.quick else PAIRS)
+    count = (40 if args.quick else PAIRS) if args.pairs is None else args.pairs
     tenth = max(1, count // 10)
     trainer.check(args, config, count - tenth)  # before the pairs, which take long
     folder = args.out / "training" / f"pairs-{sha256[:12]}-{count}-{args.seed}-{steps}"
@@ -129,7 +130,7 @@ def fit(args: argparse.Namespace, model: UNet, teacher: UNet | None, steps: int,
 
 
 def save_figures(args: argparse.Namespace, model: UNet, teacher: UNet | None, steps: int, device: torch.device) -> None:
-    """Those of the end. The straightness of both networks' paths, without guidance, is printed."""
+    """Draw the figures of the end, and print how straight the paths of model and teacher are, without guidance."""
     sample.of_trainer(args, "sampling.gif")
     if model.config.num_classes:
         sample.of_trainer(args, "guidance.png", "--guidance-scale 0 1 5 10")
@@ -152,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--pairs", type=int, help=f"how many lines reflow learns (default {PAIRS})")
     args = p.parse_args(argv)
     config = trainer.complete(args, "flow", PRESETS)
+    if args.preset != "reflow" and (args.pairs is not None or args.teacher is not None):
+        raise ValueError("--pairs and --teacher go with --preset reflow")
+    number("--pairs", 2 if args.pairs is None else args.pairs, 2, whole=True)
     steps, teacher = 3 if args.quick else FLOW_STEPS, None
     with training.processes(args.device) as device:
         if args.preset == "reflow":

@@ -10,7 +10,7 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
 The same command again goes on from there. With --figures FOLDER nothing is trained: the trainer draws the figures of
 its end with the network in FOLDER, also before its training has ended.
 
-Read `training.py` and `mnist/models.py` first. Next: `mnist/judge.py`, the smallest trainer.
+Read `training.py` and `mnist/models.py` first.
 """
 
 import argparse

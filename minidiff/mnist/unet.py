@@ -15,7 +15,7 @@ an FCBlock turns each of the two into a vector, a number for each channel, which
     time only      u + t   ("add": the course of 2024)     or     u * t   ("mul": that of 2025)
     with class     c * u + t
 
-Read `mnist/data.py` first. Next: `mnist/levels.py`, what such a network can and cannot reach.
+Read `mnist/data.py` first.
 """
 
 from dataclasses import dataclass
