@@ -43,10 +43,17 @@ class UNetConfig:
 
 
 class Conv(nn.Sequential):
-    """(B, C, H, W) -> (B, O, H / stride, W / stride). With a stride of 2 the course calls it DownConv."""
+    """(B, C, H, W) -> (B, O, H, W)"""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.BatchNorm2d(out_channels), nn.GELU())
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, 1, 1), nn.BatchNorm2d(out_channels), nn.GELU())
+
+
+class DownConv(nn.Sequential):
+    """(B, C, H, W) -> (B, O, H / 2, W / 2)"""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, 2, 1), nn.BatchNorm2d(out_channels), nn.GELU())
 
 
 class UpConv(nn.Sequential):
@@ -56,6 +63,20 @@ class UpConv(nn.Sequential):
         super().__init__(
             nn.ConvTranspose2d(in_channels, out_channels, 4, 2, 1), nn.BatchNorm2d(out_channels), nn.GELU()
         )
+
+
+class Flatten(nn.Sequential):
+    """(B, C, 7, 7) -> (B, C, 1, 1)"""
+
+    def __init__(self) -> None:
+        super().__init__(nn.AvgPool2d(7), nn.GELU())
+
+
+class Unflatten(nn.Sequential):
+    """(B, C, 1, 1) -> (B, C, 7, 7)"""
+
+    def __init__(self, channels: int):
+        super().__init__(nn.ConvTranspose2d(channels, channels, 7, 7, 0), nn.BatchNorm2d(channels), nn.GELU())
 
 
 class ConvBlock(nn.Sequential):
@@ -69,7 +90,7 @@ class DownBlock(nn.Sequential):
     """(B, C, H, W) -> (B, O, H / 2, W / 2)"""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(Conv(in_channels, out_channels, stride=2), ConvBlock(out_channels, out_channels))
+        super().__init__(DownConv(in_channels, out_channels), ConvBlock(out_channels, out_channels))
 
 
 class UpBlock(nn.Sequential):
@@ -95,8 +116,8 @@ class UNet(nn.Module):
         self.in_block = ConvBlock(1, D)
         self.down1 = DownBlock(D, D)
         self.down2 = DownBlock(D, 2 * D)
-        self.flatten = nn.Sequential(nn.AvgPool2d(7), nn.GELU())
-        self.unflatten = nn.Sequential(nn.ConvTranspose2d(2 * D, 2 * D, 7, 7, 0), nn.BatchNorm2d(2 * D), nn.GELU())
+        self.flatten = Flatten()
+        self.unflatten = Unflatten(2 * D)
         self.up1 = UpBlock(4 * D, D)
         self.up2 = UpBlock(2 * D, D)
         self.out_block = ConvBlock(2 * D, D)
@@ -117,7 +138,7 @@ class UNet(nn.Module):
         skip28 = self.in_block(x)  # (B, D, 28, 28)
         skip14 = self.down1(skip28)  # (B, D, 14, 14)
         skip7 = self.down2(skip14)  # (B, 2D, 7, 7)
-        u = self.unflatten(self.flatten(skip7))  # (B, 2D, 1, 1), then (B, 2D, 7, 7) again
+        u = self.unflatten(self.flatten(skip7))  # (B, 2D, 7, 7)
         if self.config.time:
             u = self.modulated(u, self.fc1_t(time[:, None]), None if c is None else self.fc1_c(c))
         u = self.up1(torch.cat([u, skip7], dim=1))  # (B, D, 14, 14)
