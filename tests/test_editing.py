@@ -70,7 +70,7 @@ def test_a_masks_file_must_have_the_shape_of_any_kind_of_image(tmp_path):
     photo = Image.new("RGB", (90, 70))
     photo.save(tmp_path / "photo.png")
     for size in ((45, 35), (64, 64)):
-        Image.new("L", size).save(tmp_path / f"{size[0]}.png")
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{size[0]}.png")
     for image in (tmp_path / "photo.png", photo, images.load(photo)):
         assert editing.kept(image, tmp_path / "45.png", 8) is not None
         with pytest.raises(ValueError, match=r"is 90x70, .*64.png is 64x64; any size of the same shape will do"):

@@ -99,6 +99,7 @@ def test_identity_views_and_equal_prompts_are_plain_generation(tiny):
             same(a, b, c)
 
 
+@pytest.mark.filterwarnings("ignore:at 64 pixels the mask marks everything")
 def test_a_mask_of_everything_changes_nothing(small, photo):
     """The known region is noised with random numbers of its own, so the new one is drawn with the same ones."""
     x, _ = inpaint.inpaint(small, photo, (0, 0, 64, 64), PROMPT)

@@ -264,7 +264,7 @@ def test_a_profile_chunk_that_cannot_be_unpacked_is_warned_of(tmp_path):
     [
         (np.array([[0, 13107, 65535]], dtype=np.int32), 65535),
         (np.array([[0, 13107, 65535]], dtype=np.uint16), 65535),
-        (np.array([[0, 51, 255]], dtype=np.uint16), 65535),  # 16 bits and dark: 51 / 257 is 0
+        (np.array([[0, 51, 257]], dtype=np.uint16), 65535),  # 16 bits and dark: 51 / 257 is 0
         (np.array([[0, 0.2, 1]], dtype=np.float32), 1),
         (np.array([[0, 0.2, 1.0005]], dtype=np.float32), 1),  # rounded
         (np.array([[0, 0.25, 0.75]], dtype=np.float32), 1),
@@ -282,7 +282,8 @@ def test_a_dark_16_bit_image_stays_dark_where_pillow_says_32(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 200, 257 * 40))
     assert rgb(images.load(tmp_path / "a.pgm"), 1) == [40] * 3
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 0, 255))  # 255 of 65535, not of 255
-    assert rgb(images.load(tmp_path / "a.pgm"), 1) == [1] * 3
+    with pytest.warns(UserWarning, match="a.pgm holds grey values up to 255 where white is 65535: nearly black"):
+        assert rgb(images.load(tmp_path / "a.pgm"), 1) == [1] * 3
 
 
 @pytest.mark.parametrize(
