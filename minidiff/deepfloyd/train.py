@@ -52,6 +52,7 @@ MIN_SHARE = 0.4  # how often times below 169 are drawn, compared with those from
 COARSE = (16, 64)  # pixels a side of the areas whose mean errors stage 2 pays for
 MAX_WEIGHT = 100.0
 VARIANCE_SHARE, MAX_BOUND_WEIGHT = 0.02, 40.0  # of the bound, which trains the variance, in the loss
+COLUMNS = ("step", "t", "right", "other", "none")  # of held_out.csv
 LOG_EVERY = 20  # steps whose mean loss is a row of loss.csv
 EXAMINED = (300, 600, 800, 950)  # times at which the held-out error is measured
 PREVIEWS = 16  # prompts that are drawn after a checkpoint
@@ -280,10 +281,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     def batch_at(step: int) -> tuple:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 1024 + training.rank())
         x_start, texts = dataset.draw(args.batch_size // training.world(), generator, mirror=args.mirror)
-        x_start = pooled(x_start)
         random = random_numbers(args.stage, len(x_start), args.size, model.schedule, generator, device)
         ids, mask = (torch.cat(x).to(device) for x in zip(*map(tokens, texts)))
-        return x_start, ids, mask, random
+        return pooled(x_start), ids, mask, random
 
     for record in training.run(model, lambda net, batch: net(*batch).mean(), batch_at, optimizer, plan, folder,
                                settings, dtype=args.dtype):  # fmt: skip
@@ -296,8 +296,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             x_start, texts = dataset.held_out()
             with training.precision(device, record.dtype):
                 rows = examine(model, tokenizer, pooled(x_start), texts)
-            columns = ("step", "t", "right", "other", "none")
-            training.add_rows(folder / "held_out.csv", columns, [(record.step, *row) for row in rows])
+            training.add_rows(folder / "held_out.csv", COLUMNS, [(record.step, *row) for row in rows])
             tqdm.write("held-out error with the right prompt / another / none: "
                        + ", ".join(f"t {t}: {a:.4f} / {b:.4f} / {c:.4f}" for t, a, b, c in rows))  # fmt: skip
         preview(args.out, args.stage, samples, args.text_encoder, dataset)
