@@ -5,6 +5,7 @@
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --sampler ddpm ddim dpm++ --steps 10 20
     python -m minidiff.mnist.sample --sampler ddpm ddpm-lower ddpm-clip     less noise in a step; estimates in [0, 1]
+    python -m minidiff.mnist.sample --sampler ddpm-lower ddpm-mean          from noise, and from the mean digit in it
     python -m minidiff.mnist.sample --kind flow --sampler euler midpoint heun --steps 5 10
     python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
     python -m minidiff.mnist.sample --out out/digits.gif                    the walk of the first row, as an animation
