@@ -202,12 +202,15 @@ def _log_prob_of_8bit(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     """To the type first and the device second: tables are float64 on the CPU, which Apple's GPUs do not have.
 
-    Raises ValueError unless coefficient is (B, 1, 1, 1), or (1, 1, 1, 1) for all images alike, and `like` of floats.
+    Raises ValueError unless coefficient is (B, 1, 1, 1), or (1, 1, 1, 1) for all images alike, and no NaN, as roots of
+    an alpha-bar above 1 are; and unless `like` is of floats.
     (A coefficient (B,) would multiply the columns of images that are B pixels wide.)
     """
     if coefficient.shape[1:] != (1, 1, 1) or len(coefficient) not in (1, len(like)):
         raise ValueError(f"alpha-bars and times must be (B, 1, 1, 1) for images {tuple(like.shape)}, got "
                          f"{tuple(coefficient.shape)}; Schedule.alpha_bar(t) has this shape")  # fmt: skip
+    if coefficient.isnan().any():
+        raise ValueError("alpha-bars and times lie in [0, 1], and noise grows with t; Schedule.alpha_bar(t) gives them")
     if not like.is_floating_point():
         raise ValueError(f"images are floats in [-1, 1], got {like.dtype}; of bytes pass x / 127.5 - 1")
     return coefficient.to(like.dtype).to(like.device)

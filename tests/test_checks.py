@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff import checks
+from minidiff import checks, ddpm
 from minidiff.cascade import Settings
 from minidiff.factorized import Part, averaged
 from minidiff.guidance import dynamic_threshold, guided
@@ -66,3 +66,13 @@ def test_other_slips():
     assert named(flip) is flip
     with pytest.raises(ValueError, match="no view '3'; choose from identity"):
         named(3)
+
+
+def test_a_time_in_place_of_alpha_bar_is_refused():
+    """sqrt(1 - 500) is NaN, and so would be every image after it."""
+    x, t = torch.zeros(2, 1, 4, 4), torch.tensor([500, 20])
+    for alpha_bar in (t.view(-1, 1, 1, 1), torch.full((2, 1, 1, 1), 1.5)):
+        with pytest.raises(ValueError, match=r"alpha-bars and times lie in \[0, 1\]"):
+            ddpm.add_noise(x, x, alpha_bar)
+    with pytest.raises(ValueError, match=r"a reverse step leads to an earlier time, got t \[500, 20\] and t_prev"):
+        ddpm.step(squaredcos_cap_v2(), x, t, torch.tensor([500, 10]), x, None, x)
