@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.teacher = args.teacher or Path(config.get("teacher", WEIGHTS / "mnist" / "flow"))
             teacher, config = models.load(args.teacher, device, "flow")
             args.dataset = config["dataset"]
-        begins = teacher is not None and not args.figures
+        begins = teacher is not None and not (args.figures or args.start_from)
         model = copy.deepcopy(teacher) if begins else trainer.network(args, "flow", PRESETS, device)
         if args.figures or fit(args, model, teacher, steps, device):
             save_figures(args, model, teacher, steps, device)

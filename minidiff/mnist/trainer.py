@@ -7,8 +7,9 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
     samples/                                after the first, every fifth and the last epoch
     epochs/05/                              with --keep-epochs 5 the network of that epoch, to draw with later
 
-The same command again goes on from there. With --figures FOLDER nothing is trained: the trainer draws the figures of
-its end with the network in FOLDER, also before its training has ended.
+The same command again goes on from there. With --start-from FOLDER a new run begins with the network in FOLDER. With
+--figures FOLDER nothing is trained: the trainer draws the figures of its end with the network in FOLDER, also before
+its training has ended.
 
 Read `training.py` and `mnist/models.py` first.
 """
@@ -72,7 +73,7 @@ QUICK = Plan(epochs=1, batch_size=16, lr=1e-3)
 def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
     """The flags that every trainer has, and its presets below them."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.set_defaults(figures=None, keep_epochs=[])  # of the judge, which has neither
+    p.set_defaults(figures=None, start_from=None, keep_epochs=[])  # of the judge, which has none of them
     lines = [f"  {name:12}  {plan}" + (f"; {unet.hidden} channels" if unet else "") for name, (plan, unet) in
              presets.items()]  # fmt: skip
     p.epilog = "\n".join(["presets:", *lines])
@@ -88,8 +89,11 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
     if presets[p.get_default("preset")].unet:
         more = "keep the network of these epochs as OUT/epochs/NN, for example 1 5 10"
         p.add_argument("--keep-epochs", type=int, nargs="+", metavar="N", help=more)
+        given = p.add_mutually_exclusive_group()
         more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
-        p.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
+        given.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
+        more = "train the network in FOLDER on, by the plan of its preset, into --out"
+        given.add_argument("--start-from", type=file_path, metavar="FOLDER", help=more)
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--dtype", choices=training.DTYPES, default="auto", help="auto: bfloat16 where it is fast")
@@ -99,14 +103,16 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
 def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     """Choose --out, and the plan: that of the preset where no flag changes it; of --quick, few and small steps.
 
-    With --figures, preset and data set become those of the network in its folder, and its config is returned.
+    With --figures and --start-from, preset and data set become those of the network in the folder, and its config is
+    returned.
     Raises ValueError as `models.read`, on epochs, rates and seeds that no run has, or if --out cannot be written.
     """
-    config = models.read(args.figures, kind)[0] if args.figures else {}
+    folder = args.figures or args.start_from
+    config = models.read(folder, kind)[0] if folder else {}
     args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
     if args.out is None:
         names = [v for v in (args.preset, args.dataset) if v not in (next(iter(presets)), "mnist")]
-        flags = [name for name in ("pure_noise", "figures", "quick") if getattr(args, name, None)]
+        flags = [name for name in ("pure_noise", "figures", "start_from", "quick") if getattr(args, name, None)]
         args.out = Path("out", "mnist", "-".join([kind, *names, *flags]).replace("_", "-"))
     images.check_output(args.out / "figure.png")
     changes = {f.name: value for f in fields(Plan) if (value := getattr(args, f.name)) is not None}
@@ -132,9 +138,9 @@ def digits(args: argparse.Namespace, device: torch.device) -> tuple[Digits, Digi
 
 
 def network(args: argparse.Namespace, kind: str, presets: Presets, device: torch.device) -> UNet:
-    """That of --figures, or a new one from the seed; tiny if --quick."""
-    if args.figures:
-        return models.load(args.figures, device, kind)[0]
+    """That of --figures or --start-from, or a new one from the seed; tiny if --quick."""
+    if folder := args.figures or args.start_from:
+        return models.load(folder, device, kind)[0]
     torch.manual_seed(args.seed)
     config = presets[args.preset].unet
     return UNet(replace(config, hidden=4) if args.quick else config).to(device)
@@ -188,6 +194,7 @@ def fit(
 def write(args: argparse.Namespace, model: UNet, config: dict[str, object], epochs: float) -> None:
     """The network after so many epochs, into args.out; one of --keep-epochs once more, where it stays."""
     about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(args.plan), "seed": args.seed}
+    about |= {"start_from": str(args.start_from)} if args.start_from else {}
     about |= {"trained": f"{epochs:.3g} of {args.plan.epochs} epochs", "unet": asdict(model.config)}
     for folder in (args.out, *(kept(args, epoch) for epoch in args.keep_epochs if epoch == epochs)):
         models.write(folder, model, config | about)
@@ -214,7 +221,7 @@ def check(args: argparse.Namespace, config: dict[str, object], count: int) -> tu
         raise ValueError(f"need 1 epoch or more, and batches of 1 to {count} digits, got {args.plan.epochs} and "
                          f"{args.plan.batch_size}")  # fmt: skip
     settings = {"preset": args.preset, "dataset": args.dataset, **config, "images": count, **asdict(args.plan)}
-    settings |= {"ema": args.ema, "seed": args.seed}
+    settings |= {"ema": args.ema, "seed": args.seed, "start_from": args.start_from and str(args.start_from)}
     settings.pop("teacher", None)
     before = training.previous(args.out / "training", settings)
     return settings, before["step"] if before else 0

@@ -147,6 +147,25 @@ def test_reflow_names_its_two_networks_and_keeps_a_tenth_for_the_test(teacher, f
     assert f"no trained flow in {tmp_path / 'gone'}" in message
 
 
+@pytest.mark.parametrize(
+    "module, kind", [(train_denoiser, "denoiser"), (train_diffusion, "ddpm"), (train_flow, "flow")]
+)
+def test_a_run_may_start_from_a_trained_network(module, kind, folder, tmp_path, capsys):
+    """With a learning rate of 0 it ends there, too. Preset and data set are the network's; the new config names it."""
+    run(module, tmp_path / "first", folder, "--preset", "small")
+    flags = ["--start-from", str(tmp_path / "first"), "--lr", "0"]
+    run(module, tmp_path / "second", folder, *flags)
+    (first, before), (second, after) = (models.read(tmp_path / name, kind) for name in ("first", "second"))
+    assert all(torch.equal(after[k], v) for k, v in before.items() if "running" not in k and "num_" not in k)
+    assert second["preset"] == "small" and second["unet"] == first["unet"] and second["plan"]["lr"] == 0
+    assert "start_from" not in first and second["start_from"] == str(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "third")
+    flags = ["--quick", "--lr", "0", "--out", tmp_path / "second", "--data", folder, "--start-from"]
+    message = fails(capsys, module.main, *flags, tmp_path / "third")
+    assert f"of a run with start_from {tmp_path / 'first'}, not" in message
+    assert f"no trained {kind} in {tmp_path}" in fails(capsys, module.main, *flags, tmp_path)
+
+
 def test_reflow_does_not_go_on_with_another_run(folder, tmp_path, monkeypatch, capsys):
     """It says so before a pair is drawn."""
     monkeypatch.setattr(train_flow, "kept_pairs", lambda *args: pytest.fail("pairs were drawn"))
