@@ -164,7 +164,8 @@ def fast_dtype(device: torch.device) -> str:
     """bfloat16 where the machine has arithmetic for it, else float32. One machine always gets the same answer."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    return "float32" if checkpoint.default_dtype(device) == torch.float32 else "bfloat16"
+    has_avx512_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bfloat16" if has_avx512_bf16 or checkpoint.default_dtype(device) == torch.float16 else "float32"
 
 
 def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:

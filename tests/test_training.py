@@ -228,8 +228,11 @@ def test_the_precision_is_written_down_before_the_first_step(train, monkeypatch)
 
 
 def test_one_machine_always_gets_the_same_precision(monkeypatch):
-    for half, expected in ((torch.float16, "bfloat16"), (torch.float32, "float32")):
+    """A processor with AVX-512's bfloat16 and no float16 arithmetic draws in float32 and trains in bfloat16."""
+    halves = ((torch.float16, False, "bfloat16"), (torch.float32, False, "float32"), (torch.float32, True, "bfloat16"))
+    for half, avx512_bf16, expected in halves:
         monkeypatch.setattr(training.checkpoint, "default_dtype", lambda device, half=half: half)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda yes=avx512_bf16: yes, raising=False)
         assert training.fast_dtype(torch.device("cpu")) == expected
     for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
