@@ -48,7 +48,7 @@ from minidiff.deepfloyd.stages import NOISE_LEVEL, Stage, plan_stage
 from minidiff.deepfloyd.unet import UNetConfig
 from minidiff.editing import KeepRule
 from minidiff.factorized import InTurns, Part, alternating, check_parts, factorized
-from minidiff.guidance import Model
+from minidiff.guidance import Model, Scale, check_scale
 from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
 from minidiff.solvers import COURSE, STEPS, times_for
 
@@ -63,17 +63,20 @@ Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage is sampled unless a call says otherwise. Raises ValueError on what no stage could do."""
+    """How a stage is sampled unless a call says otherwise. Raises ValueError on what no stage could do.
+
+    guidance_scale: a number, or a rule of guidance, (eps_uncond, eps_cond) -> eps.
+    """
 
     steps: int | str | Tensor
-    guidance_scale: float
+    guidance_scale: Scale
     sampler: str = "ddpm"
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         checks.chosen("sampler", self.sampler, STEPS)
         times_for(self.sampler, self.steps)
-        checks.number("guidance_scale", self.guidance_scale)
+        check_scale(self.guidance_scale)
         Part(self.negative_prompt)
 
     def but(self, **changes: object) -> "Settings":
@@ -218,7 +221,7 @@ class Cascade:
 
     def draw(
         self, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
-        sampler: str | None = None, guidance_scale: float | None = None,
+        sampler: str | None = None, guidance_scale: Scale | None = None,
         image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
         jumps: tuple[int, int] | None = None, through: Through = iter,
     ) -> Tensor:  # fmt: skip
@@ -239,7 +242,7 @@ class Cascade:
 
     def enlarge(
         self, small: Tensor, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
-        sampler: str | None = None, guidance_scale: float | None = None,
+        sampler: str | None = None, guidance_scale: Scale | None = None,
         noise_level: int = NOISE_LEVEL, image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
         through: Through = iter,
     ) -> Tensor:  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minidiff.checks import short
 from minidiff.components import Component, scaled, whole
-from minidiff.guidance import Model, guided
+from minidiff.guidance import Model, Scale, guided
 from minidiff.sampling import Prediction
 from minidiff.views import IDENTITY, View, named
 
@@ -52,7 +52,7 @@ def check_parts(parts: Sequence[Part]) -> None:
 
 
 def factorized(
-    model: Model, parts: Sequence[Part], negative_prompt_embeds: Tensor, guidance_scale: float,
+    model: Model, parts: Sequence[Part], negative_prompt_embeds: Tensor, guidance_scale: Scale,
     split_batch: bool = False,
 ) -> Prediction:  # fmt: skip
     """The prediction of several parts together, each with states as its prompt.

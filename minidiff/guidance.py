@@ -7,6 +7,7 @@ Read `sampling.py` first. A *model* here is a network that is still waiting for 
 and `guided` gives it the text and makes it a prediction.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from minidiff.checks import number
 from minidiff.sampling import Prediction
 
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Scale = float | Callable[[Tensor, Tensor], Tensor]  # of `combine`, or another rule: (eps_uncond, eps_cond) -> eps
 
 
 def combine(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
@@ -30,7 +32,7 @@ def combine(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tens
 
 
 def guided(
-    model: Model, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: float,
+    model: Model, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: Scale,
     split_batch: bool = False,
 ) -> Prediction:  # fmt: skip
     """Give a model its text: a prediction with classifier-free guidance.
@@ -40,9 +42,11 @@ def guided(
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
     pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all. With 0 the
     conditional one is not, and the prompt has no say, not even in pred_var.
-    Raises ValueError unless guidance_scale is a finite number.
+    A function in place of guidance_scale mixes the two branches by a rule of its own (walkthrough, chapter 4).
+    Raises ValueError as `check_scale`.
     """
-    number("guidance_scale", guidance_scale)
+    check_scale(guidance_scale)
+    mix = guidance_scale if callable(guidance_scale) else functools.partial(combine, guidance_scale=guidance_scale)
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         cond = prompt_embeds.to(x_t.device).expand(len(x_t), -1, -1)
@@ -57,9 +61,15 @@ def guided(
             eps, pred_var = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond, cond]))
             eps_uncond, eps_cond = eps.chunk(2)
             pred_var = None if pred_var is None else pred_var.chunk(2)[1]
-        return combine(eps_uncond, eps_cond, guidance_scale), pred_var
+        return mix(eps_uncond, eps_cond), pred_var
 
     return predict
+
+
+def check_scale(guidance_scale: object) -> None:
+    """Raise ValueError unless this is a finite number or a function."""
+    if not callable(guidance_scale):
+        number("guidance_scale", guidance_scale)
 
 
 def dynamic_threshold(ratio: float = 0.95, max_value: float = 1.5) -> Callable[[Tensor], Tensor]:

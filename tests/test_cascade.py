@@ -319,6 +319,15 @@ def test_a_loaded_cascade_has_the_settings_of_its_models(folders):
     assert Cascade.load("none", "mini", text_model="mini").settings[1] == DEFAULTS["mini"][1]
 
 
+def test_settings_take_a_rule_of_guidance_in_place_of_its_scale(tiny):
+    by_scale = tiny.draw(parts_of(tiny, "a castle"), [0])
+    tiny.settings[0] = tiny.settings[0].but(guidance_scale=lambda uncond, cond: uncond + 5.0 * (cond - uncond))
+    assert torch.equal(tiny.draw(parts_of(tiny, "a castle"), [0]), by_scale)
+    other = tiny.draw(parts_of(tiny, "a castle"), [0], guidance_scale=lambda uncond, cond: cond)
+    torch.testing.assert_close(other, tiny.draw(parts_of(tiny, "a castle"), [0], guidance_scale=1))
+    assert (other - by_scale).abs().max() > 0.01
+
+
 def test_nothing_large_is_read_before_it_is_needed(folders, monkeypatch):
     """load reads no network; draw reads stage 1 and not stage 2; each is read once."""
     reads = []

@@ -32,6 +32,16 @@ def test_one_batch_equals_two_calls_and_takes_the_conditional_variance():
     assert torch.equal(pred_var, model(x_t, t, cond)[1])
 
 
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_a_function_in_place_of_the_scale_mixes_the_branches(split_batch):
+    x_t, t, cond, uncond = noise(2, 3, 4, 4), torch.tensor([1, 2]), noise(2, 5, 7), noise(1, 5, 7, seed=3)
+    eps, pred_var = guided(model, cond, uncond, lambda u, c: u - 3 * c, split_batch)(x_t, t)
+    of_uncond, of_cond = model(x_t, t, uncond.expand(2, -1, -1)), model(x_t, t, cond)
+    assert torch.equal(eps, of_uncond[0] - 3 * of_cond[0]) and torch.equal(pred_var, of_cond[1])
+    by_scale, by_rule = (guided(model, cond, uncond, s)(x_t, t)[0] for s in (7, lambda u, c: combine(u, c, 7)))
+    assert torch.equal(by_scale, by_rule)
+
+
 def test_scale_1_is_conditional_in_one_call():
     sizes = []
 
