@@ -34,7 +34,8 @@ JIGSAW_SEED = 4522
 class View:
     """A way to look at an image, and the way back. All functions are pure, on (..., C, H, W).
 
-    view: applied to what the network sees (in stage 2 also to its low-resolution image).
+    C is 3, or in stage 2 6: the colors of x_t, then those of the low-resolution image. A view treats both alike.
+    view: applied to what the network sees.
     inverse_view: applied to its eps.  inverse_variance: to its pred_var, which moves with the pixels but has no sign.
     order: size -> (size^2,) int64, if the view is a permutation: pixel p of the view is pixel order[p] of the image.
     turns: size -> (size^2, 2), the point (y, x) about which each pixel travels in an animation; None: straight.
@@ -241,7 +242,8 @@ class Measure(NamedTuple):
 
 @torch.inference_mode()
 def check(view: View, size: int = 64) -> list[Measure]:
-    """Measure what a view must be, at size and four times that: linear, and V V^T = I.
+    """Measure what a view must be, at size and four times that: linear, V V^T = I, and alike for two images in 6
+    channels.
 
     Statistics are over 64 noise images of 3 channels; their bound is five standard errors.
     Source: the conditions of the Visual Anagrams paper.
@@ -257,6 +259,8 @@ def check(view: View, size: int = 64) -> list[Measure]:
         ("the inverse error", (view.inverse_view(vx) - x).abs().max(), 0, 1e-6, "what the network sees is lost"),
         ("the linearity error", (view.view(0.3 * x - 1.7 * y) - (0.3 * vx - 1.7 * vy)).abs().max(), 0, 1e-6,
          "image and noise cannot be viewed apart"),
+        ("the error with 6 channels", (view.view(torch.cat([x, y], 1)) - torch.cat([vx, vy], 1)).abs().max(), 0, 1e-6,
+         "stage 2, which sees x_t beside the low-resolution image, would mix the two"),
         ("the error of scalar products", products, 0, 1e-6, "not orthogonal: noise is not plain noise any more"),
         ("the deviation of noise", std, 1, few / math.sqrt(2), "the network reads a time that does not fit"),
         ("the correlation of neighbours", max(down, right, key=abs) / std**2, 0, few,
