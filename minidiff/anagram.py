@@ -7,9 +7,8 @@
     python -m minidiff.anagram --check square_hinge                                              is this a good view?
 
 Each prompt sees x_t through its view; its eps is turned back, and the mean of all is taken (or, with --reduction
-alternate, they take turns). Views: identity, flip (top and bottom), rotate_180, rotate_cw, rotate_ccw, negate,
-skew (or skew:1.5), skew_by:50, patch_permute (or patch_permute:8), pixel_permute, jigsaw (or jigsaw:SEED),
-inner_circle, square_hinge; three that fail, for comparison: inner_circle_failure, blur_failure, white_balance_failure.
+alternate, they take turns). --view lists the views. Some take a number: skew:1.5, skew_by:50, patch_permute:8,
+jigsaw:SEED. Those that end in _failure are there for comparison.
 
 Writes the image, a sheet of it as every prompt sees it, and an animation into each view and back, OUT.gif.
 --check measures a view instead, and says why a bad one is bad (exit status 1).
@@ -37,18 +36,18 @@ FRAMES, HOLD = 16, 6  # of the animation: on the way into a view, and standing s
 def anagram(
     cascade: Cascade, prompts: Sequence[str], view_names: str | Sequence[str] = ("identity", "rotate_180"),
     seeds: Sequence[int] = (0,), *, in_turns: bool = False, image: object = None, mask: Mask | None = None,
-    i_start: int | None = None, feather: float = 0.0,
+    i_start: int | None = None, feather: float = 0.0, **changes: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An image that shows each prompt in its view: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
     view_names: one for each prompt, as for `views.named`.  in_turns: one prompt at each step, not the mean of all.
-    image, mask, i_start, feather: as for `Cascade.make`.    Source: the Visual Anagrams paper.
+    image, mask, i_start, feather, changes: as for `Cascade.make`.    Source: the Visual Anagrams paper.
     """
     if not isinstance(in_turns, bool):
         raise ValueError(f"in_turns is True or False, got {short(in_turns)}")
     parts = through_views(prompts, view_names)
     parts = InTurns(parts) if in_turns else averaged(*parts)
-    return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
+    return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather, **changes)
 
 
 @cli.command
@@ -125,7 +124,8 @@ def report(name: str) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = flags.parser(__doc__, "out/anagram.png")
     p.add_argument("prompts", nargs="*", metavar="PROMPT")
-    p.add_argument("--view", nargs="+", help="one per prompt (default, of two prompts: identity rotate_180)")
+    p.add_argument("--view", nargs="+", help="one per prompt (default, of two prompts: identity rotate_180), of "
+                   + ", ".join(views.VIEWS))  # fmt: skip
     p.add_argument("--reduction", choices=["mean", "alternate"], default="mean", help="(default %(default)s)")
     p.add_argument("--check", metavar="VIEW", help="measure a view, draw nothing")
     flags.add_edit_flags(p)

@@ -25,12 +25,12 @@ One thing at a time:
     large = cascade.enlarge(small, parts, generators)      # stage 2: (1, 3, 256, 256)
 
 Pass the same generators to both calls: stage 2 then goes on with the random numbers where stage 1 stopped, and the
-image is the one of `cascade.make(parts, [2])`. Pass seeds=[2] to enlarge an image from elsewhere.
+image is the one of `cascade.make(parts, [2])`. For an image that `draw` did not make, pass numbers: seeds=[2].
 
 `load` finds and checks everything and reads nothing large. The text encoder is read by `encode`, or when a prompt is
-first drawn, and then freed; a stage is read when it first draws. A whole T5-XXL leaves memory before a step is walked.
+first drawn, and is freed before the first step. A stage is read when it first draws.
 
-Read `deepfloyd/stages.py`, `factorized.py` and `editing.py` first.
+Read `deepfloyd/stages.py` and `factorized.py` first; `editing.py` is about images to start from and to keep.
 """
 
 import warnings
@@ -53,8 +53,8 @@ from minidiff.sampling import Prediction, Step, noised, other_stream, seeded
 from minidiff.solvers import COURSE, STEPS, times_for
 
 TEXT_ENCODERS = {"auto": None, "whole": False, "streamed": True}  # None: streamed if free memory is short
-# A walk that edits an image draws from another stream of its seed (`sampling.seeded`), at each stage its own: with the
-# noise that made an image it would find that image again. The part that is kept is noised from the stream after that.
+# A walk that edits an image must not reuse the noise that made it, or it would draw the same image again. It draws from
+# another stream of its seed (`sampling.seeded`), at each stage its own. The kept part takes the stream after that.
 EDIT_SMALL, EDIT_LARGE, KEPT = 3, 5, 1
 Seeds = Sequence[int | torch.Generator]
 Through = Callable[[Iterable[Step]], Iterable[Step]]  # passes the steps of a walk on, and may watch them
@@ -65,7 +65,8 @@ Mask = str | Path | Tensor | Sequence[float]  # an image file, (1, 1, H, H), or 
 class Settings:
     """How a stage is sampled unless a call says otherwise. Raises ValueError on what no stage could do.
 
-    guidance_scale: a number, or a rule of guidance, (eps_uncond, eps_cond) -> eps.
+    steps, sampler: as for `solvers.times_for`.  guidance_scale: a number, or a rule, as for `guidance.guided`.
+    negative_prompt: what guidance leads away from.
     """
 
     steps: int | str | Tensor
@@ -80,7 +81,9 @@ class Settings:
         Part(self.negative_prompt)
 
     def but(self, **changes: object) -> "Settings":
-        """The same with these changes. None changes nothing."""
+        """The same with these changes. None changes nothing. Raises ValueError also if there is no such setting."""
+        for name in changes:
+            checks.chosen("setting", name, vars(self))
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -182,25 +185,30 @@ class Cascade:
             self._states.update(zip(wanted, self._encode(wanted).cpu().split(1)))
         return [self._states[p] for p in prompts]
 
-    def __call__(self, prompt: str, seed: int = 0) -> Tensor:
-        """An image of the prompt, (1, 3, 256, 256) in [-1, 1]; (1, 3, 64, 64) if there is no stage 2."""
-        small, large = self.make([Part(prompt)], [seed])
+    def __call__(self, prompt: str, seed: int = 0, **changes: object) -> Tensor:
+        """An image of the prompt, (1, 3, 256, 256) in [-1, 1]; (1, 3, 64, 64) if there is no stage 2.
+
+        changes: to the `Settings` of stage 1, for this call: cascade("a castle", steps=50, guidance_scale=7.0).
+        """
+        small, large = self.make([Part(prompt)], [seed], **changes)
         return small if large is None else large
 
     def make(
         self, parts: Sequence[Part], seeds: Sequence[int], *, image: object = None, mask: Mask | None = None,
         i_start: int | None = None, method: str = "renoise", jumps: tuple[int, int] | None = None,
-        feather: float = 0.0, through: Through = iter,
+        feather: float = 0.0, through: Through = iter, **changes: object,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """`draw` and, if there is a stage 2, `enlarge`: from noise, from an image, or only where a mask is.
 
         image: a file, a Pillow image or a tensor: to start from (with i_start) and to keep outside the mask.
         mask: 1 or white where new content goes; softened by `feather` pixels of 64.
         method: how the rest is kept, one of `editing.METHODS`; jumps: of "repaint", at stage 1 only (`jumps_for`).
+        changes: to the `Settings` of stage 1, for this call.
         Returns (small, large or None).    Raises ValueError also if an image comes without anything to do with it, or
         a mask, i_start or feather alone.
         """
-        setting, *_ = (self._setting(number) for number in range(1, 2 + self.has_upper))
+        setting, *_ = [self._setting(number) for number in range(1, 2 + self.has_upper)]
+        setting = setting.but(**changes)
         if image is None and i_start is not None:
             raise ValueError("i_start needs an image to start from")
         if image is not None and mask is None and i_start is None:
@@ -212,7 +220,7 @@ class Cascade:
             jumps = editing.jumps_for(len(times_for(setting.sampler, setting.steps)), *(jumps or ()))
         small = self.draw(
             parts, generators, image=None if i_start is None else images.load(image, size), i_start=i_start or 0,
-            keep=editing.kept(image, mask, size, method, feather), jumps=jumps, through=through,
+            keep=editing.kept(image, mask, size, method, feather), jumps=jumps, through=through, **changes,
         )  # fmt: skip
         if not self.has_upper:
             return small, None
@@ -220,40 +228,37 @@ class Cascade:
         return small, self.enlarge(small, parts, generators, keep=keep)
 
     def draw(
-        self, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
-        sampler: str | None = None, guidance_scale: Scale | None = None,
-        image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
-        jumps: tuple[int, int] | None = None, through: Through = iter,
+        self, parts: Sequence[Part], seeds: Seeds, *, image: Tensor | None = None, i_start: int = 0,
+        keep: KeepRule | None = None, jumps: tuple[int, int] | None = None, through: Through = iter, **changes: object,
     ) -> Tensor:  # fmt: skip
         """Stage 1: one image for each seed, (B, 3, H, H) float32. H is the UNet's sample_size, 64 in IF.
 
         Values lie in [-1, 1], but with steps "course", which do not threshold, some go beyond.
 
         parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
-        where they stand.  steps: as `solvers.times_for`.  sampler: ddpm, ddim or dpm++.
+        where they stand. With image or keep, a generator counts as its seed, and another stream of that seed begins.
         image: (1 or B, 3, H, H), the image to start from, noised to the i_start-th of the times (SDEdit).
         keep: what of an image is kept (`editing.py`).  jumps: RePaint's, as for `sampling.denoise`.
-        through: passes the steps on, and may watch them.
+        through: passes the steps on, and may watch them.  changes: to the `Settings` of stage 1, for this call.
         Raises ValueError if the sizes, the times or the seeds do not fit.
         """
-        setting = self._setting(1).but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        setting = self._setting(1).but(**changes)
         generators, size = _generators(seeds, image, keep, EDIT_SMALL), (self.stage(1).unet.config.sample_size,) * 2
         return self._walk(1, setting, parts, generators, size, image, i_start, keep, jumps, through)
 
     def enlarge(
-        self, small: Tensor, parts: Sequence[Part], seeds: Seeds, *, steps: int | str | Tensor | None = None,
-        sampler: str | None = None, guidance_scale: Scale | None = None,
-        noise_level: int = NOISE_LEVEL, image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None,
-        through: Through = iter,
+        self, small: Tensor, parts: Sequence[Part], seeds: Seeds, *, noise_level: int = NOISE_LEVEL,
+        image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None, through: Through = iter,
+        **changes: object,
     ) -> Tensor:  # fmt: skip
         """Stage 2: images (B, 3, h, w) in [-1, 1] at four times their size, (B, 3, 4h, 4w) in [-1, 1].
 
         small is upsampled and noised to noise_level once (0: hardly at all), before the loop. Other arguments as for
-        `draw`, image and keep at the large size.
+        `draw`, image and keep at the large size, changes to the `Settings` of stage 2.
         seeds: the generators that `draw` used, to go on as `cascade(...)` does; numbers begin them anew.
         Raises ValueError also if noise_level is out of range.    Source: Imagen Sec. 2.4.
         """
-        setting = self._setting(2).but(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+        setting = self._setting(2).but(**changes)
         stage, generators = self.stage(2), _generators(seeds, image, keep, EDIT_LARGE)
         got = tuple(small.shape) if isinstance(small, Tensor) else checks.short(small)
         if not isinstance(small, Tensor) or small.ndim != 4 or small.shape[:2] != (len(generators), 3):

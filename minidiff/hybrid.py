@@ -39,12 +39,13 @@ def hybrid(
     cascade: Cascade, prompts: Sequence[str], kind: str = "frequency", seeds: Sequence[int] = (0,), *,
     sigma: float = components.SIGMA, weights: Sequence[float] | None = None, reference: object = None,
     image: object = None, mask: Mask | None = None, i_start: int | None = None, feather: float = 0.0,
+    **changes: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An image divided among prompts: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
     kind: one of KINDS.  sigma: of the low pass, pixels of 64.  weights: of kind "scale", one for each prompt.
     reference: an image whose first component is kept; the prompts are then for the others.
-    image, mask, i_start, feather: as for `Cascade.make`.
+    image, mask, i_start, feather, changes: as for `Cascade.make`.
     Raises ValueError if these do not go together.    Source: the Factorized Diffusion paper.
     """
     prompts, is_edit = listed(prompts), image is not None or mask is not None or i_start is not None or feather != 0
@@ -53,9 +54,10 @@ def hybrid(
     prompts = prompts[:1] * (len(chosen) - len(prompts)) + prompts
     parts = [Part(prompt, component=component) for prompt, component in zip(prompts, chosen)]
     if reference is None:
-        return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather)
+        return cascade.make(parts, seeds, image=image, mask=mask, i_start=i_start, feather=feather, **changes)
     size, generators = cascade.stage(1).unet.config.sample_size, seeded(seeds)
-    small = cascade.draw(parts, generators, keep=editing.reference(images.load(reference, size), chosen[0]))
+    keep = editing.reference(images.load(reference, size), chosen[0])
+    small = cascade.draw(parts, generators, keep=keep, **changes)
     if not cascade.has_upper:
         return small, None
     keep = editing.reference(images.load(reference, 4 * size), chosen[0])

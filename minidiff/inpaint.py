@@ -25,14 +25,15 @@ from minidiff.solvers import times_for
 
 def inpaint(
     cascade: Cascade, image: object, mask: Mask, prompt: str = flags.NEUTRAL, seeds: Sequence[int] = (0,), *,
-    method: str = "renoise", jumps: tuple[int, int] | None = None, feather: float = 0.0,
+    method: str = "renoise", jumps: tuple[int, int] | None = None, feather: float = 0.0, **changes: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The image painted anew where the mask is: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
-    image: a file, a Pillow image or a tensor.  mask, method, jumps, feather: as for `Cascade.make`.
+    image: a file, a Pillow image or a tensor.  mask, method, jumps, feather, changes: as for `Cascade.make`.
     Source: RePaint Eq. 8.
     """
-    return cascade.make([Part(prompt)], seeds, image=image, mask=mask, method=method, jumps=jumps, feather=feather)
+    parts = [Part(prompt)]
+    return cascade.make(parts, seeds, image=image, mask=mask, method=method, jumps=jumps, feather=feather, **changes)
 
 
 @cli.command

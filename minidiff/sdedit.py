@@ -28,17 +28,18 @@ STARTS = [1, 3, 5, 7, 10, 20]
 
 def sdedit(
     cascade: Cascade, image: object, prompt: str = flags.NEUTRAL, i_start: int = 10, seeds: Sequence[int] = (0,), *,
-    mask: Mask | None = None, feather: float = 0.0,
+    mask: Mask | None = None, feather: float = 0.0, **changes: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The image drawn anew from the i_start-th of the steps on: (small, large or None), each (B, 3, H, W) in [-1, 1].
 
         x_t = sqrt(alpha_bar_t) image + sqrt(1 - alpha_bar_t) noise,    t = timesteps[i_start], where the walk begins
 
-    image: a file, a Pillow image or a tensor.  mask: as for `Cascade.make`; only there it is drawn anew.
+    image: a file, a Pillow image or a tensor.  mask: only there it is drawn anew.
+    mask, feather, changes: as for `Cascade.make`.
     The command walks the steps "course" without stage 2; here `cascade.settings` and its stages decide.
     Raises ValueError if i_start lies outside the steps.    Source: SDEdit Alg. 1.
     """
-    return cascade.make([Part(prompt)], seeds, image=image, i_start=i_start, mask=mask, feather=feather)
+    return cascade.make([Part(prompt)], seeds, image=image, i_start=i_start, mask=mask, feather=feather, **changes)
 
 
 @cli.command

@@ -22,7 +22,10 @@ from minidiff.deepfloyd import stages
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import InTurns, Part, averaged, factorized
 from minidiff.guidance import guided
+from minidiff.hybrid import hybrid
+from minidiff.inpaint import inpaint
 from minidiff.sampling import denoise, draw_noise, final, network_calls, noised, other_stream, seeded, visits
+from minidiff.sdedit import sdedit
 from minidiff.views import IDENTITY
 from tests.reference.fill import HERE, normal, read, relative_l2
 from tests.tiny import recorded_cascade, write_cascade
@@ -326,6 +329,30 @@ def test_settings_take_a_rule_of_guidance_in_place_of_its_scale(tiny):
     other = tiny.draw(parts_of(tiny, "a castle"), [0], guidance_scale=lambda uncond, cond: cond)
     torch.testing.assert_close(other, tiny.draw(parts_of(tiny, "a castle"), [0], guidance_scale=1))
     assert (other - by_scale).abs().max() > 0.01
+
+
+def test_a_call_may_change_the_settings_of_stage_1_for_itself(tiny):
+    """cascade(...), make, draw and every experiment; stage 2 and later calls keep theirs."""
+    changes, before = {"steps": 2, "guidance_scale": 2.0, "negative_prompt": "fog"}, list(tiny.settings)
+    image, mask = torch.zeros(1, 3, 64, 64), (16, 16, 48, 48)
+    calls = [
+        lambda **c: tiny("a castle", 3, **c),
+        lambda **c: tiny.draw([Part("a castle")], [3], **c),
+        lambda **c: anagram.anagram(tiny, ["a castle", "a dog"], **c)[1],
+        lambda **c: hybrid(tiny, ["a castle", "a dog"], **c)[1],
+        lambda **c: hybrid(tiny, ["a castle"], reference=image, **c)[1],
+        lambda **c: inpaint(tiny, image, mask, "a castle", **c)[1],
+        lambda **c: sdedit(tiny, image, "a castle", 0, **c)[1],
+    ]
+    for call in calls:
+        found, plain = call(**changes), call()
+        tiny.settings[0] = tiny.settings[0].but(**changes)
+        assert torch.equal(found, call()) and (found - plain).abs().max() > 1e-3
+        tiny.settings[:] = before
+        with pytest.raises(ValueError, match="no setting 'guidance'; choose from steps, "):
+            call(guidance=7.0)
+        with pytest.raises(ValueError, match="cannot take 0 steps"):
+            call(steps=0)
 
 
 def test_nothing_large_is_read_before_it_is_needed(folders, monkeypatch):

@@ -46,6 +46,7 @@ def test_a_message_shows_a_tensor_on_one_line():
     ({"steps": 0}, "cannot take 0 steps"), ({"steps": [1, 2]}, "steps must be a count, a list like"),
     ({"sampler": "ddpmm"}, "no sampler 'ddpmm'; choose from ddpm, ddim, dpm"),
     ({"sampler": ["ddpm"]}, "no sampler .'ddpm'.; choose from"), ({"negative_prompt": 3}, "a prompt is a text"),
+    ({"guidance": 7.0}, "no setting 'guidance'; choose from steps, guidance_scale, sampler, negative_prompt"),
 ])  # fmt: skip
 def test_settings_that_no_stage_could_use_are_refused_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
