@@ -1,10 +1,10 @@
 """minidiff: DeepFloyd IF to read, to run and to be sure of.
 
-The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so). README.md names
-the 13 files that take an afternoon.
+The files in reading order; each imports only from files above it (tests/test_layout.py keeps it so). Begin with
+schedule.py. README.md names the 13 files that take an afternoon.
 
     equations.py             every equation: formula, home, test, chapter
-    checks.py                is this what a function can work with?
+    checks.py                checks of arguments
     schedule.py              how much noise at which time, and which times a sampler visits
     ddpm.py                  noise forward, estimate back, one reverse step, the losses
     solvers.py               fewer steps: DDIM and DPM-Solver++
@@ -29,8 +29,8 @@ the 13 files that take an afternoon.
     deepfloyd/stages.py      a UNet with its process, asked as a model
     cli.py                   what every command shares: errors, Ctrl-C, the device
     weights.py               which models there are, where they lie, fetching and checking them
-    deepfloyd/vocabulary.py  what captions and prompts say, what a cascade knows, and which words it does not
-    cascade.py               the door: prompts and images in, images out
+    deepfloyd/vocabulary.py  the words of captions and prompts, and those that a cascade never saw
+    cascade.py               the door, `Cascade`: prompts and images in, images out
 
     flags.py                 the flags of the commands that draw
     encode.py                prompts to a file of states

@@ -133,7 +133,8 @@ def step(
     mean = posterior_mean(pred_x_start, x_t, alpha_bar_t, alpha_bar_prev)
     log_var = learned_log_var(pred_var, alpha_bar_t, alpha_bar_prev)
     still_noisy = cast((t_prev >= 0).view(-1, 1, 1, 1).to(x_t.device), x_t)
-    return mean + still_noisy * (0.5 * log_var).exp() * noise, pred_x_start
+    x_prev = mean + still_noisy * (0.5 * log_var).exp() * noise
+    return x_prev, pred_x_start
 
 
 def loss(

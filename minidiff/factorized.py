@@ -2,10 +2,10 @@
 
     eps(x_t) = sum_k  C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
-Read `guidance.py`, `views.py` and `components.py` first. With one part, the identity view and the whole image this
-is plain guidance. With views and C_k = 1/K it is an anagram, with components that add up to the whole a hybrid image.
-A part may have both a view and a component. All K parts and both branches of guidance go through the network as one
-batch.
+Read `guidance.py` first; `views.py` and `components.py` hold functions of an image. With one part, the identity view
+and the whole image this is plain guidance. With views and C_k(x) = x / K it is an anagram, with components that add up
+to the whole a hybrid image. A part may have both a view and a component. All K parts and both branches of guidance go
+through the network as one batch.
 
 Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
 visual_anagrams/samplers.py@14582c0.
@@ -60,7 +60,7 @@ def factorized(
         eps = sum_k C_k( V_k^-1( CFG( V_k x_t, prompt_k ) ) )
 
     negative_prompt_embeds: (1, L, D), shared by all parts.
-    An image x_t may have more channels than eps (stage 2: noisy and low-resolution one); a view moves all of them.
+    In stage 2 x_t has 6 channels, 3 of the noisy image and 3 of the low-resolution one; a view moves all of them.
     pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
     split_batch: one network call per part and branch, with a fraction of the memory.
     Raises ValueError without parts, or if their states differ in length or width.    Source: Factorized Diffusion.
@@ -92,7 +92,7 @@ def factorized(
 
 
 def listed(texts: str | Sequence[str]) -> list[str]:
-    """Prompts or names as a list: a text alone is the only one, and no list of letters."""
+    """Prompts or names as a list: a single text becomes a list of one."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
@@ -121,7 +121,10 @@ def averaged(*parts: Part) -> list[Part]:
 
 
 class InTurns(tuple[Part, ...]):
-    """Parts that take turns, one at each step, where other parts decide together: cheaper than a mean, and noisier."""
+    """Parts that take turns: step i asks the i-th alone, and begins anew after the last. Cheaper than a mean, noisier.
+
+    They are not `averaged`: each decides its step alone.
+    """
 
 
 def alternating(predictions: Sequence[Prediction], timesteps: Tensor) -> Prediction:

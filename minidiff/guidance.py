@@ -1,4 +1,4 @@
-"""Two ways to make samples obey: classifier-free guidance of eps, and dynamic thresholding of the estimate.
+"""Classifier-free guidance, which makes eps obey the prompt, and dynamic thresholding, which keeps estimates in range.
 
 Read `sampling.py` first. A *model* here is a network that is still waiting for its text:
 
@@ -38,11 +38,12 @@ def guided(
     """Give a model its text: a prediction with classifier-free guidance.
 
     prompt_embeds, negative_prompt_embeds: (B, L, D), or (1, L, D) for all images alike. The negative one encodes what
-    is to be avoided, or the empty prompt, which a text encoder never makes zeros.
+    is to be avoided, by default the empty prompt, whose states are not zeros.
     Both go through the network as one batch, unconditional first; split_batch makes two calls with half the memory.
     pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all. With 0 the
     conditional one is not, and the prompt has no say, not even in pred_var.
-    A function in place of guidance_scale mixes the two branches by a rule of its own (walkthrough, chapter 4).
+    A function in place of guidance_scale is another rule (walkthrough, chapter 4). It gets both branches, each
+    (N, C, H, W), where N counts all images and all parts of `factorized.py`, and must treat each of the N alone.
     Raises ValueError as `check_scale`.
     """
     check_scale(guidance_scale)

@@ -56,12 +56,13 @@ def denoise(
 ) -> Iterator[Step]:  # fmt: skip
     """Walk x_t down the timesteps, one Step at a time; the last one's x_prev is the image.
 
-    x_t: noisy as at timesteps[0].  timesteps: (S,) int64, descending; the next time is always the next entry.
-    generators: one per image, on the CPU, so that a seed gives one image whatever the batch and the device; or seeds.
+    predict: see above.  x_t: (B, C, H, W), noisy as at timesteps[0].  timesteps: (S,) int64, descending.
+    generators: one per image, on the CPU, so that a seed gives one noise whatever the batch and the device; or seeds.
     step: `ddpm.step`, `solvers.ddim_step` or `solvers.dpm_step`.  fix_x_start: clips or thresholds each estimate.
+    keep: changes each x_prev, also on the way up.  jumps: (jump_length, jump_n_sample), RePaint's; see `visits`.
     final_step: False stops at timesteps[-1], still slightly noisy, without asking the network there.
-    jumps: (jump_length, jump_n_sample), RePaint's resampling; see `visits`.
-    Raises ValueError if timesteps do not descend or generators do not match the batch.    Source: DDPM Alg. 2.
+    Raises ValueError, at the first step, if timesteps do not descend or generators do not match the batch.
+    Source: DDPM Alg. 2.
     """
     check_timesteps(timesteps, schedule.num_train_timesteps)
     B, generators = len(x_t), seeded(generators)
@@ -107,8 +108,8 @@ def visits(timesteps: Tensor, final_step: bool = True, jumps: tuple[int, int] | 
     """All times that the loop comes to, in order: timesteps, then -1 (clean) if there is a final step.
 
     jumps: (jump_length, jump_n_sample). On its way down, at every jump_length-th entry counted from the end, the walk
-    goes jump_length entries back up and comes down again, until it has left that place jump_n_sample times. 1 is no
-    jump at all. Raises ValueError if either is below 1.
+    goes jump_length entries back up and comes down again, jump_n_sample - 1 times.
+    Raises ValueError if either is below 1.
     Source: the RePaint paper's resampling; checked against andreas128/RePaint guided_diffusion/scheduler.py@0fea066.
     """
     down, (jump_length, jump_n_sample) = timesteps.tolist(), jumps or (1, 1)
@@ -153,8 +154,8 @@ def draw_noise(shape: torch.Size | tuple[int, ...], generators: Sequence[torch.G
 def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torch.Generator]:
     """One generator for each seed, on the CPU. Image i is what its seed alone gives. A generator may stand for a seed.
 
-    stream: another number, another independent row of random numbers for the same seeds. It moves the seed far away
-    within 32 bits, all that torch's CPU generator takes of a seed.
+    stream: another number is another, independent row of random numbers for the same seeds: those of
+    seed + stream * 0x9E3779B1, in 32 bits, which are all that torch's CPU generator takes of a seed.
     Raises ValueError if seeds are not whole numbers in 0..2^32 - 1.
     """
     try:
@@ -170,5 +171,5 @@ def seeded(seeds: Iterable[int | torch.Generator], stream: int = 0) -> list[torc
 
 def other_stream(generators: Sequence[torch.Generator], stream: int) -> list[torch.Generator]:
     """The same seeds' generators in another stream, at its beginning. stream: counted from the stream they are in."""
-    step = 0x9E3779B1  # the golden ratio of 2^32: multiples of it never come near each other
+    step = 0x9E3779B1  # the golden ratio of 2^32: its first multiples lie far apart
     return [torch.Generator().manual_seed((g.initial_seed() + stream * step) % 2**32) for g in generators]
