@@ -125,7 +125,7 @@ class Cascade:
         stage2: likewise; "auto" is what fits the model (a folder: none).  text_model: whose text encoder (model's).
         device: "auto" is the best of this machine.
         dtype: of the networks, a torch.dtype or a name such as "float32"; None or "auto": what the device is fast at.
-        text_encoder: "whole", "streamed" (half a block in memory at a time), or "auto": streamed if free memory is
+        text_encoder: "whole", "streamed" (one matrix in memory at a time), or "auto": streamed if free memory is
         short.  prompt_embeds: a file of encoded prompts, which are then read and not computed.
         Raises ValueError (WeightsError among them) if anything is missing, broken or does not fit together.
         """

@@ -51,7 +51,7 @@ def add_machine_flags(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="auto", help="of the networks; auto: float16 where that is fast")
     p.add_argument("--text-encoder", choices=["auto", "whole", "streamed"], default="auto",
-                   help="streamed: half a block in memory at a time; auto: if free memory is short")  # fmt: skip
+                   help="streamed: one matrix in memory at a time; auto: if free memory is short")  # fmt: skip
     return p
 
 

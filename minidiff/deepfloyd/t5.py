@@ -221,22 +221,27 @@ def encode_streamed(
     encoder: T5Encoder, fetch: Callable[[str], dict[str, Tensor]], dtype: torch.dtype, input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The same forward with half a block in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
+    """The same forward with one matrix in memory at a time, so that T5-XXL needs less than 1 GiB instead of 11.
 
     encoder: on the meta device, and there again afterwards.
     fetch(prefix) returns the tensors below a prefix, mapped from the file: of the embedding only some rows are read.
-    dtype: what to compute in; matrices stored otherwise are cast one by one as they are used.
+    dtype: what to compute in; matrices stored otherwise are cast as they are used.
     input_ids, attention_mask and the result: as in T5Encoder.forward.
     """
-    unique, inverse = input_ids.unique(return_inverse=True)
-    h = fetch("shared.")["weight"][unique].float()[inverse]  # (B, L, D)
-    parts = {name: part for name, part in encoder.encoder.named_modules() if isinstance(part, Sublayer)}
-    for name, part in (parts | {"final_layer_norm": encoder.encoder.final_layer_norm}).items():
-        part.load_state_dict(fetch(f"encoder.{name}."), assign=True)
-        for norm in [m for m in part.modules() if isinstance(m, RMSNorm)]:
-            norm.to(dtype)  # what leaves a norm decides the precision of what follows
-        if name == "block.0.layer.0":
-            bias = encoder.attention_bias(attention_mask)
-        h = part(h, bias) if name.endswith("layer.0") else part(h)
-        part.to("meta")  # the last references to the mapping go: its pages leave memory
-    return h
+    layers = {name: m for name, m in encoder.named_modules() if isinstance(m, RMSNorm | Linear | nn.Embedding)}
+
+    def read(layer: nn.Module, name: str) -> None:
+        layer.load_state_dict(fetch(f"{name}."), assign=True)
+        if isinstance(layer, RMSNorm):
+            layer.to(dtype)  # what leaves a norm decides the precision of what follows
+
+    def drop(layer: nn.Module, *_: object) -> None:
+        layer.to("meta")  # the last reference to the mapping goes: its pages leave memory
+
+    hooks = [m.register_forward_pre_hook(lambda m, _, name=name: read(m, name)) for name, m in layers.items()]
+    hooks += [m.register_forward_hook(drop) for m in layers.values()]
+    try:
+        return encoder(input_ids, attention_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -3,7 +3,7 @@
 Read `tokenizer.py` and `t5.py` first. T5-XXL is the largest part of DeepFloyd IF (11.5 GB in half precision) and is
 used once per prompt, so there are three ways around holding it:
 
-    streamed     half a block at a time out of the mapped file: below 1 GiB, slower per prompt
+    streamed     one matrix at a time out of the mapped file: below 1 GiB, slower per prompt
     encoded      `python -m minidiff.encode` writes states to a file; commands read it with --prompt-embeds
     the course   its prompt_embeds_dict.pth, {prompt: (1, 77, 4096)}, is read and written in the same way
 """
@@ -62,7 +62,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """From a folder in the released layout.    Raises ValueError as `plan_text_encoder`.
     dtype: what to compute in; None: what the device is fast at.
-    streamed: hold half a block at a time, on the CPU; None: if memory is short, see `should_stream`."""
+    streamed: hold one matrix at a time, on the CPU; None: if memory is short, see `should_stream`."""
     precision = dtype or default_dtype(device)
     tokenizer, encoder, checkpoint = plan_text_encoder(folder, precision)
     if streamed or streamed is None and should_stream(encoder, precision, torch.device(device)):

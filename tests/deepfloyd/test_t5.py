@@ -113,7 +113,8 @@ def test_streamed_casts_float32_files(dtype):
     assert relative_l2(states, REFERENCE["masked"]) <= 0.02
 
 
-def test_streamed_fetches_half_a_block_at_a_time():
+def test_streamed_fetches_one_matrix_at_a_time():
+    """Each in the order of the forward pass, and all of them once. No hook stays behind."""
     state, fetched = build().state_dict(), []
 
     def fetch(prefix: str) -> dict[str, Tensor]:
@@ -123,8 +124,12 @@ def test_streamed_fetches_half_a_block_at_a_time():
     encoder = empty()
     encode_streamed(encoder, fetch, torch.float32, IDS, MASK)
     assert all(p.is_meta for p in encoder.parameters())
-    halves = [f"encoder.block.{i}.layer.{j}." for i in range(3) for j in range(2)]
-    assert fetched == ["shared.", *halves, "encoder.final_layer_norm."]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in encoder.modules())
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."
+    layers = ["0.layer_norm.", *(f"0.SelfAttention.{name}." for name in "qkvo"), "1.layer_norm.",
+              *(f"1.DenseReluDense.{name}." for name in ("wi_0", "wi_1", "wo"))]  # fmt: skip
+    blocks = [f"encoder.block.{i}.layer.{layer}" for i in range(3) for layer in layers]
+    assert fetched == ["shared.", bias, *blocks, "encoder.final_layer_norm."]
 
 
 def loud(dtype: torch.dtype) -> dict[str, Tensor]:
