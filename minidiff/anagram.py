@@ -131,6 +131,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_edit_flags(p)
     args = p.parse_intermixed_args(argv)
     if args.check:
+        if args.prompts:
+            raise ValueError("--check measures a view and draws nothing; leave it out, or the prompts")
         return args
     if not args.prompts:
         raise ValueError('no prompts; pass one for each view, before --view: "a coast" "a fire" --view identity flip')

@@ -213,8 +213,8 @@ class Cascade:
             raise ValueError("i_start needs an image to start from")
         if image is not None and mask is None and i_start is None:
             raise ValueError("what is to happen to the image? pass a mask, a box or i_start")
-        if jumps is not None and method != "repaint":
-            raise ValueError(f"jumps go with the method repaint, not with {method}")
+        if jumps is not None and (method != "repaint" or not isinstance(jumps, Sequence) or len(jumps) != 2):
+            raise ValueError(f"jumps are (jump_length, jump_n_sample) of method repaint, got {jumps} with {method}")
         generators, size = seeded(seeds), self.stage(1).unet.config.sample_size
         if method == "repaint":
             jumps = editing.jumps_for(len(times_for(setting.sampler, setting.steps)), *(jumps or ()))

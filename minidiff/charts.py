@@ -179,6 +179,8 @@ def compared(runs: Sequence[Path]) -> Image.Image:
     rows of loss.csv, so many that the longest run has at most MEANS points.
     Raises ValueError if a run has no losses.
     """
+    if not (runs := [Path(run) for run in runs]):
+        raise ValueError("no runs; pass folders that trainers had as --out")
     names = [run.name if [other.name for other in runs].count(run.name) == 1 else str(run) for run in runs]
     losses, held_out = ([read_rows(run / "training" / file) for run in runs] for file in ("loss.csv", "test.csv"))
     for run, rows in zip(runs, losses):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minidiff import cli, components, flags, images
 from minidiff.cascade import Cascade
-from minidiff.checks import number
+from minidiff.checks import number, same_shape
 from minidiff.deepfloyd.stages import base_model
 from minidiff.factorized import Part, factorized
 from minidiff.sampling import noised, one_step, seeded
@@ -62,7 +62,8 @@ def denoise(
 
 
 def mse(x: Tensor, original: Tensor) -> float:
-    """Mean squared error of two images in [-1, 1]."""
+    """Mean squared error of two images in [-1, 1]. Raises ValueError if their shapes differ."""
+    same_shape(x=x, original=original)
     return (x.clamp(-1, 1) - original).square().mean().item()
 
 

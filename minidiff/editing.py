@@ -132,7 +132,7 @@ def mask_at(mask: object, size: int) -> Tensor:
     Raises ValueError if a tensor has another shape; its numbers may be of any type.
     """
     if isinstance(mask, Tensor):
-        if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        if mask.ndim != 4 or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3] or not mask.numel():
             raise ValueError(f"a mask's tensor must be (1, 1, H, H), a square, got {tuple(mask.shape)}")
         return F.interpolate(mask.float(), (size, size), mode="nearest")
     return images.load_mask(mask, size) if isinstance(mask, (str, Path)) else box(mask, size)

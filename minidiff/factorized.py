@@ -92,7 +92,9 @@ def factorized(
 
 
 def listed(texts: str | Sequence[str]) -> list[str]:
-    """Prompts or names as a list: a single text becomes a list of one."""
+    """Prompts or names as a list: a single text becomes a list of one. Raises ValueError if there is none."""
+    if texts is None:
+        raise ValueError("pass a text, or a list of texts, got None")
     return [texts] if isinstance(texts, str) else list(texts)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minidiff import ddpm
-from minidiff.checks import same_shape, short
+from minidiff.checks import number, same_shape, short
 from minidiff.sampling import Prediction
 from minidiff.schedule import Schedule
 
@@ -37,10 +37,12 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
 
         x_t = (1 - t) x_0 + t x_1
 
-    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ.
+    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ, or at another time.
     Source: FM Eq. 22 with sigma_min = 0.
     """
     same_shape(x_0=x_0, x_1=x_1)
+    if not isinstance(time, Tensor) or not ((time >= 0) & (time <= 1)).all():
+        raise ValueError(f"times are a tensor (B,) in [0, 1], from noise to data, got {short(time)}")
     time = ddpm.cast(time.view(-1, 1, 1, 1), x_0)
     return (1 - time) * x_0 + time * x_1
 
@@ -111,8 +113,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") -
 
 def grid(steps: int) -> Tensor:
     """0, 1/steps, ..., 1: (steps + 1,) float64. Raises ValueError if there is no step."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    number("steps", steps, 1, whole=True)
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
 
@@ -145,6 +146,7 @@ def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: floa
     """
     now, h, evaluations = 0.0, 0.1, 1
     first = velocity(x, _all_at(now, x))
+    same_shape(x=x, velocity=first)
     while now < 1:
         h = min(h, 1 - now)
         stages = [first]
@@ -182,6 +184,7 @@ def divergence(velocity: Velocity, x: Tensor, time: Tensor, probe: Tensor | None
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()  # a copy: the tensors of `walk` cannot be differentiated
         v = velocity(x, time)
+        same_shape(x=x, velocity=v, probe=x if probe is None else probe)
         probes = torch.eye(x[0].numel()).to(x).view(-1, 1, *x.shape[1:]) if probe is None else [probe]
         total = torch.zeros(len(x)).to(x)
         for e in probes:
@@ -199,8 +202,8 @@ def log_likelihood(velocity: Velocity, x_1: Tensor, times: Tensor, probe: Tensor
     Of images with 256 grey levels only differences mean something, unless noise as wide as a level was added to them.
     Source: Chen et al., Neural Ordinary Differential Equations, 2018; the estimator, Grathwohl et al., FFJORD, 2019.
     """
-    if not (times.diff() > 0).all():
-        raise ValueError(f"times must rise from noise to data, such as grid(100), got {times.tolist()[0]} first")
+    if not (times.diff() > 0).all() or times[0] != 0 or times[-1] != 1:
+        raise ValueError(f"times rise from 0, noise, to 1, data, such as grid(100), got {short(times.tolist())}")
     x, spread, back = x_1, torch.zeros(len(x_1)).to(x_1), times.flip(0).tolist()
     for now, earlier in zip(back, back[1:]):
         h = earlier - now

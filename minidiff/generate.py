@@ -102,6 +102,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_intermixed_args(argv)
     if not args.prompts and not args.list:
         raise ValueError('no prompt; pass one, such as "a volcano", or --prompts to list what the model knows')
+    if args.prompts and args.list:
+        raise ValueError("--prompts lists what the model knows and draws nothing; leave it out, or the prompt")
     if args.list and args.model.removeprefix("DeepFloyd/") in weights.RELEASED:  # which need not be fetched for this
         raise ValueError(f"{args.model} brings no list of what it knows; mini does")
     if args.show_every is not None:

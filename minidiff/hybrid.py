@@ -73,8 +73,12 @@ def divided(
     if sigma != components.SIGMA and kind not in ("frequency", "triple"):
         raise ValueError(f"sigma goes with kind frequency and triple, not {kind}")
     number("sigma", sigma, 0)
+    if sigma == 0:
+        raise ValueError("sigma 0 leaves nothing to the prompts after the first; pass more, such as 2")
     if has_reference and is_edit:
         raise ValueError("a reference says what is kept already; leave out image, mask or box, feather and i_start")
+    if isinstance(weights, int | float):
+        raise ValueError(f"weights are a list, one for each prompt, got {weights}")
     chosen = components.of_kind(kind, sigma, None if weights is None else list(weights))
     if prompts != (needed := len(chosen) - has_reference):
         raise ValueError(f"{kind}{' with a reference' * has_reference} needs {needed} prompts, got {prompts}")

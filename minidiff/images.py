@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
 from torch import Tensor
 
 from minidiff.checkpoint import write_whole
-from minidiff.checks import short
+from minidiff.checks import number, short
 
 KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC  # Pillow's bicubic is antialiased
@@ -43,6 +43,7 @@ def load(path: str | Path | Image.Image | Tensor, size: int | None = None) -> Te
         if 0 <= in_range(path).min() < path.max() <= 1:
             warnings.warn("an image in [0, 1] is lighter than grey; if 0 is to be black, pass 2 * x - 1", stacklevel=2)
         path = to_pil(path)
+    number("size", 1 if size is None else size, 1, whole=True)
     image = _flat(path, "the image") if isinstance(path, Image.Image) else _flat(_read(path), path)
     return from_pil(image if size is None else ImageOps.fit(image, (size, size), BICUBIC))
 
@@ -105,8 +106,8 @@ def to_pil(x: Tensor) -> Image.Image:
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"an image is a tensor here, got {short(x)}; images.load reads files and Pillow images")
-    if x.dtype == torch.uint8:
-        raise ValueError("an image is floats in [-1, 1], got torch.uint8; of 0..255 pass x / 127.5 - 1")
+    if not x.is_floating_point():
+        raise ValueError(f"an image is floats in [-1, 1], got {x.dtype}; of 0..255 pass x / 127.5 - 1")
     if x.ndim == 4 and x.shape[0] == 1:
         x = x[0]
     if x.ndim != 3 or x.shape[0] not in (1, 3):
@@ -114,7 +115,7 @@ def to_pil(x: Tensor) -> Image.Image:
     x = x.detach().float().cpu()
     if x.isnan().any():
         raise ValueError("the image holds NaN: the network's output is not finite; try --dtype float32")
-    values = (255 * (x / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+    values = (255 * (in_range(x) / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
     return Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -295,8 +296,10 @@ def save_images(
 
     images: as in `to_pil`.  own: the metadata of each, if not the sheet's.  Returns the paths, the sheet's last.
     """
-    pages, paths = [to_pil(x) for x in images], output_paths(path, len(images))
-    written = [save(page, place, each) for page, place, each in zip(pages, paths, own or [metadata] * len(pages))]
+    pages, paths, own = [to_pil(x) for x in images], output_paths(path, len(images)), own or [metadata] * len(images)
+    if len(own) != len(pages):
+        raise ValueError(f"{len(pages)} images, but metadata of {len(own)}")
+    written = [save(page, place, each) for page, place, each in zip(pages, paths, own)]
     is_sheet = {"minidiff": "sheet", "images": ", ".join(place.name for place in written)}  # for `load`
     return [*written, save(sheet, paths[-1], metadata | is_sheet)]
 

@@ -11,12 +11,14 @@ may answer eps, x_start, v, the score or the velocity. Where x_t is known, one a
 makes (eps, x_start) of an answer (for eps, `ddpm.predict_x_start` does), `..._of` makes an answer of eps and x_start.
 
 alpha_bar: (B, 1, 1, 1) float64 in (0, 1), as `Schedule.alpha_bar` gives it.  x_t and answers: (B, C, H, W).
+All raise ValueError if the shapes of x_t and answers differ.
 """
 
 import torch
 from torch import Tensor
 
 from minidiff import ddpm
+from minidiff.checks import same_shape
 from minidiff.ddpm import cast
 
 
@@ -71,6 +73,7 @@ def to_flow(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def from_x_start(x_t: Tensor, x_start: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """(eps, x_start) of a network that answers x_start: eps = (x_t - sqrt(alpha_bar) x_start) / sqrt(1 - alpha_bar)."""
+    same_shape(x_t=x_t, x_start=x_start)
     return (x_t - cast(alpha_bar.sqrt(), x_t) * x_start) / cast((1 - alpha_bar).sqrt(), x_t), x_start
 
 
@@ -80,12 +83,14 @@ def from_v(x_t: Tensor, v: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v
         x_start = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
     """
+    same_shape(x_t=x_t, v=v)
     signal, noise = cast(alpha_bar.sqrt(), x_t), cast((1 - alpha_bar).sqrt(), x_t)
     return noise * x_t + signal * v, signal * x_t - noise * v
 
 
 def from_score(x_t: Tensor, score: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """(eps, x_start) of a network that answers the score: eps = -sqrt(1 - alpha_bar) score."""
+    same_shape(x_t=x_t, score=score)
     eps = -cast((1 - alpha_bar).sqrt(), x_t) * score
     return eps, ddpm.predict_x_start(x_t, eps, alpha_bar)
 
@@ -96,6 +101,7 @@ def from_velocity(x_t: Tensor, velocity: Tensor, alpha_bar: Tensor) -> tuple[Ten
         eps = x - time velocity
         x_start = x + (1 - time) velocity
     """
+    same_shape(x_t=x_t, velocity=velocity)
     x, time = to_flow(x_t, alpha_bar), cast(time_of(alpha_bar), x_t)
     return x - time * velocity, x + (1 - time) * velocity
 
@@ -107,6 +113,7 @@ def v_of(eps: Tensor, x_start: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Source: Progressive Distillation Sec. 4.
     """
+    same_shape(eps=eps, x_start=x_start)
     return cast(alpha_bar.sqrt(), eps) * eps - cast((1 - alpha_bar).sqrt(), eps) * x_start
 
 
@@ -120,4 +127,5 @@ def score_of(eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def velocity_of(eps: Tensor, x_start: Tensor) -> Tensor:
     """The direction from noise to data, x_1 - x_0 in flow matching's letters: x_start - eps."""
+    same_shape(eps=eps, x_start=x_start)
     return x_start - eps

@@ -241,14 +241,14 @@ class Measure(NamedTuple):
 
 
 @torch.inference_mode()
-def check(view: View, size: int = 64) -> list[Measure]:
+def check(view: View | str, size: int = 64) -> list[Measure]:
     """Measure what a view must be, at size and four times that: linear, V V^T = I, and alike for two images in 6
     channels.
 
     Statistics are over 64 noise images of 3 channels; their bound is five standard errors.
     Source: the conditions of the Visual Anagrams paper.
     """
-    generator = torch.Generator().manual_seed(0)
+    view, generator = named(view), torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 64, 3, size, size, generator=generator, dtype=torch.float64)
     vx, vy = view.view(x), view.view(y)
     before, after = (torch.cat(pair).flatten(1) for pair in ((x, y), (vx, vy)))

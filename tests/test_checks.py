@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff import checks, ddpm
+from minidiff import charts, checks, ddpm, denoise, editing, flow, images, notation
 from minidiff.cascade import Settings
-from minidiff.factorized import Part, averaged
+from minidiff.factorized import Part, averaged, through_views
 from minidiff.guidance import dynamic_threshold, guided
 from minidiff.schedule import leading, squaredcos_cap_v2
 from minidiff.solvers import invert, times_for
@@ -67,6 +67,35 @@ def test_other_slips():
     assert named(flip) is flip
     with pytest.raises(ValueError, match="no view '3'; choose from identity"):
         named(3)
+
+
+X, FLAT, THIRD = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), torch.full((2, 1, 1, 1), 1 / 3)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: flow.dormand_prince(lambda x, t: FLAT, X), "shapes must agree"),
+    (lambda: flow.divergence(lambda x, t: x, X, THIRD, FLAT), "shapes must agree"),
+    (lambda: flow.path(X, X, torch.tensor([500, 0])), "times are a tensor .B,. in .0, 1.,"),
+    (lambda: flow.path(X, X, 0.5), "times are a tensor .B,. in .0, 1.,"),
+    (lambda: flow.grid("50"), "steps must be a whole number of 1 or more, got '50'"),
+    (lambda: flow.log_likelihood(lambda x, t: x, X, flow.grid(4)[:3]), "times rise from 0, noise, to 1, data"),
+    (lambda: notation.from_v(X, FLAT, THIRD), "shapes must agree"),
+    (lambda: notation.from_x_start(X, FLAT, THIRD), "shapes must agree"),
+    (lambda: notation.from_score(X, FLAT, THIRD), "shapes must agree"),
+    (lambda: notation.from_velocity(X, FLAT, THIRD), "shapes must agree"),
+    (lambda: notation.v_of(X, FLAT, THIRD), "shapes must agree"),
+    (lambda: notation.velocity_of(X, FLAT), "shapes must agree"),
+    (lambda: denoise.mse(X, FLAT), "shapes must agree"),
+    (lambda: images.to_pil(torch.zeros(3, 4, 4, dtype=torch.int64)), "floats in .-1, 1., got torch.int64"),
+    (lambda: images.to_pil(torch.full((3, 4, 4), 200.0)), "values from 200 to 200; of 0..255 pass"),
+    (lambda: images.load(torch.zeros(3, 4, 4), 0), "size must be a whole number of 1 or more, got 0"),
+    (lambda: images.save_images([X[0]] * 2, None, "x.png", {}, [{}]), "2 images, but metadata of 1"),
+    (lambda: charts.compared([]), "no runs; pass folders"), (lambda: through_views(None, "flip"), "pass a text, or a"),
+    (lambda: editing.mask_at(torch.zeros(1, 1, 0, 0), 64), "a mask's tensor must be"),
+])  # fmt: skip
+def test_more_slips(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_a_time_in_place_of_alpha_bar_is_refused():

@@ -463,6 +463,9 @@ def test_an_image_goes_back_into_another_command(cascade, tmp_path, sheets):
         (denoise.main, ["PHOTO", "--seed", "1", "2"], "looks at one image of stage 1"),
         (hybrid.main, ["a", "--reference", "PHOTO", "--box", "0", "0", "9", "9"], "says what is kept already"),
         (generate.main, ["a", "--steps", "2", "3", "--show-every", "1"], "looks at one run: pass one"),
+        (generate.main, ["a", "--prompts"], "--prompts lists what the model knows and draws nothing"),
+        (anagram.main, ["a", "b", "--check", "flip"], "--check measures a view and draws nothing"),
+        (hybrid.main, ["a", "b", "--sigma", "0"], "sigma 0 leaves nothing to the prompts after the first"),
     ],
 )  # fmt: skip
 def test_bad_input_has_one_line(cascade, photo, tmp_path, capsys, main, argv, message):

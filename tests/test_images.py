@@ -542,7 +542,7 @@ def test_to_pil_takes_each_shape():
 
 
 def grey(height: int, width: int, value: float = 0.0) -> torch.Tensor:
-    return torch.full((1, 3, height, width), value)
+    return torch.full((1, 3, height, width), float(value))
 
 
 def test_sheet_shows_small_images_enlarged_without_blur():

@@ -31,7 +31,7 @@ IN_FIGURE = 20  # samples
 
 def answer(unet: UNet, digits: Sequence[int], turned: Sequence[views.View], guidance_scale: float) -> models.Answer:
     """The anagram of these digits, each through its view, for `models.walk`."""
-    parts = [Part(one_hot(torch.tensor([digit]))[:, None], view) for digit, view in zip(digits, turned)]
+    parts = [Part(one_hot(torch.tensor([digit]))[:, None], view) for digit, view in zip(digits, turned, strict=True)]
     return factorized(models.as_model(unet), averaged(*parts), torch.zeros(1, 1, CLASSES), guidance_scale)
 
 

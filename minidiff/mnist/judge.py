@@ -187,6 +187,8 @@ def report(loaded: Loaded, images: Tensor, labels: Tensor | None, seed: int, dat
     lines = [f"N = {(n := len(images))}, seeds {seed} to {seed + n - 1}, values clamped to [0, 1]; the judge is right "
              f"about {config['accuracy']:.2%} of test digits"]  # fmt: skip
     if labels is not None:
+        if (labels := torch.as_tensor(labels)).shape != images.shape[:1]:
+            raise ValueError(f"{n} images need as many labels, got {tuple(labels.shape)}")
         low, high = wilson(share := agreement(verdicts, labels), n)
         lines.append(f"agreement with the class asked for: {share:.2%} (95 % interval {low:.2%} to {high:.2%})")
     lines.append("balance: " + ", ".join(f"{k} {s:.1%}" for k, s in enumerate(shares.tolist()))
@@ -222,8 +224,6 @@ def score(path: Path, folder: Path) -> None:
         with safe_open(path, "pt") as f:
             tensors, dataset = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()["dataset"]
         images, labels, seed = tensors["images"], tensors.get("labels"), int(tensors["seed"])
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise ValueError(f"{len(images)} images, but labels {tuple(labels.shape)}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no samples ({error}); write it with sample --tensors") from error
     print("\n".join(report(load(folder), images, labels, seed, dataset)))

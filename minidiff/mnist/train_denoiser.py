@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     config = trainer.complete(args, "denoiser", PRESETS)
     sigma = config.get("sigma", None if args.pure_noise else SIGMA)
+    if args.pure_noise and sigma is not None:
+        raise ValueError(f"the network in {args.figures or args.start_from} is of sigma {sigma}; omit --pure-noise")
     with training.processes(args.device) as device:
         model, (train, test) = trainer.network(args, "denoiser", PRESETS, device), trainer.digits(args, device)
 

@@ -160,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with training.processes(args.device) as device:
         if args.preset == "reflow":
             args.teacher = args.teacher or Path(config.get("teacher", WEIGHTS / "mnist" / "flow"))
+            if not (args.teacher / "config.json").is_file():
+                raise ValueError(f"no teacher in {args.teacher}; pass the folder of a flow network: --teacher FOLDER")
             teacher, config = models.load(args.teacher, device, "flow")
             args.dataset = config["dataset"]
         begins = teacher is not None and not (args.figures or args.start_from)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidiff import images, training
+from minidiff.checks import chosen
 from minidiff.cli import file_path
 from minidiff.mnist import data, models
 from minidiff.mnist.data import DATASETS, Digits, generator
@@ -77,22 +78,22 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
     lines = [f"  {name:12}  {plan}" + (f"; {unet.hidden} channels" if unet else "") for name, (plan, unet) in
              presets.items()]  # fmt: skip
     p.epilog = "\n".join(["presets:", *lines])
-    p.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="below (default %(default)s)")
+    p.add_argument("--preset", choices=list(presets), help=f"below (default {next(iter(presets))})")
     for f in fields(Plan):
         more = ": the factor by which the rate falls in the whole run" if f.name == "lr_decay" else ""
         p.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"instead of the preset's{more}")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="draw and write an average of the weights, 0.999 for example (default: none)")  # fmt: skip
     p.add_argument("--data", type=file_path, default=Path("data"), help="where the digits are, or go (default data)")
-    p.add_argument("--dataset", choices=list(DATASETS), default="mnist", help="default %(default)s")
+    p.add_argument("--dataset", choices=list(DATASETS), help=f"default {next(iter(DATASETS))}")
     p.add_argument("--out", type=file_path, help="folder (default: out/mnist/ and kind, preset, data set)")
-    if presets[p.get_default("preset")].unet:
+    if next(iter(presets.values())).unet:
         more = "keep the network of these epochs as OUT/epochs/NN, for example 1 5 10"
         p.add_argument("--keep-epochs", type=int, nargs="+", metavar="N", help=more)
         given = p.add_mutually_exclusive_group()
         more = "train nothing; draw the figures of the end with the network in FOLDER, into --out"
         given.add_argument("--figures", type=file_path, metavar="FOLDER", help=more)
-        more = "train the network in FOLDER on, by the plan of its preset, into --out"
+        more = "train the network in FOLDER on, by the plan of its preset; keep FOLDER until the run has ended"
         given.add_argument("--start-from", type=file_path, metavar="FOLDER", help=more)
     p.add_argument("--seed", type=int, default=0, help="default %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default %(default)s)")
@@ -103,13 +104,19 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
 def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
     """Choose --out, and the plan: that of the preset where no flag changes it; of --quick, few and small steps.
 
-    With --figures and --start-from, preset and data set become those of the network in the folder, and its config is
+    With --figures and --start-from, preset and data set are those of the network in the folder, and its config is
     returned.
-    Raises ValueError as `models.read`, on epochs, rates and seeds that no run has, or if --out cannot be written.
+    Raises ValueError as `models.read`, on flags that do not fit that network, on epochs, rates and seeds that no run
+    has, or if --out cannot be written.
     """
     folder = args.figures or args.start_from
     config = models.read(folder, kind)[0] if folder else {}
-    args.preset, args.dataset = config.get("preset", args.preset), config.get("dataset", args.dataset)
+    for name, table in (("preset", presets), ("dataset", DATASETS)):
+        asked, own = getattr(args, name), config.get(name)
+        if own is not None and asked not in (None, own):
+            raise ValueError(f"{folder} holds a network of {name} {own}, not {asked}; leave out --{name}")
+        setattr(args, name, asked or own or next(iter(table)))
+        chosen(name, getattr(args, name), table)
     if args.out is None:
         names = [v for v in (args.preset, args.dataset) if v not in (next(iter(presets)), "mnist")]
         flags = [name for name in ("pure_noise", "figures", "start_from", "quick") if getattr(args, name, None)]

@@ -199,7 +199,7 @@ def test_bad_input_is_named(tmp_path, trained, capsys):
         ({"images": images[:0]}, "digits must be (N, 1, 28, 28) of float32, got (0, 1, 28, 28)"),
         ({"images": images[:, 0]}, "of float32, got (3, 28, 28)"), ({"images": torch.rand(3, 1, 32, 32)}, "32, 32)"),
         ({"images": images.half()}, "of torch.float16"), ({"images": images * math.nan}, "the digits hold NaN or inf"),
-        ({"images": images, "labels": torch.tensor([3])}, "holds no samples (3 images, but labels (1,)"),
+        ({"images": images, "labels": torch.tensor([3])}, "3 images need as many labels, got (1,)"),
         ({"images": images, "seed": torch.tensor([0, 1])}, "holds no samples"),
     ):  # fmt: skip
         save_file(one | wrong, file, {"dataset": "mnist"})
