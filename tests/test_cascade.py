@@ -528,7 +528,7 @@ def test_jumps_are_repaints_alone(folders):
         jumps = (1, 2) if method == "repaint" else None
         cascade.make(parts, [0], image=image, mask=(0, 0, 32, 64), method=method, jumps=jumps)
         assert len(sizes) == calls, method
-    with pytest.raises(ValueError, match="jumps go with the method repaint, not with clean"):
+    with pytest.raises(ValueError, match="of method repaint, got .1, 2. with clean"):
         cascade.make(parts, [0], image=image, mask=(0, 0, 32, 64), method="clean", jumps=(1, 2))
     sizes.clear()  # by themselves they are as long as half the walk, and three passes
     cascade.make(parts, [0], image=image, mask=(0, 0, 32, 64), method="repaint")

@@ -18,19 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidiff import checkpoint, checks, ddpm, flow, images
+from minidiff import checkpoint, checks, flow, images
 from minidiff.flow import Velocity
 from minidiff.guidance import Model, guided
 from minidiff.mnist.data import CLASSES, one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
-from minidiff.sampling import Prediction, denoise, draw_noise, seeded
+from minidiff.sampling import Prediction, denoise, draw_noise, noised, seeded
 from minidiff.schedule import Schedule, linear
 from minidiff.solvers import STEPS, times_for
 
 T = 300  # times of the course's schedule
 FLOW_STEPS = 50
+FIRST_STEPS = 5  # of `noised_digit`
 SAMPLERS = {  # of each kind, the default first; with few steps, the smaller variance of ddpm-lower leaves less grain
-    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-lower", "ddpm-mean", *STEPS)],
+    "ddpm": [name + clip for clip in ("", "-clip") for name in ("ddpm-twice", "ddpm-lower", *STEPS)],
     "flow": [*flow.METHODS, "dormand-prince"],
 }
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, time in [0, 1]) -> (eps or velocity, None)
@@ -69,12 +70,15 @@ def read(folder: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
         tensors = load_file(folder / "model.fp16.safetensors")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read ({error}); copy it again, or {how}") from error
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise ValueError(f"the network in {folder} holds NaN or infinity; {how}")
     return config, {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", *kinds: str) -> tuple[UNet, dict]:
     """A trained network, ready to draw, and its config. Raises ValueError as `read`, or if config and file misfit."""
-    (config, tensors), device = read(folder, *kinds), torch.device(device)
+    (config, tensors), device = read(folder, *(kinds or ("ddpm", "flow", "denoiser"))), torch.device(device)
+    config = {"dataset": "mnist", "trained": "for an unknown time"} | config
     with checkpoint.blaming(Path(folder)):
         unet = UNet(UNetConfig(**config["unet"]))
         unet.load_state_dict(tensors)
@@ -116,10 +120,14 @@ def guided_unet(unet: UNet, labels: Tensor | None = None, guidance_scale: float 
     if labels is None or not unet.config.num_classes:
         guidance_scale = 1.0
     else:
-        labels = torch.as_tensor(labels)
-        if labels.is_floating_point() or labels.ndim != 1 or not 0 <= labels.min() <= labels.max() < CLASSES:
+        try:
+            labels = torch.as_tensor(labels)
+            classes = one_hot(labels.long())[:, None]
+            good = not labels.is_floating_point() and labels.dtype != torch.bool and 0 < len(labels) == labels.numel()
+        except (TypeError, ValueError, RuntimeError):  # words, classes beyond 9, none at all
+            good = False
+        if not good:
             raise ValueError(f"labels are a row of classes 0 to 9, such as [3, 4], got {checks.short(labels)}")
-        classes = one_hot(labels)[:, None]
     answer = guided(as_model(unet), classes, nothing, guidance_scale)
     answer.kind = getattr(unet, "kind", None)  # of a network that `load` read: `walk` looks whether the sampler fits
     return answer
@@ -142,7 +150,8 @@ def velocity(answer: Answer) -> Velocity:
 
 
 def check_sampler(sampler: str, kind: str | None) -> None:
-    """Raise ValueError if a sampler is not for this kind of network; None is any kind."""
+    """Raise ValueError if there is no such sampler, or it is not for this kind of network; None is any kind."""
+    checks.chosen("sampler", sampler, dict.fromkeys(sum(SAMPLERS.values(), [])))
     if kind and sampler not in SAMPLERS[kind]:
         raise ValueError(f"sampler {sampler} is for another kind of network; of {kind}: {', '.join(SAMPLERS[kind])}")
 
@@ -152,19 +161,19 @@ def walk(
 ) -> Iterator[Tensor]:
     """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on.
 
-    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-mean"
-    does so and begins at `from_mean`, "-clip" clips each estimate to [0, 1], dormand-prince chooses its own steps.
+    answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-twice"
+    does so and begins with `noised_digit`, "-clip" clips each estimate to [0, 1], dormand-prince chooses its own steps.
     Raises ValueError without generators, and as `check_sampler`.
     """
     check_sampler(sampler, getattr(answer, "kind", None))
-    if not generators:
+    if not (generators := seeded(generators)):
         raise ValueError("there is no image to draw; pass --num-images 1 or more")
     x = draw_noise((len(generators), 1, 28, 28), generators).to(device)
     if sampler in SAMPLERS["ddpm"]:
         name, *options = sampler.split("-")
-        yield (x := from_mean(answer, x) if "mean" in options else x)
+        yield (x := noised_digit(answer, x, generators) if "twice" in options else x)
         clip = (lambda x_start: x_start.clamp(0, 1)) if "clip" in options else None
-        predict, times = prediction(answer, not {"lower", "mean"}.isdisjoint(options)), times_for(name, steps, T)
+        predict, times = prediction(answer, not {"lower", "twice"}.isdisjoint(options)), times_for(name, steps, T)
         for state in denoise(predict, x, times, course_schedule(), generators, step=STEPS[name], fix_x_start=clip):
             yield state.x_prev
     elif sampler == "dormand-prince":
@@ -175,17 +184,17 @@ def walk(
 
 
 @torch.inference_mode()
-def from_mean(answer: Answer, noise: Tensor) -> Tensor:
-    """Where a DDPM's walk begins if it begins as its training ended: with the mean digit in the noise.
+def noised_digit(answer: Answer, noise: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Where a DDPM's walk begins if it begins as its training ended: with a digit in the noise.
 
-        x_T = sqrt(alpha_bar) E[x_start] + sqrt(1 - alpha_bar) noise,    alpha_bar = 0.048 at the last of 300 times
+        x_T = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) noise,    alpha_bar = 0.048 at the last of 300 times
 
-    noise: (B, 1, 28, 28).  E[x_start] is the network's own estimate from the noise (`ddpm.predict_x_start`), clamped to
-    [0, 1]. Noise tells of no digit, so it is near the mean of all digits, or of the class. It takes one evaluation.
+    noise: (B, 1, 28, 28).  x_start is a digit of the network's own, drawn from this noise in FIRST_STEPS and clamped to
+    [0, 1]. The noise beside it is new.
     """
-    t = torch.full((len(noise),), T - 1, device=noise.device)
-    alpha_bar, (eps, _) = course_schedule().alpha_bar(t), prediction(answer)(noise, t)
-    return ddpm.add_noise(ddpm.predict_x_start(noise, eps, alpha_bar).clamp(0, 1), noise, alpha_bar)
+    predict, times = prediction(answer, lower=True), times_for("ddpm", FIRST_STEPS, T)
+    *_, end = denoise(predict, noise, times, course_schedule(), generators)
+    return noised(end.x_prev.clamp(0, 1), T - 1, course_schedule(), generators)
 
 
 def draw(
@@ -213,7 +222,7 @@ def at_once(device: torch.device) -> int:
 def strip(rows: Sequence[Tensor], labels: Sequence[str | list[str]], title: str = "") -> Image.Image:
     """A labelled strip of rows of digits, each (n, 1, 28, 28) in [0, 1].  labels: of each row, or of each digit."""
     texts = [[text] * len(row) if isinstance(text, str) else text for row, text in zip(rows, labels)]
-    scaled = [list((2 * row.cpu() - 1).nan_to_num(nan=0.0)) for row in rows]  # no training shall end over a NaN
+    scaled = [list((2 * row.cpu() - 1).nan_to_num(0.0).clamp(-1, 1)) for row in rows]  # no training ends over a NaN
     return images.sheet(scaled, texts, title)
 
 

@@ -5,7 +5,7 @@
     python -m minidiff.mnist.sample --digits 3,7 --num-images 8 --guidance-scale 0 1 5 10
     python -m minidiff.mnist.sample --sampler ddpm ddim dpm++ --steps 10 20
     python -m minidiff.mnist.sample --sampler ddpm ddpm-lower ddpm-clip     less noise in a step; estimates in [0, 1]
-    python -m minidiff.mnist.sample --sampler ddpm-lower ddpm-mean          from noise, and from the mean digit in it
+    python -m minidiff.mnist.sample --sampler ddpm-lower ddpm-twice         from noise, and from a digit in it
     python -m minidiff.mnist.sample --kind flow --sampler euler midpoint heun --steps 5 10
     python -m minidiff.mnist.sample --model out/mnist/flow-class out/mnist/flow-reflow   two models, the same noise
     python -m minidiff.mnist.sample --out out/digits.gif                    the walk of the first row, as an animation
@@ -73,7 +73,9 @@ class Row(NamedTuple):
 
 def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """The rows that the flags ask for. Raises ValueError on what cannot be drawn, before anything is."""
-    rows, folders = [], args.model or [WEIGHTS / "mnist" / args.kind]
+    if args.model and args.kind:
+        raise ValueError("--kind names an embedded network, --model another; leave out one of them")
+    rows, folders = [], args.model or [WEIGHTS / "mnist" / (args.kind or "ddpm")]
     for folder in folders:
         unet, config = models.load(folder, device, *STEPS)
         name = folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
@@ -108,14 +110,14 @@ def save_figure(
                         seeds, device, row.steps, row.sampler)  # fmt: skip
         hook.remove()
         dataset, classes = row.config["dataset"], {"labels": labels} if row.unet.config.num_classes else {}
+        if judging is not None:  # raises if a sample is not finite
+            report = judge.report(judging, x, classes.get("labels"), args.seed, dataset)
+            print(f"{', '.join(row.words)}, trained {row.config['trained']}:", *report, sep="\n  ")
         if args.tensors and row is rows[0]:
             tensors = {"images": x, "seed": torch.tensor(args.seed)} | classes
             checkpoint.save(tensors, args.tensors, {"dataset": dataset})
-        if judging is not None:
-            report = judge.report(judging, x, classes.get("labels"), args.seed, dataset)
-            print(f"{', '.join(row.words)}, trained {row.config['trained']}:", *report, sep="\n  ")
         text = [word for word in row.words if word not in common]
-        if row.sampler in SAMPLERS["flow"][1:]:  # the others have one evaluation in each step
+        if row.sampler in SAMPLERS["flow"][1:]:  # the others have one in each step; ddpm-twice has five more
             text.append(f"{len(calls) // -(-len(seeds) // models.at_once(device))} evaluations")
         tens += (parts := x[:IN_FIGURE].split(CLASSES))
         texts += [""] * (len(parts) - 1) + [", ".join(text)]
@@ -126,7 +128,7 @@ def save_figure(
 def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     """The command, also for trainers.  judged: whether to print what the judge says."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kind", choices=list(STEPS), default="ddpm", help="of the embedded network (default %(default)s)")
+    p.add_argument("--kind", choices=list(STEPS), help="of the embedded network (default ddpm)")
     p.add_argument("--model", type=file_path, nargs="+", help="folders of trained networks instead of the embedded one")
     p.add_argument("--digits", type=parse_digits, default="0-9", help="like 0-9, 3,7 or 0-2,9 (default %(default)s)")
     p.add_argument("--num-images", type=int, default=1, help="of each digit (default %(default)s)")
@@ -146,6 +148,8 @@ def run(argv: Sequence[str] | None = None, judged: bool = True) -> None:
     is_gif, device = args.out.suffix.lower() == ".gif", device_of(args.device)
     if args.tensors:
         images.check_output(args.tensors, known=(".safetensors",))
+        if args.tensors.with_name("config.json").is_file():
+            raise ValueError(f"{args.tensors.parent} holds a network; pass --tensors in another folder")
         if is_gif:
             raise ValueError("a GIF shows a walk and writes no samples; pass --out digits.png to go with --tensors")
     rows, labels = rows_of(args, device), torch.tensor(args.digits).repeat(args.num_images)

@@ -7,8 +7,8 @@
 
 T = 300 times with betas from 1e-4 to 0.02. The course counts them 1 to T; here they are 0 to T - 1, and the network
 gets (t + 1) / T. With these betas 1,000 steps end at alpha_bar = 0.00004, and 300 end at 0.048: 22 % of the image's
-amplitude are still there at the noisiest time, yet sampling starts from pure noise, which the network has never met.
-Chapter 15 of the walkthrough measures what that costs.
+amplitude are still there at the noisiest time, yet the course's sampling starts from pure noise, which the network has
+never met. Here it starts with a digit in the noise (`models.noised_digit`; chapter 15 of the walkthrough compares).
 
 At the end come sampling.gif, cleaned.png (noisy test digits made clean by the last part of the same walk) and, for a
 network that takes the digit, guidance.png (scales 0, 1, 5, 10) and unconditional.gif (without a class).

@@ -14,7 +14,9 @@ from minidiff.mnist import models
 from minidiff.mnist.data import one_hot
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import denoise, draw_noise, final, seeded
+from minidiff.schedule import respaced
 from minidiff.toy import gaussian
+from minidiff.weights import WEIGHTS
 
 
 def net(classes=True):
@@ -123,20 +125,24 @@ def test_fewer_steps_are_the_same_algorithm_between_the_times_they_keep(sampler)
     assert (found.max().item() > 1.5) is ("clip" not in sampler)  # as far out as clipping would not leave it
 
 
-def test_a_walk_from_the_mean_begins_as_training_ended():
-    """A network that answers eps = noise / 2 says x_start = (1 - sqrt(1 - a) / 2) / sqrt(a) noise, here clamped to
-    [0, 1]: so x_T is sqrt(a) times that and sqrt(1 - a) noise, and of noise below 0 only the latter."""
-    a = models.course_schedule().alphas_cumprod[-1].item()
-    noise = torch.tensor([-1.0, 0.1, 2.0]).expand(1, 1, 28, 3)
-    began = models.from_mean(lambda x, time: (x / 2 if (time == 1).all() else None, None), noise)
-    x_start = (1 - (1 - a) ** 0.5 / 2) / a**0.5 * 0.1  # 0.23
-    expected = [-((1 - a) ** 0.5), a**0.5 * x_start + (1 - a) ** 0.5 * 0.1, a**0.5 + (1 - a) ** 0.5 * 2]
-    assert began[0, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
-    answer = models.guided_unet(net(), LABELS)
-    first, *_ = models.walk(answer, seeded([1, 2, 3]), torch.device("cpu"), 3, "ddpm-mean")
-    assert torch.equal(first, models.from_mean(answer, draw_noise((3, 1, 28, 28), seeded([1, 2, 3]))))
-    ends = [last(models.walk(answer, seeded([1, 2, 3]), "cpu", 3, name)) for name in ("ddpm-mean", "ddpm-lower")]
-    assert (ends[0] - ends[1]).abs().max() > 1e-3
+def test_a_walk_may_begin_as_training_ended():
+    """ddpm-twice: five steps to a first digit, which is clamped and noised to t = 299 with new noise: sqrt(a) digit +
+    sqrt(1 - a) noise. From there it goes on as ddpm-lower does."""
+    a, times = models.course_schedule().alphas_cumprod[-1].item(), []
+    unet_answer = models.guided_unet(net(), LABELS)
+
+    def answer(x, time):
+        times.append(round(300 * float(time[0])) - 1)
+        return unet_answer(x, time)
+
+    states = list(models.walk(answer, seeded([1, 2, 3]), torch.device("cpu"), 3, "ddpm-twice"))
+    assert times == [299, 224, 150, 75, 0, 299, 150, 0] and len(states) == 4
+    generators = seeded([1, 2, 3])
+    noise, predict = draw_noise((3, 1, 28, 28), generators), models.prediction(unet_answer, lower=True)
+    digit = final(denoise(predict, noise, respaced(5, 300), models.course_schedule(), generators)).clamp(0, 1)
+    torch.testing.assert_close(states[0], a**0.5 * digit + (1 - a) ** 0.5 * draw_noise(noise.shape, generators))
+    rest = denoise(predict, states[0], respaced(3, 300), models.course_schedule(), generators)
+    assert torch.equal(states[-1], final(rest)) and digit.max() == 1
 
 
 def test_a_folder_a_device_and_labels_may_be_plain_values(tmp_path):
@@ -146,11 +152,21 @@ def test_a_folder_a_device_and_labels_may_be_plain_values(tmp_path):
     drawn = models.draw(lambda part: models.guided_unet(unet, [3, 1, 7][part], 5.0), [1, 2, 3], "cpu", 2, "ddim")
     assert torch.equal(drawn, models.draw(lambda part: models.guided_unet(unet, LABELS[part], 5.0), [1, 2, 3],
                                           torch.device("cpu"), 2, "ddim"))  # fmt: skip
-    for labels in (3, [10], [-1], [0.5], torch.zeros(2, 2, dtype=torch.int64)):
+    assert models.guided_unet(unet, np.array([3, 4], np.uint8)) and models.guided_unet(unet, torch.tensor([3]).int())
+    for labels in (3, [10], [-1], [0.5], [], ["3"], "3", [True, False], torch.zeros(2, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="labels are a row of classes 0 to 9, such as .3, 4., got "):
             models.guided_unet(unet, labels)
     with pytest.raises(ValueError, match="no kind of network 'DDPM'; choose from judge, denoiser, ddpm, flow"):
         models.load(tmp_path, "cpu", "DDPM")
+    with pytest.raises(ValueError, match="no sampler 'ddmp'; choose from ddpm-twice, ddpm-lower, ddpm"):
+        list(models.walk(models.guided_unet(unet), [0], torch.device("cpu"), 2, "ddmp"))
+    with pytest.raises(ValueError, match="holds a judge, not a ddpm or flow or denoiser"):
+        models.load(WEIGHTS / "mnist" / "judge")
+    with torch.no_grad():
+        unet.out.bias.fill_(torch.nan)
+    models.write(tmp_path / "nan", unet, config)
+    with pytest.raises(ValueError, match="the network in .*nan holds NaN or infinity; train one with"):
+        models.load(tmp_path / "nan")
 
 
 def test_clipping_reaches_the_samplers_without_noise():
@@ -162,7 +178,7 @@ def test_clipping_reaches_the_samplers_without_noise():
         assert ends[1].min() == 0 and ends[1].max() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("sampler", [name for name in models.SAMPLERS["ddpm"] if "mean" not in name])
+@pytest.mark.parametrize("sampler", [name for name in models.SAMPLERS["ddpm"] if "twice" not in name])
 def test_ddpm_asks_once_for_every_time(sampler):
     times, cpu = [], torch.device("cpu")
 

@@ -36,7 +36,8 @@ def alone(unet, labels, seeds, steps, sampler, scale=5.0):
             "no trained ddpm or flow in nowhere; train one with `python -m minidiff.mnist.train_d",
         ),
         (["--out", "digits.xyz"], "must end in one of"),
-        (["--sampler", "heun"], "sampler heun is for another kind of network; of ddpm: ddpm-lower, ddpm-mean"),
+        (["--sampler", "heun"], "sampler heun is for another kind of network; of ddpm: ddpm-twice, ddpm-lower"),
+        (["--kind", "flow", "--model", "OUT"], "--kind names an embedded network, --model another; leave out one"),
         (["--kind", "flow", "--sampler", "ddim"], "sampler ddim is for another kind of network; of flow: euler, mid"),
         (["--seed", "-1"], "a seed must lie in 0..2^32 - 1, got -1"),
         (["--num-images", "0"], "--num-images must be a whole number of 1 or more, got"),
@@ -53,6 +54,15 @@ def test_wrong_flags_end_in_one_line(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         sample.main(["--out", str(tmp_path / "s.png"), *(flag.replace("OUT", str(tmp_path)) for flag in flags)])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_samples_do_not_replace_a_network_or_good_samples(own, tmp_path, capsys):
+    files = ["--quick", "--model", own, "--out", tmp_path / "s.png", "--tensors"]
+    message = fails(capsys, sample.main, *files, own / "model.fp16.safetensors")
+    assert f"{own} holds a network; pass --tensors in another folder" in message
+    (tmp_path / "t.safetensors").write_text("good")
+    message = fails(capsys, sample.main, *files, tmp_path / "t.safetensors", "--guidance-scale", "1e38")
+    assert "the digits hold NaN or infinity" in message and (tmp_path / "t.safetensors").read_text() == "good"
 
 
 def test_a_network_without_classes_gets_no_digit(tmp_path, capsys):
@@ -97,7 +107,7 @@ def test_a_ddpm_and_a_flow_stand_side_by_side_each_with_its_own_sampler_and_step
     )
     folders = [str(WEIGHTS / "mnist" / kind) for kind in ("ddpm", "flow")]
     sample.main(["--model", *folders, "--digits", "3", "--out", str(tmp_path / "s.png")])
-    assert walks == [(300, "ddpm-lower"), (50, "euler")]
+    assert walks == [(300, "ddpm-twice"), (50, "euler")]
 
 
 def test_a_row_for_each_scale_solver_and_number_of_steps(tmp_path, capsys, monkeypatch):
@@ -124,7 +134,7 @@ def test_the_figure_names_every_row_below_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "strip", lambda *args: strips.append(args) or strip(*args))
     sample.main(["--digits", "3", "--num-images", "12", "--guidance-scale", "0", "1", "--out", str(tmp_path / "s.png")])
     rows, texts, title = strips[0]
-    assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, by ddpm-lower, 300 steps, seeds 0 to 11"
+    assert texts == ["", "scale 0", "", "scale 1"] and title == "ddpm, by ddpm-twice, 300 steps, seeds 0 to 11"
     assert [(len(x), x.mean().item()) for x in rows] == [(10, 0), (2, 0), (10, 1), (2, 1)]
 
 

@@ -16,6 +16,7 @@ from minidiff.mnist import levels, models, sample, train_denoiser, train_diffusi
 from minidiff.mnist.trainer import Plan, Preset
 from minidiff.mnist.unet import UNet, UNetConfig
 from minidiff.sampling import draw_noise, seeded
+from minidiff.weights import WEIGHTS
 from tests.mnist.real import fails
 
 
@@ -144,7 +145,7 @@ def test_reflow_names_its_two_networks_and_keeps_a_tenth_for_the_test(teacher, f
     assert (len(train), len(test)) == (180, 20) and not train & test
     edit_config(tmp_path / "q", teacher=str(tmp_path / "gone"))
     message = fails(capsys, train_flow.main, "--figures", tmp_path / "q", "--out", tmp_path / "z")
-    assert f"no trained flow in {tmp_path / 'gone'}" in message
+    assert f"no teacher in {tmp_path / 'gone'}; pass the folder of a flow network: --teacher FOLDER" in message
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,21 @@ def test_a_run_may_start_from_a_trained_network(module, kind, folder, tmp_path, 
     message = fails(capsys, module.main, *flags, tmp_path / "third")
     assert f"of a run with start_from {tmp_path / 'first'}, not" in message
     assert f"no trained {kind} in {tmp_path}" in fails(capsys, module.main, *flags, tmp_path)
+
+
+def test_flags_that_do_not_fit_the_network_of_a_folder_are_refused(folder, tmp_path, capsys):
+    run(train_diffusion, tmp_path / "n", folder, "--preset", "class")
+    flags = ["--quick", "--data", folder, "--out", tmp_path / "m"]
+    for how in ("--start-from", "--figures"):
+        for name, value, own in (("preset", "better", "class"), ("dataset", "fashion", "mnist")):
+            message = fails(capsys, train_diffusion.main, *flags, how, tmp_path / "n", f"--{name}", value)
+            assert f"{tmp_path / 'n'} holds a network of {name} {own}, not {value}; leave out --{name}" in message
+        message = fails(capsys, train_denoiser.main, *flags, how, WEIGHTS / "mnist" / "denoiser", "--pure-noise")
+        assert "is of sigma 0.5; omit --pure-noise" in message
+    for preset in ("huge", ["class"]):
+        edit_config(tmp_path / "n", preset=preset)
+        message = fails(capsys, train_diffusion.main, *flags, "--start-from", tmp_path / "n")
+        assert "no preset " in message and "choose from time, class, small" in message
 
 
 def test_reflow_does_not_go_on_with_another_run(folder, tmp_path, monkeypatch, capsys):
@@ -190,19 +206,21 @@ def test_quick_reflow_of_the_embedded_teacher_is_quick(folder, tmp_path):
 
 def test_unconditional_gif_is_drawn_without_a_class(folder, tmp_path, monkeypatch):
     """From the same noise as sampling.gif, in which every digit has its class and none."""
-    walks, classes, forward = {}, [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, x, time, c: classes.append(c) or forward(self, x, time, c))
+    walks, calls, forward = {}, [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, time, c: calls.append((x, c)) or forward(self, x, time, c))
 
     def note(states, path):
-        classes.clear()
-        walks[path.name] = list(states), torch.cat(classes)
+        calls.clear()
+        ends, (inputs, classes) = list(states), zip(*calls)
+        walks[path.name] = len(ends), ends[-1], inputs[0], torch.cat(classes)
 
     monkeypatch.setattr(models, "save_animation", note)
     run(train_diffusion, tmp_path / "n", folder, "--preset", "class")
-    (states, rows), (others, nothing) = walks["sampling.gif"], walks["unconditional.gif"]
-    assert len(states) == 5 and torch.equal(states[0], draw_noise((10, 1, 28, 28), seeded(range(10))))
+    (n, end, begin, rows), (_, other_end, other_begin, nothing) = walks["sampling.gif"], walks["unconditional.gif"]
+    noise = draw_noise((10, 1, 28, 28), seeded(range(10)))
+    assert n == 5 and torch.equal(begin, torch.cat([noise, noise])) and torch.equal(other_begin, noise)
     assert torch.equal(rows[:20].sum(1), torch.tensor([0.0] * 10 + [1.0] * 10)) and not nothing.any()
-    assert torch.equal(others[0], states[0]) and not torch.equal(others[-1], states[-1])
+    assert not torch.equal(end, other_end)
 
 
 def at_step(monkeypatch, step, act):
@@ -264,7 +282,7 @@ def test_the_networks_of_chosen_epochs_stay_and_draw_from_one_noise(folder, tmp_
     assert "too late" not in capsys.readouterr().out
     sample.main(["--quick", "--model", str(first), str(second), "--out", str(tmp_path / "s.png")])
     printed = capsys.readouterr().out
-    assert "01, scale 5, by ddpm-lower, 4 steps, trained 1 of 2 epochs:" in printed
+    assert "01, scale 5, by ddpm-twice, 4 steps, trained 1 of 2 epochs:" in printed
     assert ", trained 2 of 2 epochs:" in printed
     run(train_diffusion, tmp_path / "whole", folder, *flags, "--keep-epochs", "1", "2")
     assert "--keep-epochs comes too late for 1: the run is past that" in capsys.readouterr().out
