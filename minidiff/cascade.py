@@ -2,7 +2,7 @@
 
     from minidiff.cascade import Cascade
 
-    cascade = Cascade.load("mini")                        # a released name, or a folder
+    cascade = Cascade.load("mini")                        # or a released name, or a folder
     image = cascade("a snowy mountain village", seed=0)    # (1, 3, 256, 256) in [-1, 1]
 
 What a prompt goes through on its way:
@@ -233,10 +233,10 @@ class Cascade:
     ) -> Tensor:  # fmt: skip
         """Stage 1: one image for each seed, (B, 3, H, H) float32. H is the UNet's sample_size, 64 in IF.
 
-        Values lie in [-1, 1], but with steps "course", which do not threshold, some go beyond.
+        Values lie in [-1, 1]. With steps "course", which do not threshold, or `editing.reference`, some go beyond.
 
         parts: what is drawn; one `Part` is plain guidance (`factorized.py`).  seeds: numbers, or generators that go on
-        where they stand. With image or keep, a generator counts as its seed, and another stream of that seed begins.
+        where they stand. With image or keep, only a generator's seed counts: the walk begins another stream of it.
         image: (1 or B, 3, H, H), the image to start from, noised to the i_start-th of the times (SDEdit).
         keep: what of an image is kept (`editing.py`).  jumps: RePaint's, as for `sampling.denoise`.
         through: passes the steps on, and may watch them.  changes: to the `Settings` of stage 1, for this call.
@@ -251,7 +251,7 @@ class Cascade:
         image: Tensor | None = None, i_start: int = 0, keep: KeepRule | None = None, through: Through = iter,
         **changes: object,
     ) -> Tensor:  # fmt: skip
-        """Stage 2: images (B, 3, h, w) in [-1, 1] at four times their size, (B, 3, 4h, 4w) in [-1, 1].
+        """Stage 2: images (B, 3, h, w) in [-1, 1] at four times their size, (B, 3, 4h, 4w), values as those of `draw`.
 
         small is upsampled and noised to noise_level once (0: hardly at all), before the loop. Other arguments as for
         `draw`, image and keep at the large size, changes to the `Settings` of stage 2.

@@ -139,7 +139,7 @@ def mask_at(mask: object, size: int) -> Tensor:
 
 
 def box(corners: Sequence[float], size: int) -> Tensor:
-    """A mask that is 1 in a rectangle: (1, 1, size, size).  corners: x0 y0 x1 y1, in pixels of 64, lower end excluded.
+    """A mask that is 1 in a rectangle: (1, 1, size, size).  corners: x0 y0 x1 y1, in pixels of 64, x1 and y1 excluded.
 
     Raises ValueError unless 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64.
     """

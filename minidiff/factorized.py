@@ -4,8 +4,8 @@
 
 Read `guidance.py` first; `views.py` and `components.py` hold functions of an image. With one part, the identity view
 and the whole image this is plain guidance. With views and C_k(x) = x / K it is an anagram, with components that add up
-to the whole a hybrid image. A part may have both a view and a component. All K parts and both branches of guidance go
-through the network as one batch.
+to the whole a hybrid image. A part may have both a view and a component. All K parts and both branches of guidance are
+one batch for the network, unless split_batch.
 
 Source: the papers Visual Anagrams and Factorized Diffusion; checked against dangeng/visual_anagrams
 visual_anagrams/samplers.py@14582c0.
@@ -61,7 +61,7 @@ def factorized(
 
     negative_prompt_embeds: (1, L, D), shared by all parts.
     In stage 2 x_t has 6 channels, 3 of the noisy image and 3 of the low-resolution one; a view moves all of them.
-    pred_var is the mean of the parts' conditional ones, moved back by the view; components do not touch it.
+    pred_var is the mean of those that `guided` gives, moved back by the view; components do not touch it.
     split_batch: one network call per part and branch, with a fraction of the memory.
     Raises ValueError without parts, or if their states differ in length or width.    Source: Factorized Diffusion.
     """
@@ -92,7 +92,7 @@ def factorized(
 
 
 def listed(texts: str | Sequence[str]) -> list[str]:
-    """Prompts or names as a list: a single text becomes a list of one. Raises ValueError if there is none."""
+    """Prompts or names as a list: a single text becomes a list of one. Raises ValueError on None."""
     if texts is None:
         raise ValueError("pass a text, or a list of texts, got None")
     return [texts] if isinstance(texts, str) else list(texts)

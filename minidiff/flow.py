@@ -37,7 +37,8 @@ def path(x_0: Tensor, x_1: Tensor, time: Tensor) -> Tensor:
 
         x_t = (1 - t) x_0 + t x_1
 
-    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ, or at another time.
+    x_0, x_1: (B, C, H, W).  time: (B,) in [0, 1].  Raises ValueError if the shapes differ, or (not on a GPU) at
+    another time.
     Source: FM Eq. 22 with sigma_min = 0.
     """
     same_shape(x_0=x_0, x_1=x_1)
@@ -92,7 +93,7 @@ def walk(velocity: Velocity, x: Tensor, times: Tensor, method: str = "euler") ->
     """Follow the velocity through these times, one step from each to the next: x at every time, the first included.
     x: (B, C, H, W), as it is at times[0].  times: (S + 1,), in either direction: `grid(50)` samples with 50 steps, its
     flip goes from data back to noise.  method: one of METHODS.
-    Raises ValueError on an unknown method, times that are no floats, or a velocity of another shape than x."""
+    Raises ValueError on an unknown method, times that are no floats, or a velocity that changes the shape of x."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(times, Tensor) or times.ndim != 1 or not times.is_floating_point():
@@ -136,7 +137,7 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 def dormand_prince(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-3) -> tuple[Tensor, int]:
     """Follow the velocity from time 0 to 1 with steps as long as the tolerance allows: (x at 1, evaluations made).
 
-        error = root of mean ((x of order 5 - x of order 4) / (atol + rtol |x|))^2, of the worst image
+        error = root of mean ((x of order 5 - x of order 4) / (atol + rtol max(|x|, |new x|)))^2, of the worst image
         step accepted if error <= 1;   next h = 0.9 h error^(-1/5), changed by at most 5 times
 
     Six evaluations per step tried, since the last of one step is the first of the next. The steps depend on the whole

@@ -43,7 +43,7 @@ def guided(
     pred_var is the conditional one's. With guidance_scale 1 the unconditional branch is not computed at all. With 0 the
     conditional one is not, and the prompt has no say, not even in pred_var.
     A function in place of guidance_scale is another rule (walkthrough, chapter 4). It gets both branches, each
-    (N, C, H, W), where N counts all images and all parts of `factorized.py`, and must treat each of the N alone.
+    (N, C, H, W), where N counts images, or images times the parts of `factorized.py`, and must treat each alone.
     Raises ValueError as `check_scale`.
     """
     check_scale(guidance_scale)

@@ -112,7 +112,7 @@ def inner_circle() -> View:
 
 
 def square_hinge() -> View:
-    """A board of 3x3 squares, each turned by a quarter against its neighbours; left-over pixels stay."""
+    """A board of 3x3 squares, each turned by a quarter, neighbours in opposite directions; left-over pixels stay."""
 
     def squares(size: int) -> list[tuple[slice, slice, int]]:
         s = size // 3
@@ -230,7 +230,7 @@ class Measure(NamedTuple):
     name: str
     value: float
     ideal: float
-    bound: float  # how far from ideal the value of a good view lies
+    bound: float  # how far from ideal the value of a good view may lie
     otherwise: str  # what follows if it lies further
 
     @property
@@ -242,8 +242,8 @@ class Measure(NamedTuple):
 
 @torch.inference_mode()
 def check(view: View | str, size: int = 64) -> list[Measure]:
-    """Measure what a view must be, at size and four times that: linear, V V^T = I, and alike for two images in 6
-    channels.
+    """Measure whether a view is linear and orthogonal, treats two images in 6 channels alike, and shows the same at
+    four times the size.
 
     Statistics are over 64 noise images of 3 channels; their bound is five standard errors.
     Source: the conditions of the Visual Anagrams paper.

@@ -1,8 +1,8 @@
 """Networks of digits: on disk, as predictions and velocities, and in figures.
 
 `sampling.denoise` wants eps at a time t = 0 to T - 1, the solvers of `flow.py` a velocity at a time from 0 to 1. The
-same UNet answers both, and the same `guidance.guided` asks it with and without the class: a class is a prompt of one
-token, (B, 1, 10), and "no class" is a row of zeros, as in training. `walk` draws with either.
+class `UNet`, trained for one or the other, answers. The same `guidance.guided` asks it with and without the digit: a
+digit is a prompt of one token, (B, 1, 10), and "no digit" is a row of zeros, as in training. `walk` draws with either.
 
 Read `mnist/levels.py` first.
 """
@@ -159,7 +159,7 @@ def check_sampler(sampler: str, kind: str | None) -> None:
 def walk(
     answer: Answer, generators: Sequence[torch.Generator], device: torch.device, steps: int, sampler: str
 ) -> Iterator[Tensor]:
-    """A digit from noise for each generator: every state (B, 1, 28, 28), from the noise on.
+    """A digit from noise for each generator: the states (B, 1, 28, 28), the first and the last included.
 
     answer: of a DDPM or a flow network.  sampler: one of SAMPLERS for it. "-lower" takes the smaller variance, "-twice"
     does so and begins with `noised_digit`, "-clip" clips each estimate to [0, 1], dormand-prince chooses its own steps.
@@ -185,7 +185,7 @@ def walk(
 
 @torch.inference_mode()
 def noised_digit(answer: Answer, noise: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Where a DDPM's walk begins if it begins as its training ended: with a digit in the noise.
+    """Where a DDPM's walk begins if x_T is what training saw at the last time: noise with a trace of a digit.
 
         x_T = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) noise,    alpha_bar = 0.048 at the last of 300 times
 

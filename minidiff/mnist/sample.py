@@ -11,9 +11,9 @@
     python -m minidiff.mnist.sample --out out/digits.gif                    the walk of the first row, as an animation
     python -m minidiff.mnist.sample --num-images 100 --tensors out/digits.safetensors  a file for `judge score`
 
-One row for each model, guidance scale, sampler and number of steps, from the same noise in all of them: image i of a
-row comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance. Samples are clamped to [0, 1] before they
-are drawn, written and judged. The trainers draw their figures by this command.
+Rows of ten for each model, guidance scale, sampler and number of steps, from the same noise in all of them: image i
+comes from seed + i. A scale of 0 ignores the digit, 1 is no guidance. Samples are clamped to [0, 1] before they are
+drawn, written and judged. The trainers of DDPM and flow draw their samples by this command.
 
 Read `mnist/judge.py` first.
 """
@@ -97,7 +97,7 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def save_figure(
     args: argparse.Namespace, rows: Sequence[Row], labels: Tensor, seeds: range, device: torch.device, judged: bool
 ) -> None:
-    """Draw a digit of each class from each seed by every row, print what the judge says of them, and write the figure.
+    """Draw a digit for each seed, of its label, by every row, print what the judge says of them, and write the figure.
 
     Words of all rows stand in the title, the others below a row. --tensors gets the first row.
     """

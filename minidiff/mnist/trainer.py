@@ -8,8 +8,8 @@ Without --out a run goes to out/mnist/KIND, followed by what is not the default:
     epochs/05/                              with --keep-epochs 5 the network of that epoch, to draw with later
 
 The same command again goes on from there. With --start-from FOLDER a new run begins with the network in FOLDER. With
---figures FOLDER nothing is trained: the trainer draws the figures of its end with the network in FOLDER, also before
-its training has ended.
+--figures FOLDER nothing is trained: the trainer draws its last figures with the network in FOLDER, even one whose
+training has not ended.
 
 Read `training.py` and `mnist/models.py` first.
 """
@@ -41,7 +41,7 @@ TEST_DIGITS = 2000  # on which the loss is measured after each epoch
 class Plan:
     """How long and how fast. lr_decay: the factor by which lr has fallen after all epochs; it falls once per epoch.
 
-    The last digits of an epoch that would not fill a batch wait for another epoch: all batches are alike.
+    The last digits of an epoch that would not fill a batch are left out: all batches have the same size.
     """
 
     epochs: int
@@ -86,7 +86,7 @@ def add_flags(p: argparse.ArgumentParser, presets: Presets) -> None:
                    help="draw and write an average of the weights, 0.999 for example (default: none)")  # fmt: skip
     p.add_argument("--data", type=file_path, default=Path("data"), help="where the digits are, or go (default data)")
     p.add_argument("--dataset", choices=list(DATASETS), help=f"default {next(iter(DATASETS))}")
-    p.add_argument("--out", type=file_path, help="folder (default: out/mnist/ and kind, preset, data set)")
+    p.add_argument("--out", type=file_path, help="folder (default: out/mnist/, kind, what is not the default)")
     if next(iter(presets.values())).unet:
         more = "keep the network of these epochs as OUT/epochs/NN, for example 1 5 10"
         p.add_argument("--keep-epochs", type=int, nargs="+", metavar="N", help=more)
@@ -106,8 +106,8 @@ def complete(args: argparse.Namespace, kind: str, presets: Presets) -> dict:
 
     With --figures and --start-from, preset and data set are those of the network in the folder, and its config is
     returned.
-    Raises ValueError as `models.read`, on flags that do not fit that network, on epochs, rates and seeds that no run
-    has, or if --out cannot be written.
+    Raises ValueError as `models.read`, on flags that do not fit that network, on --keep-epochs beyond the run, on rates
+    and seeds out of range, or if --out cannot be written.
     """
     folder = args.figures or args.start_from
     config = models.read(folder, kind)[0] if folder else {}
@@ -199,7 +199,7 @@ def fit(
 
 
 def write(args: argparse.Namespace, model: UNet, config: dict[str, object], epochs: float) -> None:
-    """The network after so many epochs, into args.out; one of --keep-epochs once more, where it stays."""
+    """The network after so many epochs, into args.out; one of --keep-epochs also into a folder of its own."""
     about = {"preset": args.preset, "dataset": args.dataset, "plan": asdict(args.plan), "seed": args.seed}
     about |= {"start_from": str(args.start_from)} if args.start_from else {}
     about |= {"trained": f"{epochs:.3g} of {args.plan.epochs} epochs", "unet": asdict(model.config)}
